@@ -1,0 +1,13 @@
+"""Running a model block by block over calibration windows, and pruning it on the way."""
+
+from prune_callbacks.calibration.blocks import find_blocks, find_language_model, find_targets
+from prune_callbacks.calibration.engine import LayerReport, PruneReport, prune_sequentially
+
+__all__ = [
+    "LayerReport",
+    "PruneReport",
+    "find_blocks",
+    "find_language_model",
+    "find_targets",
+    "prune_sequentially",
+]

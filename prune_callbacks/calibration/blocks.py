@@ -1,0 +1,102 @@
+"""Finding the decoder blocks of a model, and the layers in them that are pruned."""
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+PRUNABLE = (nn.Linear, Conv1D)
+"""Layer types whose `weight` is pruned. `Conv1D` is GPT-2's Linear with a weight of shape (in, out)."""
+
+
+def find_language_model(module: nn.Module) -> nn.Module:
+    """The outermost `transformers` model inside `module` (a LightningModule, a wrapper), else `module` itself."""
+    return next((m for m in module.modules() if isinstance(m, PreTrainedModel)), module)
+
+
+def find_blocks(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Module]]:
+    """The decoder blocks of a model, in order, as (name, module).
+
+    Structure decides, not a table of model families: the blocks are the `nn.ModuleList` that lies in no other
+    one and has as many members as the configuration has layers; of several, the one with most parameters.
+
+    Args:
+        model: a causal language model.
+        name: the dotted name of the list of blocks, where the structure does not tell, e.g. "model.layers".
+
+    Raises:
+        ValueError: no list of blocks is found, or `name` is none.
+    """
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    if name is not None:
+        if name not in lists:
+            raise ValueError(f"blocks={name!r} is no nn.ModuleList of {type(model).__name__}; it has {sorted(lists)}")
+        chosen = name
+    else:
+        outer = [n for n in lists if not any(n != o and n.startswith(o + ".") for o in lists)]
+        depth = _configured_depth(model)
+        candidates = [n for n in outer if len(lists[n]) == depth] or ([] if depth else outer)
+        if not candidates:
+            raise ValueError(
+                f"no decoder blocks found in {type(model).__name__}: "
+                + (f"no nn.ModuleList has the configuration's {depth} layers. " if depth else "it has no nn.ModuleList. ")
+                + f'Name the list of blocks with blocks="...", e.g. blocks="model.layers"; there are {sorted(lists)}'
+            )
+        chosen = max(candidates, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
+    return [(f"{chosen}.{i}", block) for i, block in enumerate(lists[chosen])]
+
+
+def _configured_depth(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        return None
+    return getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+
+
+def find_targets(
+    blocks: Sequence[tuple[str, nn.Module]], targets: Sequence[str] | str | None = None
+) -> dict[str, nn.Module]:
+    """The layers to prune inside the blocks, by full name, in the model's order.
+
+    Args:
+        blocks: what `find_blocks` returned.
+        targets: shell-style patterns matched against full names ("*.mlp.*") or against the last part
+            ("down_proj"); None for every `nn.Linear` and `Conv1D` in the blocks.
+
+    Raises:
+        ValueError: a pattern matches nothing, or there is nothing to prune.
+    """
+    layers = {name: layer for name, layer in _prunable(blocks)}
+    if not layers:
+        raise ValueError(
+            "the decoder blocks hold no nn.Linear or Conv1D to prune. Packed or quantized layers cannot be pruned: "
+            "load the model with its weights dequantized"
+        )
+    if targets is None:
+        return layers
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in layers):
+            raise ValueError(
+                f"target {pattern!r} matches no layer. The first block has "
+                + ", ".join(n for n in layers if n.startswith(blocks[0][0] + "."))
+            )
+    return {name: layer for name, layer in layers.items() if any(_matches(name, p) for p in patterns)}
+
+
+def _prunable(blocks: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    for block_name, block in blocks:
+        for name, layer in block.named_modules():
+            if isinstance(layer, PRUNABLE):
+                yield f"{block_name}.{name}" if name else block_name, layer
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rsplit(".", 1)[-1], pattern)
+
+
+def oriented(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """A view of a layer's weight or mask as (out, in), and back: its own inverse."""
+    return tensor.T if isinstance(layer, Conv1D) else tensor

@@ -1,0 +1,125 @@
+"""Capturing what a model hands to its decoder blocks, and running one block on it."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Batch = Tensor | Mapping[str, Any]
+
+
+@dataclass
+class BlockInputs:
+    """What every block gets for one batch.
+
+    Attributes:
+        hidden: the hidden states that enter the current block, (batch, tokens, hidden); replaced block by block.
+        calls: positional (after the hidden states) and keyword arguments of every block. Blocks differ in them:
+            a layer with sliding attention gets another mask than one with full attention.
+        tokens: True for real tokens, (batch, tokens), where the batch came with padding; else None.
+    """
+
+    hidden: Tensor
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    tokens: Tensor | None
+
+
+class _AllBlocksReachedError(Exception):
+    """Ends a forward pass once the last block was reached."""
+
+
+@torch.no_grad()
+def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Batch]) -> list[BlockInputs]:
+    """Runs everything in front of the blocks and records what each block is called with.
+
+    The blocks themselves do not run: for the time of the capture each returns the hidden states that it got
+    (in a tuple where the real block returns one), and the pass ends at the last block.
+
+    Raises:
+        ValueError: there is no batch, or the model's forward did not reach every block.
+    """
+    originals = [block.forward for block in blocks]
+    replaced = [block.__dict__.get("forward") for block in blocks]  # accelerate, for one, sets it on the instance
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    entering: list[Tensor] = []
+    returns_tuple: list[bool] = []
+
+    def record(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            if index == 0:
+                entering.append(hidden)
+            if not returns_tuple:  # asked of the first block once; transformers 5 returns tensors, 4 tuples
+                returns_tuple.append(isinstance(originals[0](hidden, *rest, **kwargs), tuple))
+            calls.append((rest, kwargs))
+            if index == len(blocks) - 1:
+                raise _AllBlocksReachedError
+            return (hidden,) if returns_tuple[0] else hidden
+
+        return forward
+
+    captured = []
+    try:
+        for i, block in enumerate(blocks):
+            block.forward = record(i)  # type: ignore[method-assign]
+        for batch in batches:
+            calls.clear()
+            entering.clear()
+            with suppress(_AllBlocksReachedError):
+                _forward(model, batch)
+            if len(calls) != len(blocks):
+                raise ValueError(
+                    f"the forward pass of {type(model).__name__} called {len(calls)} of {len(blocks)} decoder blocks; "
+                    'name the list of blocks that it runs with blocks="..."'
+                )
+            captured.append(BlockInputs(entering[0], list(calls), _real_tokens(batch)))
+    finally:
+        for block, forward in zip(blocks, replaced, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward  # type: ignore[method-assign]
+    if not captured:
+        raise ValueError("there is no calibration batch; give at least one batch of token ids")
+    return captured
+
+
+def _forward(model: nn.Module, batch: Batch) -> None:
+    device = next(model.parameters()).device
+    inputs = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else {"input_ids": batch}
+    if isinstance(model, PreTrainedModel):
+        model(**to_device(inputs, device), use_cache=False)
+    elif isinstance(batch, Mapping):
+        model(**to_device(inputs, device))
+    else:
+        model(batch.to(device))
+
+
+def _real_tokens(batch: Batch) -> Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return None if mask is None or bool(mask.all()) else mask.bool()
+
+
+@torch.no_grad()
+def run_block(index: int, block: nn.Module, inputs: BlockInputs, device: torch.device) -> Tensor:
+    """The hidden states that leave block `index`, on `device`; `inputs` is not changed."""
+    args, kwargs = to_device(inputs.calls[index], device)
+    output = block(inputs.hidden.to(device), *args, **kwargs)
+    # Older decoder layers return a tuple. Of a tensor, [0] would silently be the first sample of the batch.
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor in its tuples, lists and dicts on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(to_device(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value

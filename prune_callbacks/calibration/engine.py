@@ -1,0 +1,270 @@
+"""The engine: prunes a model block by block, every block on the outputs of the pruned ones before it."""
+
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor, nn
+
+from prune_callbacks.calibration.blocks import find_blocks, find_targets, oriented
+from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_inputs, run_block
+from prune_callbacks.pruners import Pruned, Pruner
+from prune_callbacks.solvers import Gram, InputNorm
+from prune_callbacks.sparsity import MaskSet
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned layer.
+
+    Attributes:
+        name: the parameter's name, as in the model's `state_dict`.
+        shape: (out, in).
+        sparsity: fraction removed.
+        loss: squared error of the layer's output over the calibration tokens; None without a Gram.
+        relative_loss: `loss` over the squared norm of the dense layer's output, on the same inputs.
+        seconds: what the solver took.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    loss: float | None
+    relative_loss: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune_sequentially` did.
+
+    Attributes:
+        masks: the keep masks, by parameter name.
+        layers: one entry per pruned layer, in order.
+        skipped: layers that were asked for and left dense, with the reason.
+        seconds: wall time of the whole run.
+        peak_memory_bytes: the process's peak (on a CUDA device: peak of allocated device memory).
+        input_first: names of masks stored as (in, out), those of `Conv1D` layers.
+    """
+
+    masks: MaskSet
+    layers: tuple[LayerReport, ...]
+    skipped: dict[str, str]
+    seconds: float
+    peak_memory_bytes: int
+    input_first: frozenset[str] = frozenset()
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the targeted weights removed."""
+        return self.masks.sparsity()
+
+
+@torch.no_grad()
+def prune_sequentially(
+    model: nn.Module,
+    batches: Iterable[Batch] | None,
+    pruner: Pruner,
+    *,
+    targets: Sequence[str] | str | None = None,
+    blocks: str | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> PruneReport:
+    """Prunes a causal language model in place, block by block.
+
+    Equivalent to re-running the whole model, with all earlier blocks pruned, to collect the inputs of every
+    block; each block's inputs are computed once from the previous block's outputs instead.
+
+    Args:
+        model: a `transformers` causal LM, or any module with an `nn.ModuleList` of blocks.
+        batches: token ids (batch, tokens), or mappings with `input_ids` and maybe `attention_mask` (padding
+            does not count toward the statistics). May be None for a pruner that needs no calibration.
+        pruner: decides what goes and what becomes of the rest.
+        targets: patterns of layer names; None for every Linear and Conv1D inside the blocks.
+        blocks: name of the list of decoder blocks, where it cannot be found.
+        device: where blocks are moved, one at a time, to be run and solved; None: where the model is.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: before any work for targets, shapes or blocks that do not fit; on the way, naming the
+            layer, for activations that are not finite or a Gram that cannot be factorised.
+    """
+    begin = time.perf_counter()
+    found = find_blocks(model, blocks)
+    chosen = find_targets(found, targets)
+    for name, layer in chosen.items():
+        with _naming(name):
+            pruner.pattern.check_shape(_shape(layer))
+    home = next(model.parameters()).device
+    where = home if device is None else torch.device(device)
+    calibrated = pruner.statistic(1) is not None
+    if calibrated and batches is None:
+        raise ValueError(f"{type(pruner).__name__} needs calibration batches, got None")
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+
+    run = _Run(pruner, where)
+    with _evaluating(model), _progress(len(chosen), progress) as (bar, task):
+        inputs: list[BlockInputs] = []
+        if calibrated and batches is not None:
+            bar.update(task, description="embedding the calibration windows")
+            inputs = capture_inputs(model, [block for _, block in found], batches)
+        for index, (block_name, block) in enumerate(found):
+            layers = {n: m for n, m in chosen.items() if n == block_name or n.startswith(block_name + ".")}
+            bar.update(task, description=f"pruning {block_name}")
+            block.to(where)
+            statistics = run.collect(index, block, layers, inputs) if layers and inputs else {}
+            for name, layer in layers.items():
+                run.prune(name, layer, statistics.get(name))
+                bar.advance(task)
+            del statistics
+            if index < len(found) - 1:
+                for batch in inputs:
+                    batch.hidden = run_block(index, block, batch, where)
+            block.to(home)
+    if not run.layers:
+        raise ValueError(f"nothing was pruned; all {len(run.skipped)} layers were skipped: {next(iter(run.skipped.values()))}")
+    return PruneReport(
+        MaskSet(run.masks), tuple(run.layers), run.skipped, time.perf_counter() - begin, peak_memory(where),
+        frozenset(run.input_first),
+    )
+
+
+class _Run:
+    """The results gathered so far, and the two steps taken for every block."""
+
+    def __init__(self, pruner: Pruner, device: torch.device) -> None:
+        self.pruner = pruner
+        self.device = device
+        self.masks: dict[str, Tensor] = {}
+        self.layers: list[LayerReport] = []
+        self.skipped: dict[str, str] = {}
+        self.input_first: set[str] = set()
+
+    def collect(
+        self, index: int, block: nn.Module, layers: dict[str, nn.Module], inputs: list[BlockInputs]
+    ) -> dict[str, Gram | InputNorm]:
+        """Streams the layers' inputs into statistics; layers that get the same tensor share one."""
+        statistics: dict[str, Gram | InputNorm] = {}
+        leaders: dict[str, str] = {}
+        seen: dict[int, tuple[Tensor, str]] = {}
+        tokens: Tensor | None = None
+
+        def observe(name: str, layer: nn.Module, x: Tensor) -> None:
+            # The tensor is held in `seen` for the length of one pass, so that its id stays its own.
+            leader = seen.setdefault(id(x), (x, name))[1]
+            if leaders.setdefault(name, leader) != leader:
+                raise ValueError(f"{name} shares its input with {leaders[name]} in one batch and not in another")
+            if leader != name:
+                return
+            if name not in statistics:
+                made = self.pruner.statistic(x.shape[-1], self.device)
+                assert made is not None
+                statistics[name] = made
+            padded = tokens is not None and x.shape[:2] == tokens.shape
+            statistics[name].update(x[tokens] if padded else x)
+
+        hooks = [
+            layer.register_forward_pre_hook(lambda m, args, name=name: observe(name, m, args[0]))
+            for name, layer in layers.items()
+        ]
+        try:
+            for batch in inputs:
+                seen.clear()
+                tokens = None if batch.tokens is None else batch.tokens.to(self.device)
+                run_block(index, block, batch, self.device)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            seen.clear()
+        return {name: statistics[leader] for name, leader in leaders.items()}
+
+    def prune(self, name: str, layer: nn.Module, statistic: Gram | InputNorm | None) -> None:
+        """Prunes one layer in place, or notes why not."""
+        parameter_name = f"{name}.weight"
+        if statistic is None and self.pruner.statistic(1) is not None:
+            reason = "its forward was never called during calibration, so nothing is known about its inputs"
+            self.skipped[parameter_name] = reason
+            warnings.warn(f"{name} stays dense: {reason}. Leave it out of `targets` to silence this.", stacklevel=3)
+            return
+        begin = time.perf_counter()
+        parameter = layer.weight
+        assert isinstance(parameter, Tensor)
+        weight = oriented(layer, parameter.detach())
+        with _naming(name):
+            pruned = self.pruner.prune(weight, statistic)
+        relative = _relative_loss(weight, pruned, statistic)
+        parameter.data.copy_(oriented(layer, pruned.weight))
+        self.masks[parameter_name] = oriented(layer, pruned.keep).contiguous()
+        if oriented(layer, parameter) is not parameter:
+            self.input_first.add(parameter_name)
+        sparsity = 1 - float(pruned.keep.float().mean())
+        seconds = time.perf_counter() - begin
+        self.layers.append(LayerReport(parameter_name, _shape(layer), sparsity, pruned.loss, relative, seconds))
+
+
+def _relative_loss(weight: Tensor, pruned: Pruned, statistic: Gram | InputNorm | None) -> float | None:
+    if pruned.loss is None or not isinstance(statistic, Gram):
+        return None
+    dense = weight.to(statistic.matrix)
+    output = float(((dense @ statistic.matrix) * dense).sum(dtype=torch.float64))
+    return pruned.loss / output if output > 0 else 0.0
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    out, size = oriented(layer, weight).shape
+    return out, size
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise type(error)(f"layer {layer}: {error}") from error
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+@contextmanager
+def _progress(total: int, show: bool) -> Iterator[tuple[Progress, TaskID]]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"),
+        TimeElapsedColumn(), TextColumn("remaining"), TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not show) as bar:
+        yield bar, bar.add_task("pruning", total=total)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: of allocated device memory on CUDA, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,70 @@
+"""Perplexity over fixed windows, streamed."""
+
+import torch
+from jaxtyping import Float, Int
+from rich.progress import track
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+
+class Perplexity(Metric):
+    """`exp` of the mean negative log-likelihood per token, as a torchmetrics metric.
+
+    Equivalent to `torchmetrics.text.Perplexity(ignore_index=-100)`, but through log-softmax, one window at a
+    time: a probability that underflows in softmax does not become an infinite perplexity, and the logits
+    are never copied as a whole. Sums are float64.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Float[Tensor, "batch tokens vocab"], labels: Int[Tensor, "batch tokens"]) -> None:
+        """Adds windows: `logits[:, t]` predict `labels[:, t + 1]`; labels of -100 do not count."""
+        for window, target in zip(logits[:, :-1], labels[:, 1:], strict=True):
+            loss = nn.functional.cross_entropy(window.float(), target, ignore_index=-100, reduction="sum")
+            self.total += loss.double()
+            self.count += (target != -100).sum()
+
+    def compute(self) -> Tensor:
+        """The perplexity of everything added so far; a float64 scalar."""
+        return torch.exp(self.total / self.count)
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module, windows: Int[Tensor, "windows tokens"], *, batch_size: int = 1, progress: bool = True
+) -> float:
+    """Perplexity of a causal LM over non-overlapping windows, each scored on its own.
+
+    The first token of a window is not predicted, so `windows * (tokens - 1)` tokens count. This is the
+    protocol of the GPTQ, SparseGPT and Wanda papers, whose windows are cut from the whole WikiText-2 test
+    text. Always quote the window length with the number.
+
+    Args:
+        model: a `transformers` causal LM; runs where it is, in evaluation mode.
+        windows: token ids.
+        batch_size: windows per forward pass.
+        progress: show a progress bar.
+    """
+    if windows.shape[0] == 0 or windows.shape[1] < 2:
+        raise ValueError(f"perplexity needs windows of two or more tokens, got {tuple(windows.shape)}")
+    device = next(model.parameters()).device
+    metric = Perplexity().to(device)
+    training = model.training
+    model.eval()
+    try:
+        batches = windows.split(batch_size)
+        for batch in track(batches, "perplexity", disable=not progress, transient=True):
+            ids = batch.to(device).long()
+            metric.update(model(input_ids=ids, use_cache=False).logits, ids)
+    finally:
+        model.train(training)
+    return float(metric.compute())

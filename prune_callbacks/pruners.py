@@ -1,0 +1,238 @@
+"""Pruners: score, pattern and solver, as frozen values behind one Protocol."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from prune_callbacks.solvers.linalg import DampedGram, damp
+from prune_callbacks.solvers.mrp import mrp_sm
+from prune_callbacks.solvers.sparsegpt import sparsegpt
+from prune_callbacks.solvers.statistics import Gram, InputNorm, Statistic
+from prune_callbacks.sparsity import NM, Block, Columns, Pattern, Unstructured
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a pruner returns for one layer.
+
+    Attributes:
+        weight: pruned and, where the method does so, compensated; shape, dtype and device of the dense one.
+        keep: True where a weight is kept; shape (out, in).
+        loss: `sum over rows of d G d^T` with `d = weight - dense` and the undamped Gram `G`, the squared error
+            of the layer's output over all calibration tokens. None if the pruner had no Gram.
+    """
+
+    weight: Float[Tensor, "out in"]
+    keep: Bool[Tensor, "out in"]
+    loss: float | None
+
+
+class Pruner(Protocol):
+    """Removes weights of one linear layer.
+
+    `prune` never changes its arguments. It computes in float32, or in float64 if the weight or the statistic
+    is. It raises ValueError for a shape that the pattern does not fit, a weight with NaN or inf, or a
+    statistic of the wrong kind or size, and NumericalError if the Gram cannot be factorised.
+    """
+
+    @property
+    def pattern(self) -> Pattern: ...
+
+    def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram | InputNorm | None:
+        """An empty statistic to stream the layer's inputs into; None if no calibration is needed."""
+
+    def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned: ...
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Removes the smallest weights, by `|W|` (Zhu & Gupta 2017). The pool is the layer. Needs no calibration."""
+
+    pattern: Pattern
+
+    def statistic(self, in_features: int, device: torch.device | str | None = None) -> None:
+        """None: magnitudes need no calibration."""
+        return
+
+    def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None = None) -> Pruned:
+        """Equivalent to sorting `|W|` and zeroing the smallest; see `Pruner`."""
+        _check_weight(weight, self.pattern)
+        keep = self.pattern.keep(_working(weight, None).abs())
+        return _pruned(weight, weight, keep, statistic)
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Removes by `|W_ij| * ||X_j||_2`, within each output row (Sun et al. 2024). No weight is changed.
+
+    A pattern of rows, columns or blocks sums this score over the structure.
+    """
+
+    pattern: Pattern
+
+    def statistic(self, in_features: int, device: torch.device | str | None = None) -> InputNorm:
+        """The norms of the input features."""
+        return InputNorm(in_features, device)
+
+    def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
+        """Equivalent to sorting each row's scores and zeroing the smallest; see `Pruner`."""
+        _check_weight(weight, self.pattern)
+        known = _check_statistic("Wanda", weight, statistic)
+        pattern = self.pattern
+        if isinstance(pattern, Unstructured) and pattern.per is None:
+            pattern = replace(pattern, per="row")
+        keep = pattern.keep(_working(weight, known).abs() * known.squared_norm.to(weight.device).sqrt())
+        return _pruned(weight, weight, keep, known)
+
+
+@dataclass(frozen=True)
+class SparseGPT:
+    """One sweep of Optimal Brain Surgeon over the columns (Frantar & Alistarh 2023).
+
+    Takes `Unstructured` (the pool is a block of columns over all rows) and `NM`.
+
+    Args:
+        pattern: what to remove.
+        block_size: columns whose mask is chosen together, and whose updates are applied together.
+        damping: added to the Gram's diagonal, as a fraction of its mean.
+    """
+
+    pattern: Pattern
+    block_size: int = 128
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, Unstructured | NM):
+            raise ValueError(
+                f"SparseGPT chooses single weights while it sweeps over the columns and cannot prune {self.pattern}; "
+                "it takes Unstructured and NM. Use Wanda or Magnitude for Rows, and MRP, Wanda or Magnitude for "
+                "Columns and Block."
+            )
+        _check_settings("SparseGPT", self.pattern, self.block_size, self.damping)
+
+    def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
+        """The Gram of the layer's inputs."""
+        return Gram(in_features, device)
+
+    def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
+        """See `prune_callbacks.solvers.sparsegpt.sparsegpt` and `Pruner`."""
+        pattern = self.pattern
+        assert isinstance(pattern, Unstructured | NM)
+        return _compensated(
+            "SparseGPT", self, weight, statistic, lambda w, system: sparsegpt(w, system, pattern, self.block_size)
+        )
+
+
+@dataclass(frozen=True)
+class MRP:
+    """Removes whole sets of weights at once and compensates exactly (Zhao et al. 2024).
+
+    "Pruning Foundation Models for High Accuracy without Retraining". Takes every pattern but `Rows`.
+
+    Args:
+        pattern: what to remove.
+        variant: "SM": the mask by eq. 14 (single weights, interactions ignored), the survivors by eq. 13 (the
+            exact least-squares solution).
+        block_size: columns masked together; after each block all unpruned weights are solved for again.
+            None: the whole layer at once, the paper's `S = all`, and the fastest.
+        damping: added to the Gram's diagonal, as a fraction of its mean.
+    """
+
+    pattern: Pattern
+    variant: str = "SM"
+    block_size: int | None = 128
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.variant != "SM":
+            raise ValueError(f'MRP: variant must be "SM", got {self.variant!r}; no other variant is available')
+        if not isinstance(self.pattern, Unstructured | NM | Block | Columns):
+            raise ValueError(
+                f"MRP compensates a row's removed weights with the row's own survivors and cannot prune "
+                f"{self.pattern}: nothing survives in a removed row. Use Wanda or Magnitude for Rows."
+            )
+        _check_settings("MRP", self.pattern, self.block_size, self.damping)
+
+    def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
+        """The Gram of the layer's inputs."""
+        return Gram(in_features, device)
+
+    def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
+        """See `prune_callbacks.solvers.mrp.mrp_sm` and `Pruner`."""
+        return _compensated(
+            "MRP", self, weight, statistic, lambda w, system: mrp_sm(w, system, self.pattern, self.block_size)
+        )
+
+
+Solver = Callable[[Tensor, DampedGram], tuple[Tensor, Tensor]]
+
+
+def _compensated(
+    name: str, pruner: SparseGPT | MRP, weight: Tensor, statistic: Statistic | None, solve: Solver
+) -> Pruned:
+    _check_weight(weight, pruner.pattern)
+    gram = _check_statistic(name, weight, statistic)
+    if not isinstance(gram, Gram):
+        raise ValueError(f"{name} needs a Gram, got {type(gram).__name__}; use the one that {name}.statistic() makes")
+    working = _working(weight, gram)
+    solved, keep = solve(working, damp(gram.matrix.to(working), pruner.damping))
+    return _pruned(weight, solved, keep, gram)
+
+
+def _pruned(dense: Tensor, solved: Tensor, keep: Tensor, statistic: Statistic | None) -> Pruned:
+    weight = solved.to(dense.dtype).masked_fill(~keep, 0)
+    loss = None
+    if isinstance(statistic, Gram):
+        change = (weight.to(statistic.matrix.dtype) - dense.to(statistic.matrix.dtype)).to(statistic.matrix.device)
+        loss = float(((change @ statistic.matrix) * change).sum(dtype=torch.float64))
+    return Pruned(weight, keep, loss)
+
+
+def _working(weight: Tensor, statistic: Statistic | None) -> Tensor:
+    known = torch.float32 if statistic is None else statistic.squared_norm.dtype
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), known)
+    return weight.detach().to(dtype)
+
+
+def _check_weight(weight: Tensor, pattern: Pattern) -> None:
+    if weight.ndim != 2:
+        raise ValueError(f"a weight must have two dimensions, (out, in), got shape {tuple(weight.shape)}")
+    pattern.check_shape((weight.shape[0], weight.shape[1]))
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("the dense weight holds NaN or inf")
+
+
+def _check_statistic(name: str, weight: Tensor, statistic: Statistic | None) -> Statistic:
+    if statistic is None:
+        raise ValueError(f"{name} needs calibration statistics, got None; fill the one that {name}.statistic() makes")
+    if len(statistic.squared_norm) != weight.shape[1]:
+        raise ValueError(
+            f"statistics of {len(statistic.squared_norm)} input features for a weight of shape {tuple(weight.shape)}"
+        )
+    if statistic.tokens == 0:
+        raise ValueError("the calibration statistics are empty: no token was added")
+    if not bool(torch.isfinite(statistic.squared_norm).all()):
+        raise ValueError(
+            "the calibration activations hold NaN or inf: the inputs of this layer are not finite numbers"
+        )
+    return statistic
+
+
+def _check_settings(name: str, pattern: Pattern, block_size: int | None, damping: float) -> None:
+    if not (damping >= 0 and math.isfinite(damping)):
+        raise ValueError(f"{name}: damping is a fraction of the Gram's mean diagonal and must be >= 0, got {damping}")
+    if block_size is None:
+        return
+    if block_size < 1:
+        raise ValueError(f"{name}: block_size is a number of columns and must be at least 1, got {block_size}")
+    unit = pattern.m if isinstance(pattern, NM) else pattern.size if isinstance(pattern, Block) else 1
+    if block_size % unit:
+        raise ValueError(
+            f"{name}: block_size must be a multiple of the {unit} columns that {pattern} decides together, "
+            f"got {block_size}"
+        )

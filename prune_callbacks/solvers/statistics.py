@@ -1,0 +1,86 @@
+"""Streamed calibration statistics: sums over tokens, mergeable across batches and ranks (reduction: sum)."""
+
+from typing import Protocol, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Statistic(Protocol):
+    """A sum over the tokens that reach a layer. Raw activations are never kept."""
+
+    tokens: int
+    """Number of input vectors summed so far."""
+
+    def update(self, x: Float[Tensor, "*batch in"]) -> None:
+        """Adds the input vectors `x`, of shape (..., in) and any floating dtype."""
+
+    def merge(self, other: Self) -> None:
+        """Adds another statistic of the same layer, computed on other tokens."""
+
+    @property
+    def squared_norm(self) -> Float[Tensor, " in"]:
+        """`||X_j||_2^2` of every input feature: the sum of its squares over all tokens."""
+
+
+def _vectors(x: Tensor, in_features: int) -> Tensor:
+    if x.shape[-1] != in_features:
+        raise ValueError(f"expected inputs of shape (..., {in_features}), got {tuple(x.shape)}")
+    return x.detach().reshape(-1, in_features)
+
+
+class Gram:
+    """`G = X X^T`, the sum of `x x^T` over all tokens: what SparseGPT and MRP need.
+
+    `matrix` has shape (in, in), float32 unless asked otherwise; its memory is all that is ever held. The sum
+    is not divided by the number of tokens: no mask and no result depends on the scale.
+    """
+
+    def __init__(
+        self, in_features: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.matrix: Float[Tensor, "in in"] = torch.zeros(in_features, in_features, device=device, dtype=dtype)
+        self.tokens = 0
+
+    def update(self, x: Float[Tensor, "*batch in"]) -> None:
+        """Adds `x^T x` for `x` of shape (..., in); see `Statistic`."""
+        rows = _vectors(x, self.matrix.shape[0]).to(self.matrix)
+        self.matrix.addmm_(rows.T, rows)
+        self.tokens += rows.shape[0]
+
+    def merge(self, other: Self) -> None:
+        """Adds another Gram; see `Statistic`."""
+        self.matrix += other.matrix.to(self.matrix)
+        self.tokens += other.tokens
+
+    @property
+    def squared_norm(self) -> Float[Tensor, " in"]:
+        """The Gram's diagonal."""
+        return self.matrix.diagonal()
+
+
+class InputNorm:
+    """The sum of squares of every input feature, shape (in,), float32: all that Wanda needs."""
+
+    def __init__(
+        self, in_features: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.squares: Float[Tensor, " in"] = torch.zeros(in_features, device=device, dtype=dtype)
+        self.tokens = 0
+
+    def update(self, x: Float[Tensor, "*batch in"]) -> None:
+        """Adds the squares of `x` of shape (..., in); see `Statistic`."""
+        rows = _vectors(x, self.squares.shape[0]).to(self.squares)
+        self.squares += rows.square().sum(0)
+        self.tokens += rows.shape[0]
+
+    def merge(self, other: Self) -> None:
+        """Adds another InputNorm; see `Statistic`."""
+        self.squares += other.squares.to(self.squares)
+        self.tokens += other.tokens
+
+    @property
+    def squared_norm(self) -> Float[Tensor, " in"]:
+        """The sums of squares themselves."""
+        return self.squares

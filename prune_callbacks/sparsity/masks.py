@@ -1,0 +1,182 @@
+"""MaskSet: the masks of a model, one bit per weight at rest."""
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, UInt8
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prune_callbacks.sparsity.patterns import Pattern
+
+NamedTensors = Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
+
+
+def _pack(keep: Bool[Tensor, "..."]) -> UInt8[Tensor, " bytes"]:
+    return torch.from_numpy(np.packbits(keep.detach().cpu().numpy(), axis=None))
+
+
+def _items(named: NamedTensors) -> dict[str, Tensor]:
+    return dict(named.items() if isinstance(named, Mapping) else named)
+
+
+class MaskSet(Mapping[str, Tensor]):
+    """An immutable mapping from parameter name to keep mask, True = kept.
+
+    Masks have the shape of their parameter and are stored packed, one bit per weight; `masks[name]` unpacks
+    one into a new bool tensor on the CPU. Names are those of the model that was pruned. Methods that take
+    named parameters also accept those of a module that *contains* that model (a LightningModule, a DDP
+    wrapper), whose names carry one common prefix.
+    """
+
+    def __init__(self, masks: Mapping[str, Bool[Tensor, "..."]]) -> None:
+        for name, keep in masks.items():
+            if keep.dtype != torch.bool:
+                raise ValueError(f"mask {name!r} must be a bool tensor with True = kept, got {keep.dtype}")
+        self._bits = {name: _pack(keep) for name, keep in masks.items()}
+        self._shapes = {name: tuple(keep.shape) for name, keep in masks.items()}
+
+    @classmethod
+    def from_nonzero(cls, named_parameters: NamedTensors) -> Self:
+        """The masks of an already sparse model: kept is what is not zero, for every tensor given."""
+        return cls({name: tensor.detach() != 0 for name, tensor in _items(named_parameters).items()})
+
+    def __getitem__(self, name: str) -> Bool[Tensor, "..."]:
+        shape = self._shapes[name]
+        count = int(np.prod(shape, dtype=np.int64))
+        flat = np.unpackbits(self._bits[name].numpy(), count=count)
+        return torch.from_numpy(flat.view(np.bool_)).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MaskSet):
+            return NotImplemented
+        return self._shapes == other._shapes and all(torch.equal(self._bits[n], other._bits[n]) for n in self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"MaskSet({len(self)} masks, sparsity {self.sparsity():.4f})"
+
+    def __and__(self, other: "MaskSet") -> "MaskSet":
+        """Kept in both; a name that only one of the two has keeps that one's mask."""
+        merged = {**other, **self}
+        for name in self.keys() & other.keys():
+            if self._shapes[name] != other._shapes[name]:
+                raise ValueError(f"mask {name!r} has shape {self._shapes[name]} here and {other._shapes[name]} there")
+            merged[name] = self[name] & other[name]
+        return MaskSet(merged)
+
+    def sparsity(self) -> float:
+        """The fraction removed over all masks, in [0, 1]; 0 for an empty set."""
+        total = sum(int(np.prod(shape, dtype=np.int64)) for shape in self._shapes.values())
+        return 1 - sum(self._kept(name) for name in self) / total if total else 0.0
+
+    def layer_sparsity(self) -> dict[str, float]:
+        """The fraction removed of every parameter, by name."""
+        return {n: 1 - self._kept(n) / max(1, int(np.prod(self._shapes[n], dtype=np.int64))) for n in self}
+
+    def _kept(self, name: str) -> int:
+        return int(np.unpackbits(self._bits[name].numpy()).sum(dtype=np.int64))
+
+    def matching(self, named_parameters: NamedTensors) -> dict[str, Tensor]:
+        """The parameters that these masks are for, by mask name.
+
+        Raises:
+            ValueError: a mask has no parameter, or one of another shape; the first mismatches are listed.
+        """
+        parameters = _items(named_parameters)
+        prefix = self._prefix(parameters)
+        found = {name: parameters[prefix + name] for name in self if prefix + name in parameters}
+        problems = [f"{name}: no such parameter" for name in self if name not in found]
+        problems += [
+            f"{name}: mask of shape {self._shapes[name]}, parameter of shape {tuple(p.shape)}"
+            for name, p in found.items()
+            if tuple(p.shape) != self._shapes[name]
+        ]
+        if problems:
+            raise ValueError(
+                f"these masks belong to another model: {len(problems)} of {len(self)} do not fit, first "
+                + "; ".join(problems[:3])
+                + f". The model has {len(parameters)} parameters, first {', '.join(list(parameters)[:3])}."
+            )
+        return found
+
+    def _prefix(self, names: Collection[str]) -> str:
+        if not self or next(iter(self)) in names:
+            return ""
+        first = next(iter(self))
+        prefixes = [name[: -len(first)] for name in names if name.endswith("." + first)]
+        return next((p for p in prefixes if all(p + name in names for name in self)), "")
+
+    @torch.no_grad()
+    def apply_(self, named_parameters: NamedTensors) -> None:
+        """Sets every pruned weight to zero, in place."""
+        for name, parameter in self.matching(named_parameters).items():
+            parameter.masked_fill_(~self[name].to(parameter.device), 0)
+
+    @torch.no_grad()
+    def violations(self, named_parameters: NamedTensors) -> dict[str, int]:
+        """How many pruned weights are not zero, for every parameter that has any; {} when the masks hold."""
+        counts = {
+            name: int(parameter.masked_fill(self[name].to(parameter.device), 0).count_nonzero())
+            for name, parameter in self.matching(named_parameters).items()
+        }
+        return {name: count for name, count in counts.items() if count}
+
+    def check(self, pattern: Pattern, *, input_first: Collection[str] = ()) -> None:
+        """Raises ValueError naming the masks that do not have `pattern`.
+
+        Args:
+            pattern: what every mask must have.
+            input_first: names of masks stored as (in, out), those of GPT-2's `Conv1D`.
+        """
+        wrong = [n for n in self if not pattern.holds(self[n].T if n in input_first else self[n])]
+        if wrong:
+            raise ValueError(f"{len(wrong)} of {len(self)} masks do not have {pattern}: {', '.join(wrong[:3])}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Packed masks and shapes as plain values that `torch.load(weights_only=True)` accepts."""
+        return {"bits": dict(self._bits), "shapes": {name: list(shape) for name, shape in self._shapes.items()}}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
+        """The inverse of `state_dict`."""
+        masks = cls({})
+        masks._bits = {name: bits.cpu() for name, bits in state["bits"].items()}
+        masks._shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
+        return masks
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file: one bit per weight, the shapes in its metadata."""
+        save_file(self._bits, path, metadata={"format": "prune_callbacks.masks", "shapes": json.dumps(self._shapes)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the file is missing, damaged, or not a masks file.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"no masks file at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                bits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        if metadata.get("format") != "prune_callbacks.masks":
+            raise ValueError(f"{path} is a safetensors file but not one that MaskSet.save wrote")
+        shapes = json.loads(metadata["shapes"])
+        return cls.from_state_dict({"bits": {name: bits[name] for name in shapes}, "shapes": shapes})

@@ -1,0 +1,228 @@
+"""Sparsity patterns: which masks are allowed, as frozen values.
+
+A pattern owns its sparsity, the fraction of weights removed. Weights, scores and masks are
+`(out, in)`: rows are output neurons, columns are input features.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from prune_callbacks.sparsity.selection import keep_largest, refuse_nan
+
+
+class Pattern(Protocol):
+    """What every pattern offers.
+
+    `keep(scores, start)` returns the mask with the largest total score that the pattern allows: an exact
+    count, ties broken toward the lowest index (the first of equal scores is kept), ValueError on NaN.
+    `start` is for solvers that choose masks a slice of columns at a time: it is the slice's first column in
+    the whole layer, and the counts of consecutive slices add up to the count of the whole layer.
+    """
+
+    @property
+    def sparsity(self) -> float: ...
+
+    def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]: ...
+
+    def check_shape(self, shape: tuple[int, int]) -> None:
+        """Raises ValueError if a layer of `shape` (out, in) cannot have this pattern."""
+
+    def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
+        """Whether a mask has this pattern: at least as sparse, and of the right structure."""
+
+
+def _check_sparsity(pattern: str, sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        raise ValueError(
+            f"{pattern}: sparsity is the fraction of weights removed and must lie in [0, 1), "
+            f"got {sparsity}. For 50 % write 0.5."
+        )
+
+
+def _removed(sparsity: float, total: int, before: int = 0) -> int:
+    """How many of the units `before`..`total` go, so that consecutive ranges add up exactly."""
+    return round(sparsity * total) - round(sparsity * before)
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any weight may go: `round(sparsity * count)` weights are removed.
+
+    Args:
+        sparsity: fraction removed, in [0, 1).
+        per: "row": every output row loses the same count (Wanda's convention). "tensor": the whole layer is
+            one pool (SparseGPT and MRP: the pool is one block of columns at a time). None: what the
+            pruner's paper does, which is "row" for Wanda and "tensor" for the others.
+    """
+
+    sparsity: float
+    per: Literal["row", "tensor"] | None = None
+
+    def __post_init__(self) -> None:
+        _check_sparsity("Unstructured", self.sparsity)
+        if self.per not in ("row", "tensor", None):
+            raise ValueError(f'Unstructured: per must be "row", "tensor" or None, got {self.per!r}')
+
+    def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
+        """The mask of the largest scores; see `Pattern`."""
+        refuse_nan(scores)
+        rows, columns = scores.shape
+        end = start + columns
+        if self.per == "row":
+            return keep_largest(scores, columns - _removed(self.sparsity, end, start))
+        removed = _removed(self.sparsity, rows * end, rows * start)
+        return keep_largest(scores.flatten(), scores.numel() - removed).view(scores.shape)
+
+    def check_shape(self, shape: tuple[int, int]) -> None:
+        """Every shape will do."""
+
+    def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
+        """Whether enough weights are gone, in every row where `per` is "row"."""
+        if self.per == "row":
+            columns = keep.shape[1]
+            return bool((keep.sum(1) <= columns - _removed(self.sparsity, columns)).all())
+        return int(keep.sum()) <= keep.numel() - _removed(self.sparsity, keep.numel())
+
+
+@dataclass(frozen=True)
+class NM:
+    """N:M semi-structured: `n` **kept** of every `m` consecutive weights along the input dimension.
+
+    `NM(2, 4).sparsity == 0.5` and `NM(1, 4).sparsity == 0.75`. (The reference code of Wanda and SparseGPT
+    counts the zeros instead.)
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(
+                f"NM(n, m) keeps n of every m weights and needs 0 < n < m, got NM({self.n}, {self.m}). "
+                "NM(2, 4) keeps 2 of 4, NM(1, 4) keeps 1 of 4."
+            )
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed, `1 - n / m`."""
+        return 1 - self.n / self.m
+
+    def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
+        """The mask of the n largest scores of every group of m; see `Pattern`."""
+        refuse_nan(scores)
+        self.check_shape((scores.shape[0], scores.shape[1]))
+        groups = scores.unflatten(-1, (-1, self.m))
+        order = groups.argsort(dim=-1, descending=True, stable=True)
+        keep = torch.zeros_like(groups, dtype=torch.bool)
+        return keep.scatter_(-1, order[..., : self.n], True).flatten(-2)
+
+    def check_shape(self, shape: tuple[int, int]) -> None:
+        """Raises ValueError unless m divides the input size."""
+        if shape[1] % self.m:
+            raise ValueError(
+                f"NM({self.n}, {self.m}) needs an input size divisible by {self.m}, got {shape[1]} "
+                f"(weight of shape {tuple(shape)}). Choose another m, or leave this layer out of `targets`."
+            )
+
+    def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
+        """Whether no group of m keeps more than n."""
+        if keep.shape[1] % self.m:
+            return False
+        return bool((keep.unflatten(-1, (-1, self.m)).sum(-1) <= self.n).all())
+
+
+@dataclass(frozen=True)
+class Block:
+    """Square blocks of `size` x `size` weights; `round(sparsity * blocks)` of them are removed, by summed score."""
+
+    size: int
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        _check_sparsity("Block", self.sparsity)
+        if self.size < 1:
+            raise ValueError(f"Block: size is the side of a square block and must be at least 1, got {self.size}")
+
+    def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
+        """The mask of the blocks with the largest summed scores; see `Pattern`."""
+        refuse_nan(scores)
+        self.check_shape((scores.shape[0], scores.shape[1]))
+        totals = self._tiles(scores).sum((1, 3))
+        rows, columns = totals.shape
+        before = start // self.size
+        removed = _removed(self.sparsity, rows * (before + columns), rows * before)
+        kept = keep_largest(totals.flatten(), totals.numel() - removed).view(totals.shape)
+        return kept.repeat_interleave(self.size, 0).repeat_interleave(self.size, 1)
+
+    def check_shape(self, shape: tuple[int, int]) -> None:
+        """Raises ValueError unless the block's side divides both dimensions."""
+        if shape[0] % self.size or shape[1] % self.size:
+            raise ValueError(
+                f"Block({self.size}, {self.sparsity}) needs both dimensions divisible by {self.size}, got a weight "
+                f"of shape {tuple(shape)}. Choose another size, or leave this layer out of `targets`."
+            )
+
+    def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
+        """Whether every block is wholly kept or removed, and enough are removed."""
+        if keep.shape[0] % self.size or keep.shape[1] % self.size:
+            return False
+        tiles = self._tiles(keep)
+        some, every = tiles.any(3).any(1), tiles.all(3).all(1)
+        allowed = some.numel() - _removed(self.sparsity, some.numel())
+        return bool((some == every).all()) and int(some.sum()) <= allowed
+
+    def _tiles(self, matrix: Tensor) -> Tensor:
+        return matrix.unflatten(1, (-1, self.size)).unflatten(0, (-1, self.size))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Whole output neurons: `round(sparsity * out)` rows are removed, by summed score."""
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        _check_sparsity("Rows", self.sparsity)
+
+    def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
+        """The mask of the rows with the largest summed scores; see `Pattern`."""
+        refuse_nan(scores)
+        rows = scores.shape[0]
+        kept = keep_largest(scores.sum(1), rows - _removed(self.sparsity, rows))
+        return kept[:, None].expand(scores.shape).contiguous()
+
+    def check_shape(self, shape: tuple[int, int]) -> None:
+        """Every shape will do."""
+
+    def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
+        """Whether every row is wholly kept or removed, and enough are removed."""
+        some, rows = keep.any(1), keep.shape[0]
+        return bool((some == keep.all(1)).all()) and int(some.sum()) <= rows - _removed(self.sparsity, rows)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Whole input features: `round(sparsity * in)` columns are removed, by summed score."""
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        _check_sparsity("Columns", self.sparsity)
+
+    def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
+        """The mask of the columns with the largest summed scores; see `Pattern`."""
+        refuse_nan(scores)
+        columns = scores.shape[1]
+        kept = keep_largest(scores.sum(0), columns - _removed(self.sparsity, start + columns, start))
+        return kept[None, :].expand(scores.shape).contiguous()
+
+    def check_shape(self, shape: tuple[int, int]) -> None:
+        """Every shape will do."""
+
+    def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
+        """Whether every column is wholly kept or removed, and enough are removed."""
+        return Rows(self.sparsity).holds(keep.T)
