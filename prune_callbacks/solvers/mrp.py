@@ -7,7 +7,6 @@ from torch import Tensor
 from prune_callbacks.solvers.linalg import DampedGram, masked_least_squares
 from prune_callbacks.sparsity import Pattern
 
-FINAL_TOLERANCE = 1e-6
 # The weights between two blocks only serve to score the next block's columns.
 INTERMEDIATE_TOLERANCE = 1e-3
 
@@ -39,6 +38,6 @@ def mrp_sm(
     for a in range(0, columns, step):
         b = min(a + step, columns)
         keep[:, a:b] = pattern.keep(current[:, a:b].square() / inverse_diagonal[a:b], start=a)
-        tolerance = FINAL_TOLERANCE if b == columns else INTERMEDIATE_TOLERANCE
+        tolerance = torch.finfo(weight.dtype).eps if b == columns else INTERMEDIATE_TOLERANCE
         current = masked_least_squares(dense, system, keep, current, tolerance)
     return current, keep
