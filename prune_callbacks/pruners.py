@@ -18,7 +18,8 @@ from prune_callbacks.sparsity import NM, Block, Columns, Pattern, Unstructured
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a pruner returns for one layer.
+    """
+    What a pruner returns for one layer.
 
     Attributes:
         weight: pruned and, where the method does so, compensated; shape, dtype and device of the dense one.
@@ -33,7 +34,8 @@ class Pruned:
 
 
 class Pruner(Protocol):
-    """Removes weights of one linear layer.
+    """
+    Removes weights of one linear layer.
 
     `prune` never changes its arguments. It computes in float32, or in float64 if the weight or the statistic
     is. It raises ValueError for a shape that the pattern does not fit, a weight with NaN or inf, or a
@@ -68,7 +70,8 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class Wanda:
-    """Removes by `|W_ij| * ||X_j||_2`, within each output row (Sun et al. 2024). No weight is changed.
+    """
+    Removes by `|W_ij| * ||X_j||_2`, within each output row (Sun et al. 2024). No weight is changed.
 
     A pattern of rows, columns or blocks sums this score over the structure.
     """
@@ -92,7 +95,8 @@ class Wanda:
 
 @dataclass(frozen=True)
 class SparseGPT:
-    """One sweep of Optimal Brain Surgeon over the columns (Frantar & Alistarh 2023).
+    """
+    One sweep of Optimal Brain Surgeon over the columns (Frantar & Alistarh 2023).
 
     Takes `Unstructured` (the pool is a block of columns over all rows) and `NM`.
 
@@ -130,7 +134,8 @@ class SparseGPT:
 
 @dataclass(frozen=True)
 class MRP:
-    """Removes whole sets of weights at once and compensates exactly (Zhao et al. 2024).
+    """
+    Removes whole sets of weights at once and compensates exactly (Zhao et al. 2024).
 
     "Pruning Foundation Models for High Accuracy without Retraining". Takes every pattern but `Rows`.
 
@@ -217,9 +222,7 @@ def _check_statistic(name: str, weight: Tensor, statistic: Statistic | None) -> 
     if statistic.tokens == 0:
         raise ValueError("the calibration statistics are empty: no token was added")
     if not bool(torch.isfinite(statistic.squared_norm).all()):
-        raise ValueError(
-            "the calibration activations hold NaN or inf: the inputs of this layer are not finite numbers"
-        )
+        raise ValueError("the calibration activations hold NaN or inf: the inputs of this layer are not finite numbers")
     return statistic
 
 

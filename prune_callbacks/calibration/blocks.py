@@ -17,7 +17,8 @@ def find_language_model(module: nn.Module) -> nn.Module:
 
 
 def find_blocks(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Module]]:
-    """The decoder blocks of a model, in order, as (name, module).
+    """
+    The decoder blocks of a model, in order, as (name, module).
 
     Structure decides, not a table of model families: the blocks are the `nn.ModuleList` that lies in no other
     one and has as many members as the configuration has layers; of several, the one with most parameters.
@@ -41,7 +42,11 @@ def find_blocks(model: nn.Module, name: str | None = None) -> list[tuple[str, nn
         if not candidates:
             raise ValueError(
                 f"no decoder blocks found in {type(model).__name__}: "
-                + (f"no nn.ModuleList has the configuration's {depth} layers. " if depth else "it has no nn.ModuleList. ")
+                + (
+                    f"no nn.ModuleList has the configuration's {depth} layers. "
+                    if depth
+                    else "it has no nn.ModuleList. "
+                )
                 + f'Name the list of blocks with blocks="...", e.g. blocks="model.layers"; there are {sorted(lists)}'
             )
         chosen = max(candidates, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
@@ -58,7 +63,8 @@ def _configured_depth(model: nn.Module) -> int | None:
 def find_targets(
     blocks: Sequence[tuple[str, nn.Module]], targets: Sequence[str] | str | None = None
 ) -> dict[str, nn.Module]:
-    """The layers to prune inside the blocks, by full name, in the model's order.
+    """
+    The layers to prune inside the blocks, by full name, in the model's order.
 
     Args:
         blocks: what `find_blocks` returned.
@@ -68,7 +74,7 @@ def find_targets(
     Raises:
         ValueError: a pattern matches nothing, or there is nothing to prune.
     """
-    layers = {name: layer for name, layer in _prunable(blocks)}
+    layers = dict(_prunable(blocks))
     if not layers:
         raise ValueError(
             "the decoder blocks hold no nn.Linear or Conv1D to prune. Packed or quantized layers cannot be pruned: "

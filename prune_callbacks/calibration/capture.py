@@ -14,7 +14,8 @@ Batch = Tensor | Mapping[str, Any]
 
 @dataclass
 class BlockInputs:
-    """What every block gets for one batch.
+    """
+    What every block gets for one batch.
 
     Attributes:
         hidden: the hidden states that enter the current block, (batch, tokens, hidden); replaced block by block.
@@ -34,7 +35,8 @@ class _AllBlocksReachedError(Exception):
 
 @torch.no_grad()
 def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Batch]) -> list[BlockInputs]:
-    """Runs everything in front of the blocks and records what each block is called with.
+    """
+    Runs everything in front of the blocks and records what each block is called with.
 
     The blocks themselves do not run: for the time of the capture each returns the hidden states that it got
     (in a tuple where the real block returns one), and the pass ends at the last block.
@@ -65,7 +67,7 @@ def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Itera
     captured = []
     try:
         for i, block in enumerate(blocks):
-            block.forward = record(i)  # type: ignore[method-assign]
+            block.forward = record(i)
         for batch in batches:
             calls.clear()
             entering.clear()
@@ -81,7 +83,7 @@ def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Itera
         for block, forward in zip(blocks, replaced, strict=True):
             block.__dict__.pop("forward", None)
             if forward is not None:
-                block.forward = forward  # type: ignore[method-assign]
+                block.forward = forward
     if not captured:
         raise ValueError("there is no calibration batch; give at least one batch of token ids")
     return captured

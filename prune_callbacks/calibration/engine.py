@@ -29,7 +29,8 @@ from prune_callbacks.sparsity import MaskSet
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One pruned layer.
+    """
+    One pruned layer.
 
     Attributes:
         name: the parameter's name, as in the model's `state_dict`.
@@ -50,7 +51,8 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `prune_sequentially` did.
+    """
+    What `prune_sequentially` did.
 
     Attributes:
         masks: the keep masks, by parameter name.
@@ -85,7 +87,8 @@ def prune_sequentially(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> PruneReport:
-    """Prunes a causal language model in place, block by block.
+    """
+    Prunes a causal language model in place, block by block.
 
     Equivalent to re-running the whole model, with all earlier blocks pruned, to collect the inputs of every
     block; each block's inputs are computed once from the previous block's outputs instead.
@@ -138,9 +141,15 @@ def prune_sequentially(
                     batch.hidden = run_block(index, block, batch, where)
             block.to(home)
     if not run.layers:
-        raise ValueError(f"nothing was pruned; all {len(run.skipped)} layers were skipped: {next(iter(run.skipped.values()))}")
+        raise ValueError(
+            f"nothing was pruned; all {len(run.skipped)} layers were skipped: {next(iter(run.skipped.values()))}"
+        )
     return PruneReport(
-        MaskSet(run.masks), tuple(run.layers), run.skipped, time.perf_counter() - begin, peak_memory(where),
+        MaskSet(run.masks),
+        tuple(run.layers),
+        run.skipped,
+        time.perf_counter() - begin,
+        peak_memory(where),
         frozenset(run.input_first),
     )
 
@@ -203,8 +212,7 @@ class _Run:
             warnings.warn(f"{name} stays dense: {reason}. Leave it out of `targets` to silence this.", stacklevel=3)
             return
         begin = time.perf_counter()
-        parameter = layer.weight
-        assert isinstance(parameter, Tensor)
+        parameter = layer.get_parameter("weight")
         weight = oriented(layer, parameter.detach())
         with _naming(name):
             pruned = self.pruner.prune(weight, statistic)
@@ -227,9 +235,7 @@ def _relative_loss(weight: Tensor, pruned: Pruned, statistic: Gram | InputNorm |
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    out, size = oriented(layer, weight).shape
+    out, size = oriented(layer, layer.get_parameter("weight")).shape
     return out, size
 
 
@@ -255,8 +261,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _progress(total: int, show: bool) -> Iterator[tuple[Progress, TaskID]]:
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"),
-        TimeElapsedColumn(), TextColumn("remaining"), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("layers"),
+        TimeElapsedColumn(),
+        TextColumn("remaining"),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, disable=not show) as bar:
         yield bar, bar.add_task("pruning", total=total)

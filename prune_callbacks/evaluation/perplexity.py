@@ -8,7 +8,8 @@ from torchmetrics import Metric
 
 
 class Perplexity(Metric):
-    """`exp` of the mean negative log-likelihood per token, as a torchmetrics metric.
+    """
+    `exp` of the mean negative log-likelihood per token, as a torchmetrics metric.
 
     Equivalent to `torchmetrics.text.Perplexity(ignore_index=-100)`, but through log-softmax, one window at a
     time: a probability that underflows in softmax does not become an infinite perplexity, and the logits
@@ -42,7 +43,8 @@ class Perplexity(Metric):
 def perplexity(
     model: nn.Module, windows: Int[Tensor, "windows tokens"], *, batch_size: int = 1, progress: bool = True
 ) -> float:
-    """Perplexity of a causal LM over non-overlapping windows, each scored on its own.
+    """
+    Perplexity of a causal LM over non-overlapping windows, each scored on its own.
 
     The first token of a window is not predicted, so `windows * (tokens - 1)` tokens count. This is the
     protocol of the GPTQ, SparseGPT and Wanda papers, whose windows are cut from the whole WikiText-2 test

@@ -17,7 +17,8 @@ class NumericalError(ValueError):
 
 @dataclass(frozen=True)
 class DampedGram:
-    """`H = G + damping * mean(diag G) * I` and the factor of its inverse.
+    """
+    `H = G + damping * mean(diag G) * I` and the factor of its inverse.
 
     Attributes:
         matrix: `H`, shape (in, in). Rows and columns of dead features are those of the identity, scaled.
@@ -43,7 +44,8 @@ class DampedGram:
 
 
 def damp(gram: Float[Tensor, "in in"], damping: float) -> DampedGram:
-    """Damps a Gram and factorises it.
+    """
+    Damps a Gram and factorises it.
 
     Equivalent to `torch.linalg.cholesky(torch.linalg.inv(H), upper=True)`, by one Cholesky factorisation of
     `H` with its order reversed and one triangular inverse, so that no inverse is ever factorised.
@@ -90,7 +92,8 @@ def masked_least_squares(
     tolerance: float,
     max_iterations: int = 500,
 ) -> Float[Tensor, "out in"]:
-    """The weights of least `(w - dense) H (w - dense)^T` in every row that are zero outside `keep`.
+    """
+    The weights of least `(w - dense) H (w - dense)^T` in every row that are zero outside `keep`.
 
     Equivalent to `w_S = H_SS^-1 (H dense)_S` row by row (Zhao et al. 2024, eq. 13, written as ridge least
     squares on the kept set S). Computed by conjugate gradients on all rows at once, so that the cost is

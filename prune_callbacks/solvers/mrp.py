@@ -14,7 +14,8 @@ INTERMEDIATE_TOLERANCE = 1e-3
 def mrp_sm(
     weight: Float[Tensor, "out in"], system: DampedGram, pattern: Pattern, block_size: int | None
 ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
-    """Prunes and compensates one layer: mask S, compensation M of the paper.
+    """
+    Prunes and compensates one layer: mask S, compensation M of the paper.
 
     Equivalent to choosing, block of columns after block of columns, the mask of the largest
     `W_ij^2 / [H^-1]_jj` (eq. 14), and after each block solving eq. 13 with the mask of all blocks so far, which

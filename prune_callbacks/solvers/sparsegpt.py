@@ -11,7 +11,8 @@ from prune_callbacks.sparsity import NM, Unstructured
 def sparsegpt(
     weight: Float[Tensor, "out in"], system: DampedGram, pattern: Unstructured | NM, block_size: int
 ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
-    """Prunes and compensates one layer.
+    """
+    Prunes and compensates one layer.
 
     Equivalent to Optimal Brain Surgeon applied to one column after another, left to right, with the error of
     a column pushed onto the columns on its right only (Algorithm 1 of the paper). The mask of a block of

@@ -31,7 +31,8 @@ def _vectors(x: Tensor, in_features: int) -> Tensor:
 
 
 class Gram:
-    """`G = X X^T`, the sum of `x x^T` over all tokens: what SparseGPT and MRP need.
+    """
+    `G = X X^T`, the sum of `x x^T` over all tokens: what SparseGPT and MRP need.
 
     `matrix` has shape (in, in), float32 unless asked otherwise; its memory is all that is ever held. The sum
     is not divided by the number of tokens: no mask and no result depends on the scale.

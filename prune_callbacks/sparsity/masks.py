@@ -26,7 +26,8 @@ def _items(named: NamedTensors) -> dict[str, Tensor]:
 
 
 class MaskSet(Mapping[str, Tensor]):
-    """An immutable mapping from parameter name to keep mask, True = kept.
+    """
+    An immutable mapping from parameter name to keep mask, True = kept.
 
     Masks have the shape of their parameter and are stored packed, one bit per weight; `masks[name]` unpacks
     one into a new bool tensor on the CPU. Names are those of the model that was pruned. Methods that take
@@ -90,7 +91,8 @@ class MaskSet(Mapping[str, Tensor]):
         return int(np.unpackbits(self._bits[name].numpy()).sum(dtype=np.int64))
 
     def matching(self, named_parameters: NamedTensors) -> dict[str, Tensor]:
-        """The parameters that these masks are for, by mask name.
+        """
+        The parameters that these masks are for, by mask name.
 
         Raises:
             ValueError: a mask has no parameter, or one of another shape; the first mismatches are listed.
@@ -135,7 +137,8 @@ class MaskSet(Mapping[str, Tensor]):
         return {name: count for name, count in counts.items() if count}
 
     def check(self, pattern: Pattern, *, input_first: Collection[str] = ()) -> None:
-        """Raises ValueError naming the masks that do not have `pattern`.
+        """
+        Raises ValueError naming the masks that do not have `pattern`.
 
         Args:
             pattern: what every mask must have.
@@ -163,7 +166,8 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads what `save` wrote.
+        """
+        Reads what `save` wrote.
 
         Raises:
             ValueError: the file is missing, damaged, or not a masks file.

@@ -1,4 +1,5 @@
-"""Sparsity patterns: which masks are allowed, as frozen values.
+"""
+Sparsity patterns: which masks are allowed, as frozen values.
 
 A pattern owns its sparsity, the fraction of weights removed. Weights, scores and masks are
 `(out, in)`: rows are output neurons, columns are input features.
@@ -15,7 +16,8 @@ from prune_callbacks.sparsity.selection import keep_largest, refuse_nan
 
 
 class Pattern(Protocol):
-    """What every pattern offers.
+    """
+    What every pattern offers.
 
     `keep(scores, start)` returns the mask with the largest total score that the pattern allows: an exact
     count, ties broken toward the lowest index (the first of equal scores is kept), ValueError on NaN.
@@ -50,7 +52,8 @@ def _removed(sparsity: float, total: int, before: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Any weight may go: `round(sparsity * count)` weights are removed.
+    """
+    Any weight may go: `round(sparsity * count)` weights are removed.
 
     Args:
         sparsity: fraction removed, in [0, 1).
@@ -90,7 +93,8 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class NM:
-    """N:M semi-structured: `n` **kept** of every `m` consecutive weights along the input dimension.
+    """
+    N:M semi-structured: `n` **kept** of every `m` consecutive weights along the input dimension.
 
     `NM(2, 4).sparsity == 0.5` and `NM(1, 4).sparsity == 0.75`. (The reference code of Wanda and SparseGPT
     counts the zeros instead.)
@@ -176,7 +180,8 @@ class Block:
         return bool((some == every).all()) and int(some.sum()) <= allowed
 
     def _tiles(self, matrix: Tensor) -> Tensor:
-        return matrix.unflatten(1, (-1, self.size)).unflatten(0, (-1, self.size))
+        rows, columns = matrix.shape
+        return matrix.reshape(rows // self.size, self.size, columns // self.size, self.size)
 
 
 @dataclass(frozen=True)

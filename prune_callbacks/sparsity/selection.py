@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def keep_largest(scores: Float[Tensor, "*batch n"], kept: int) -> Bool[Tensor, "*batch n"]:
-    """Marks the `kept` largest scores along the last dimension.
+    """
+    Marks the `kept` largest scores along the last dimension.
 
     Equivalent to a stable descending sort of which the first `kept` positions are taken: among equal
     scores the lowest index is kept. Selection by a threshold, so no full sort is made.

@@ -1,0 +1,7 @@
+"""Lightning callbacks: they decide when. What is done lies in the packages below."""
+
+from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
+from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
+from prune_callbacks.callbacks.run_report import RunReport
+
+__all__ = ["MaskEnforcer", "OneShotPrune", "RunReport"]

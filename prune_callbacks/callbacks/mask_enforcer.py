@@ -1,0 +1,109 @@
+"""MaskEnforcer: pruned weights stay exactly zero while a model is trained."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from prune_callbacks.calibration import find_blocks, find_language_model, find_targets
+from prune_callbacks.parallel import PlainAccess, param_access, refuse_unserved
+from prune_callbacks.sparsity import MaskSet
+
+
+class MaskEnforcer(Callback):
+    """
+    Holds masks on gradients, weights and optimizer state, so that zeros stay zero through every step.
+
+    - Gradients of pruned weights are zeroed before clipping: they do not enter the clipping norm.
+    - Pruned weights are zeroed after every optimizer step, inside the step, whatever the loop looks like.
+    - The optimizer's moments at pruned places are zeroed when the masks arrive: momentum gathered before
+      would go on moving the weights for many steps.
+
+    Masks come from the `OneShotPrune` of the same trainer, else from `masks`, else from the zeros of the
+    model's linear layers. They are part of the checkpoint; a fit resumed from one starts from its masks.
+
+    Args:
+        masks: a `MaskSet`, or the path of a file that `MaskSet.save` wrote.
+
+    Attributes:
+        masks: the `MaskSet` in force, once training has started.
+    """
+
+    def __init__(self, masks: MaskSet | str | Path | None = None) -> None:
+        self._given = masks
+        self.masks: MaskSet | None = None
+        self._restored: MaskSet | None = None
+        self._access: PlainAccess | None = None
+        self._hooks: list[RemovableHandle] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        refuse_unserved(trainer.strategy)
+        if isinstance(self._given, str | Path):
+            self._given = MaskSet.load(self._given)
+        if self._given is not None:
+            self._given.matching(pl_module.named_parameters())
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not earlier: some strategies load a checkpoint (and with it these masks) after on_fit_start.
+        self.masks = self._find_masks(trainer, pl_module) if self._restored is None else self._restored
+        self._access = param_access(trainer.strategy, pl_module, self.masks)
+        self._access.project()
+        self._access.zero_moments(trainer.optimizers)
+        self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        assert self._access is not None
+        self._access.mask_gradients()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        assert self._access is not None
+        self._access.project()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            assert self._access is not None
+            assert self.masks is not None
+            pl_module.log_dict({"sparsity": self.masks.sparsity(), "violations": float(self._access.violations())})
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._access = None
+        self._restored = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.masks is None else {"masks": self.masks.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            self._restored = MaskSet.from_state_dict(state_dict["masks"])
+
+    def _find_masks(self, trainer: Trainer, pl_module: LightningModule) -> MaskSet:
+        from prune_callbacks.callbacks.one_shot_prune import OneShotPrune  # which imports this module
+
+        reports = [callback.report for callback in trainer.callbacks if isinstance(callback, OneShotPrune)]
+        if reports and reports[0] is not None:
+            if self._given is not None:
+                rank_zero_warn("MaskEnforcer takes the masks of OneShotPrune; those given to it are not used")
+            return reports[0].masks
+        if self._given is not None:
+            assert isinstance(self._given, MaskSet)
+            return self._given
+        model = find_language_model(pl_module)
+        layers = find_targets(find_blocks(model))
+        weights = {f"{name}.weight": layer.get_parameter("weight") for name, layer in layers.items()}
+        masks = MaskSet.from_nonzero(weights)
+        if masks.sparsity() == 0:
+            raise ValueError(
+                "MaskEnforcer found no masks: there is no OneShotPrune among the callbacks, masks= was not given, and "
+                f"none of the {len(layers)} linear layers in the decoder blocks holds a zero"
+            )
+        return masks

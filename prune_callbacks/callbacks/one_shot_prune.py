@@ -1,0 +1,177 @@
+"""OneShotPrune: prunes a language model when a fit begins."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from prune_callbacks.calibration import LayerReport, PruneReport, find_language_model, prune_sequentially
+from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
+from prune_callbacks.parallel import refuse_unserved
+from prune_callbacks.pruners import Pruner
+from prune_callbacks.sparsity import MaskSet
+
+TRAINING_BATCHES = 128
+
+
+class OneShotPrune(Callback):
+    """
+    Prunes the module's language model in `setup(stage="fit")`, before the strategy wraps it.
+
+    The model keeps its parameters, their names and its `state_dict` keys; pruned weights are zeros in it. Add
+    `MaskEnforcer()`, or the first optimizer steps bring the zeros back.
+
+    A fit that resumes from a checkpoint (`ckpt_path=`) does not prune again: weights and masks are those of the
+    checkpoint. Under DDP rank 0 prunes and every rank gets its result.
+
+    Args:
+        pruner: what to remove and how, e.g. `SparseGPT(Unstructured(0.5))`.
+        batches: calibration batches: token ids, or mappings with `input_ids` and maybe `attention_mask`. None:
+            the data module's `calibration_dataloader()`, else its training data.
+        num_batches: how many of them to use; an error if there are fewer. None: all that `batches` or
+            `calibration_dataloader()` gives, or the first 128 batches of the training data.
+        targets: patterns of layer names, e.g. `["*.mlp.*"]`; None for all linear layers of the decoder blocks.
+        blocks: name of the list of decoder blocks, where it cannot be found.
+        progress: show a progress bar.
+
+    Attributes:
+        report: the `PruneReport`, once pruned (also after resuming).
+    """
+
+    def __init__(
+        self,
+        pruner: Pruner,
+        batches: Iterable[Any] | None = None,
+        num_batches: int | None = None,
+        targets: Sequence[str] | str | None = None,
+        *,
+        blocks: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        if num_batches is not None and num_batches < 1:
+            raise ValueError(f"OneShotPrune: num_batches must be at least 1, got {num_batches}")
+        self.pruner = pruner
+        self.batches = batches
+        self.num_batches = num_batches
+        self.targets = targets
+        self.blocks = blocks
+        self.progress = progress
+        self.report: PruneReport | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        refuse_unserved(trainer.strategy)
+        self.report = None
+        if trainer.ckpt_path is not None:
+            return  # the checkpoint brings weights and masks; on_train_start sees to it that it did
+        if not self._enforced(trainer):
+            rank_zero_warn(
+                "OneShotPrune without MaskEnforcer: the zeros will not last, since the first optimizer steps write "
+                "over them. Add MaskEnforcer() to the callbacks."
+            )
+        model = find_language_model(pl_module)
+        if trainer.is_global_zero:
+            with isolate_rng():  # drawing calibration batches must not change what training draws
+                self.report = prune_sequentially(
+                    model,
+                    self._calibration_batches(trainer, pl_module),
+                    self.pruner,
+                    targets=self.targets,
+                    blocks=self.blocks,
+                    device=trainer.strategy.root_device,
+                    progress=self.progress,
+                )
+        if trainer.world_size > 1:
+            self.report = trainer.strategy.broadcast(self.report)
+            for parameter in model.parameters():
+                parameter.data.copy_(trainer.strategy.broadcast(parameter.data))
+        assert self.report is not None
+        rank_zero_info(
+            f"pruned {len(self.report.layers)} layers, {self.report.sparsity:.2%} zeros, in {self.report.seconds:.0f} s"
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.report is None:
+            raise ValueError(
+                f"the checkpoint {trainer.ckpt_path} holds no pruning result, so it was written before pruning, or "
+                "without OneShotPrune. To prune its model, load it and start a new fit without ckpt_path"
+            )
+        for logger in trainer.loggers:
+            violations = self._violations(pl_module)
+            logger.log_metrics({"sparsity": self.report.sparsity, "violations": violations}, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # With an enforcer, it logs; without one, this is where the zeros are seen to go.
+        if not self._enforced(trainer) and trainer.global_step % trainer.log_every_n_steps == 0:
+            assert self.report is not None
+            pl_module.log_dict({"sparsity": self.report.sparsity, "violations": float(self._violations(pl_module))})
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.report is None:
+            return {}
+        return {
+            "masks": self.report.masks.state_dict(),
+            "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in self.report.layers],
+            "skipped": self.report.skipped,
+            "seconds": self.report.seconds,
+            "peak_memory_bytes": self.report.peak_memory_bytes,
+            "input_first": sorted(self.report.input_first),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not state_dict:
+            return
+        self.report = PruneReport(
+            masks=MaskSet.from_state_dict(state_dict["masks"]),
+            layers=tuple(LayerReport(**layer | {"shape": tuple(layer["shape"])}) for layer in state_dict["layers"]),
+            skipped=state_dict["skipped"],
+            seconds=state_dict["seconds"],
+            peak_memory_bytes=state_dict["peak_memory_bytes"],
+            input_first=frozenset(state_dict["input_first"]),
+        )
+
+    def _violations(self, pl_module: LightningModule) -> int:
+        assert self.report is not None
+        return sum(self.report.masks.violations(pl_module.named_parameters()).values())
+
+    @staticmethod
+    def _enforced(trainer: Trainer) -> bool:
+        return any(isinstance(callback, MaskEnforcer) for callback in trainer.callbacks)
+
+    def _calibration_batches(self, trainer: Trainer, pl_module: LightningModule) -> list[Any] | None:
+        if self.pruner.statistic(1) is None:
+            return None
+        batches, wanted = self.batches, self.num_batches
+        if batches is None:
+            calibration = getattr(trainer.datamodule, "calibration_dataloader", None)
+            batches = calibration() if calibration is not None else None
+        if batches is None:
+            batches = trainer.fit_loop._data_source.dataloader()  # datamodule, module or fit(train_dataloaders=)
+            taken = list(islice(batches, wanted or TRAINING_BATCHES))
+        else:
+            taken = list(islice(batches, wanted))
+        if wanted is not None and len(taken) < wanted:
+            raise ValueError(f"OneShotPrune: asked for {wanted} calibration batches, there are {len(taken)}")
+        return [_token_inputs(batch) for batch in taken]
+
+
+def _token_inputs(batch: Any) -> Any:
+    if isinstance(batch, dict):
+        return {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
+    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
+        return batch[0]
+    if isinstance(batch, torch.Tensor):
+        return batch
+    raise ValueError(
+        f"OneShotPrune: a calibration batch must be token ids, a mapping with input_ids, or a tuple that begins with "
+        f"token ids; got {type(batch).__name__}"
+    )

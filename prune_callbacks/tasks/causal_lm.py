@@ -1,0 +1,78 @@
+"""CausalLM: a LightningModule over any causal language model of `transformers`."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel
+
+from prune_callbacks.evaluation import Perplexity
+
+
+class CausalLM(LightningModule):
+    """
+    Language modelling: next-token cross-entropy, validated by perplexity.
+
+    Batches are token ids (batch, tokens), or mappings with `input_ids` and maybe `attention_mask` (padding is not
+    predicted) and `labels`. Logs `train_loss`, `val_loss` and `val_perplexity`.
+
+    Args:
+        model: e.g. `AutoModelForCausalLM.from_pretrained(...)`. Kept as it is, under `self.model`.
+        optimizer: makes the optimizer from the parameters; AdamW with learning rate 1e-4 by default.
+        scheduler: makes a learning-rate scheduler, stepped every optimizer step, from the optimizer and
+            `num_training_steps`, e.g. `partial(transformers.get_cosine_schedule_with_warmup, num_warmup_steps=10)`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer] = partial(torch.optim.AdamW, lr=1e-4),  # noqa: B008
+        scheduler: Callable[..., LRScheduler] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self.val_perplexity = Perplexity()
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """The model's own forward."""
+        return self.model(input_ids=input_ids, **kwargs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Mean cross-entropy of the next token."""
+        loss: Tensor = self.model(**_with_labels(batch), use_cache=False).loss
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Adds the batch to the perplexity."""
+        inputs = _with_labels(batch)
+        labels = inputs["labels"]
+        output = self.model(**inputs, use_cache=False)
+        self.val_perplexity.update(output.logits, labels)
+        self.log("val_loss", output.loss, batch_size=len(labels))
+        self.log("val_perplexity", self.val_perplexity, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over all trainable parameters, and the scheduler if there is one."""
+        optimizer = self._optimizer(p for p in self.parameters() if p.requires_grad)
+        if self._scheduler is None:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = self._scheduler(optimizer, num_training_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _with_labels(batch: Any) -> dict[str, Tensor]:
+    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    if "labels" not in inputs:
+        labels = inputs["input_ids"]
+        padding = inputs.get("attention_mask")
+        inputs["labels"] = labels if padding is None else labels.masked_fill(padding == 0, -100)
+    return inputs

