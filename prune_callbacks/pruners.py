@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -33,6 +33,7 @@ class Pruned:
     loss: float | None
 
 
+@runtime_checkable
 class Pruner(Protocol):
     """
     Removes weights of one linear layer.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prune_callbacks.calibration import LayerReport, PruneReport, find_language_model, prune_sequentially
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
+from prune_callbacks.callbacks.resuming import resumed_checkpoint
 from prune_callbacks.parallel import refuse_unserved
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.sparsity import MaskSet
@@ -63,13 +64,14 @@ class OneShotPrune(Callback):
         self.blocks = blocks
         self.progress = progress
         self.report: PruneReport | None = None
+        self._restored = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         refuse_unserved(trainer.strategy)
-        self.report = None
-        if trainer.ckpt_path is not None:
+        self.report, self._restored = None, False
+        if resumed_checkpoint(trainer) is not None:
             return  # the checkpoint brings weights and masks; on_train_start sees to it that it did
         if not self._enforced(trainer):
             rank_zero_warn(
@@ -98,11 +100,12 @@ class OneShotPrune(Callback):
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.report is None:
+        if trainer.ckpt_path is not None and not self._restored:
             raise ValueError(
                 f"the checkpoint {trainer.ckpt_path} holds no pruning result, so it was written before pruning, or "
                 "without OneShotPrune. To prune its model, load it and start a new fit without ckpt_path"
             )
+        assert self.report is not None
         for logger in trainer.loggers:
             violations = self._violations(pl_module)
             logger.log_metrics({"sparsity": self.report.sparsity, "violations": violations}, trainer.global_step)
@@ -130,6 +133,7 @@ class OneShotPrune(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
             return
+        self._restored = True
         self.report = PruneReport(
             masks=MaskSet.from_state_dict(state_dict["masks"]),
             layers=tuple(LayerReport(**layer | {"shape": tuple(layer["shape"])}) for layer in state_dict["layers"]),

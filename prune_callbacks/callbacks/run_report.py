@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prune_callbacks.calibration import PruneReport, find_language_model
 from prune_callbacks.calibration.engine import peak_memory
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
+from prune_callbacks.callbacks.resuming import resumed_checkpoint
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.evaluation.report import draw_report, refuse_existing_run, summary_table, write_json
 
@@ -27,13 +28,13 @@ class RunReport(Callback):
     masks are saved before the first training step, so a fit that fails later has lost nothing, and again
     when training ends.
 
-    Perplexity is measured on the data module's `evaluation_windows`, (windows, tokens) of token ids.
+    Perplexity is measured on the data module's `evaluation_windows`, (windows, tokens) of token ids, and reported
+    under its `evaluation_title`.
 
     Args:
         dirpath: the run's folder; refused if it already holds a run, unless the fit resumes from a checkpoint.
         recipe: name of the recipe, for the report.
         model: name of the model, for the report.
-        dataset: name of the evaluation text, for the report.
         tokenizer: saved beside the model, so that the folder is complete.
         batch_size: evaluation windows per forward pass.
         progress: show progress bars.
@@ -48,7 +49,6 @@ class RunReport(Callback):
         *,
         recipe: str | None = None,
         model: str | None = None,
-        dataset: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         batch_size: int = 1,
         progress: bool = True,
@@ -61,7 +61,7 @@ class RunReport(Callback):
             "recipe": recipe,
             "model": model,
             "stage": "dense",
-            "perplexity": {"dataset": dataset, "seq_len": None, "dense": None, "pruned": None, "recovered": None},
+            "perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None},
             "seconds": {"prune": None, "recover": 0.0, "evaluate": 0.0},
             "training_loss": [],
         }
@@ -77,7 +77,7 @@ class RunReport(Callback):
             raise ValueError(f"RunReport needs one OneShotPrune after it among the callbacks, found {names}")
         if getattr(trainer.datamodule, "evaluation_windows", None) is None:
             raise ValueError("RunReport needs a data module with evaluation_windows, such as TokenDataModule")
-        if trainer.ckpt_path is None:
+        if resumed_checkpoint(trainer) is None:
             refuse_existing_run(self.dirpath)
             self._evaluate(trainer, pl_module, "dense")
 
@@ -128,8 +128,8 @@ class RunReport(Callback):
             model, windows, batch_size=self.batch_size, progress=self.progress and trainer.is_global_zero
         )
         self.record["seconds"]["evaluate"] += time.perf_counter() - begin
-        self.record["perplexity"]["seq_len"] = windows.shape[1]
-        self.record["perplexity"][stage] = value if math.isfinite(value) else None
+        measured = {"seq_len": windows.shape[1], stage: value if math.isfinite(value) else None}
+        self.record["perplexity"] |= {"dataset": getattr(trainer.datamodule, "evaluation_title", None)} | measured
         self.record["stage"] = stage
         rank_zero_info(f"{stage} perplexity {value:.2f} ({len(windows)} windows of {windows.shape[1]} tokens)")
 

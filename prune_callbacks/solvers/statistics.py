@@ -1,12 +1,13 @@
 """Streamed calibration statistics: sums over tokens, mergeable across batches and ranks (reduction: sum)."""
 
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable
 class Statistic(Protocol):
     """A sum over the tokens that reach a layer. Raw activations are never kept."""
 
@@ -15,9 +16,6 @@ class Statistic(Protocol):
 
     def update(self, x: Float[Tensor, "*batch in"]) -> None:
         """Adds the input vectors `x`, of shape (..., in) and any floating dtype."""
-
-    def merge(self, other: Self) -> None:
-        """Adds another statistic of the same layer, computed on other tokens."""
 
     @property
     def squared_norm(self) -> Float[Tensor, " in"]:
@@ -50,8 +48,8 @@ class Gram:
         self.matrix.addmm_(rows.T, rows)
         self.tokens += rows.shape[0]
 
-    def merge(self, other: Self) -> None:
-        """Adds another Gram; see `Statistic`."""
+    def merge(self, other: "Gram") -> None:
+        """Adds the sum over other tokens of the same layer."""
         self.matrix += other.matrix.to(self.matrix)
         self.tokens += other.tokens
 
@@ -76,8 +74,8 @@ class InputNorm:
         self.squares += rows.square().sum(0)
         self.tokens += rows.shape[0]
 
-    def merge(self, other: Self) -> None:
-        """Adds another InputNorm; see `Statistic`."""
+    def merge(self, other: "InputNorm") -> None:
+        """Adds the sum over other tokens of the same layer."""
         self.squares += other.squares.to(self.squares)
         self.tokens += other.tokens
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class MaskSet(Mapping[str, Tensor]):
     wrapper), whose names carry one common prefix.
     """
 
-    def __init__(self, masks: Mapping[str, Bool[Tensor, "..."]]) -> None:
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
         for name, keep in masks.items():
             if keep.dtype != torch.bool:
                 raise ValueError(f"mask {name!r} must be a bool tensor with True = kept, got {keep.dtype}")
@@ -43,7 +43,7 @@ class MaskSet(Mapping[str, Tensor]):
         self._shapes = {name: tuple(keep.shape) for name, keep in masks.items()}
 
     @classmethod
-    def from_nonzero(cls, named_parameters: NamedTensors) -> Self:
+    def from_nonzero(cls, named_parameters: NamedTensors) -> "MaskSet":
         """The masks of an already sparse model: kept is what is not zero, for every tensor given."""
         return cls({name: tensor.detach() != 0 for name, tensor in _items(named_parameters).items()})
 
@@ -153,7 +153,7 @@ class MaskSet(Mapping[str, Tensor]):
         return {"bits": dict(self._bits), "shapes": {name: list(shape) for name, shape in self._shapes.items()}}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "MaskSet":
         """The inverse of `state_dict`."""
         masks = cls({})
         masks._bits = {name: bits.cpu() for name, bits in state["bits"].items()}
@@ -165,7 +165,7 @@ class MaskSet(Mapping[str, Tensor]):
         save_file(self._bits, path, metadata={"format": "prune_callbacks.masks", "shapes": json.dumps(self._shapes)})
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> "MaskSet":
         """
         Reads what `save` wrote.
 

@@ -6,7 +6,7 @@ A pattern owns its sparsity, the fraction of weights removed. Weights, scores an
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +15,7 @@ from torch import Tensor
 from prune_callbacks.sparsity.selection import keep_largest, refuse_nan
 
 
+@runtime_checkable
 class Pattern(Protocol):
     """
     What every pattern offers.
@@ -84,11 +85,11 @@ class Unstructured:
         """Every shape will do."""
 
     def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
-        """Whether enough weights are gone, in every row where `per` is "row"."""
-        if self.per == "row":
-            columns = keep.shape[1]
-            return bool((keep.sum(1) <= columns - _removed(self.sparsity, columns)).all())
-        return int(keep.sum()) <= keep.numel() - _removed(self.sparsity, keep.numel())
+        """Whether enough weights are gone, by the count that `per` names; None: by either count."""
+        columns = keep.shape[1]
+        by_row = bool((keep.sum(1) <= columns - _removed(self.sparsity, columns)).all())
+        by_tensor = int(keep.sum()) <= keep.numel() - _removed(self.sparsity, keep.numel())
+        return {"row": by_row, "tensor": by_tensor, None: by_row or by_tensor}[self.per]
 
 
 @dataclass(frozen=True)

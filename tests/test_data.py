@@ -1,0 +1,116 @@
+import json
+
+import pytest
+import torch
+
+from prune_callbacks import TokenDataModule
+from prune_callbacks.calibration.windows import contiguous_windows, random_windows
+from prune_callbacks.tasks import HubText, PythonDocs, TextFile
+
+
+def encode(text):
+    return [ord(c) for c in text]
+
+
+def test_random_windows_are_pieces_of_documents_and_do_not_overlap():
+    documents = ["".join(chr(1000 * d + i) for i in range(n)) for d, n in enumerate([50, 9, 33, 20], 1)]
+    windows = random_windows(documents, encode, 6, 10, seed=1)
+    assert windows.shape == (6, 10)
+    tokens = windows.flatten().tolist()
+    assert len(set(tokens)) == len(tokens)
+    for window in windows.tolist():
+        assert window == list(range(window[0], window[0] + 10))
+    assert torch.equal(windows, random_windows(documents, encode, 6, 10, seed=1))
+    assert not torch.equal(windows, random_windows(documents, encode, 6, 10, seed=2))
+
+
+def test_long_documents_each_give_one_window_first():
+    documents = ["".join(chr(1000 * d + i) for i in range(100)) for d in range(1, 6)]
+    windows = random_windows(documents, encode, 5, 10)
+    assert sorted(int(w[0]) // 1000 for w in windows) == [1, 2, 3, 4, 5]
+
+
+def test_too_few_windows_say_what_there_is():
+    with pytest.raises(ValueError, match=r"asked for 4 calibration windows of 10 tokens; the corpus \(2 documents, the "):
+        random_windows(["x" * 25, "y" * 9], encode, 4, 10)
+    with pytest.raises(ValueError, match=r"has 25 tokens and fills 2 windows of 10; 3 are needed"):
+        contiguous_windows(["x" * 25], encode, 10, limit=3)
+    with pytest.raises(ValueError, match=r"fills 0 windows of 10; 1 are needed"):
+        contiguous_windows(["x"], encode, 10)
+
+
+def test_contiguous_windows_join_documents_with_blank_lines():
+    windows = contiguous_windows(["abc", "defgh"], encode, 5)
+    assert ["".join(map(chr, w)) for w in windows.tolist()] == ["abc\n\n", "defgh"]
+
+
+def test_the_parts_of_the_embedded_corpus_do_not_overlap():
+    texts = {part: "\n\n".join(PythonDocs(part).documents()) for part in ("train", "calibration", "evaluation")}
+    total = sum(map(len, texts.values()))
+    assert total > 250_000
+    assert len(texts["train"]) > 0.6 * total
+    assert min(map(len, texts.values())) > 0.1 * total
+    paragraphs = {part: {" ".join(p.split()) for p in text.split("\n\n")} for part, text in texts.items()}
+    flat = {part: " ".join(text.split()) for part, text in texts.items()}
+    for part in texts:
+        for other in texts:
+            if part == other:
+                continue
+            shared = {p for p in paragraphs[part] & paragraphs[other] if p}
+            assert not shared
+            # Nor does a longer stretch of one stand in the other under another paragraph break.
+            long = [p for p in paragraphs[part] if len(p) > 200]
+            assert sum(p in flat[other] for p in long) <= 0.01 * len(long)
+
+
+def test_local_files(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("".join(f"line {i}\n" for i in range(100)))
+    parts = [TextFile(str(text), part).documents()[0] for part in ("train", "calibration", "evaluation")]
+    assert "".join(parts) == text.read_text()
+    assert [p.count("\n") for p in parts] == [70, 15, 15]
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps({"body": f"document {i}"}) + "\n" for i in range(10)))
+    assert TextFile(str(lines), field="body").documents() == [f"document {i}" for i in range(10)]
+    with pytest.raises(ValueError, match="line 1 is no JSON object with a 'text' field"):
+        TextFile(str(lines)).documents()
+    with pytest.raises(ValueError, match="no text file at"):
+        TextFile(str(tmp_path / "absent.txt")).documents()
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="holds no text"):
+        TextFile(str(tmp_path / "empty.txt")).documents()
+    with pytest.raises(ValueError, match="holds no text in its calibration part"):
+        (tmp_path / "short.txt").write_text("one line")
+        TextFile(str(tmp_path / "short.txt"), "calibration").documents()
+
+
+def test_datasets_on_disk_are_read_through_the_datasets_library(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("a", "", "b")))
+    source = {"path": "json", "data_files": str(tmp_path / "rows.jsonl")}
+    assert HubText(**source).documents() == ["a", "", "b"]
+    assert HubText(**source, join="\n\n").documents() == ["a\n\n\n\nb"]
+    assert HubText(**source, limit=2).documents() == ["a", ""]
+
+
+def test_the_data_module(tokenizer):
+    corpora = [PythonDocs(part) for part in ("train", "calibration", "evaluation")]
+    data = TokenDataModule(
+        tokenizer, *corpora, seq_len=64, batch_size=3, train_windows=10, calibration_windows=6, evaluation_windows=5
+    )
+    data.setup("fit")
+    assert [batch["input_ids"].shape[0] for batch in data.train_dataloader()] == [3, 3, 3, 1]
+    assert sum(len(b["input_ids"]) for b in data.calibration_dataloader()) == 6
+    assert data.evaluation_windows.shape == (5, 64)
+    assert tokenizer.decode(data.evaluation_windows[0].tolist()) in "\n\n".join(corpora[2].documents())
+    assert data.evaluation_title == "Python language reference (evaluation)"
+
+
+def test_bad_corpora_are_named(tokenizer, tmp_path):
+    docs = PythonDocs("train")
+    with pytest.raises(ValueError, match=r"the calibration corpus, Python language reference \(calibration\): asked for 9999"):
+        TokenDataModule(tokenizer, docs, PythonDocs("calibration"), docs, seq_len=64, calibration_windows=9999).setup("fit")
+    (tmp_path / "short.txt").write_text("short")
+    short = TextFile(str(tmp_path / "short.txt"))
+    with pytest.raises(ValueError, match=r"the evaluation corpus, short.txt: the text has 5 tokens"):
+        TokenDataModule(tokenizer, docs, docs, short, seq_len=64, calibration_windows=2).setup("fit")

@@ -1,0 +1,103 @@
+import pytest
+import torch
+
+from prune_callbacks import MRP, NM, Magnitude, SparseGPT, Unstructured, Wanda, prune_sequentially
+from prune_callbacks.calibration import engine
+
+
+@pytest.fixture
+def batches():
+    return list(torch.randint(3, 200, (6, 16)).split(2))
+
+
+def test_the_report_tells_what_was_done(tiny, batches):
+    before = {name: p.clone() for name, p in tiny.named_parameters()}
+    tiny.train()
+    report = prune_sequentially(tiny, batches, SparseGPT(Unstructured(0.5)), progress=False)
+    assert tiny.training
+    assert report.sparsity == 0.5
+    assert [layer.name for layer in report.layers] == list(report.masks)
+    for layer in report.layers:
+        assert layer.sparsity == 0.5
+        assert layer.shape == tuple(tiny.get_parameter(layer.name).shape)
+        assert 0 < layer.relative_loss < 1
+        assert layer.loss > 0
+    assert report.peak_memory_bytes > 10e6
+    untouched = [n for n, p in tiny.named_parameters() if torch.equal(p, before[n])]
+    assert {n for n in before if n not in report.masks} == set(untouched)
+
+
+def test_layers_that_share_an_input_share_one_gram(tiny, batches, monkeypatch):
+    made = []
+
+    class Counting(SparseGPT):
+        def statistic(self, in_features, device=None):
+            made.append(in_features)
+            return super().statistic(in_features, device)
+
+    prune_sequentially(tiny, batches, Counting(NM(2, 4)), progress=False)
+    made = [size for size in made if size > 1]
+    # q, k and v share one; gate and up share one; o and down have their own: four a block, not seven.
+    assert len(made) == 2 * 4
+
+
+def test_magnitude_runs_without_batches(tiny):
+    report = prune_sequentially(tiny, None, Magnitude(NM(2, 4)), progress=False)
+    assert report.sparsity == 0.5
+    assert report.layers[0].loss is None
+
+
+def test_only_targets_are_pruned(tiny, batches):
+    report = prune_sequentially(tiny, batches, Wanda(NM(2, 4)), targets=["*.mlp.*"], progress=False)
+    assert all(".mlp." in name for name in report.masks)
+    assert len(report.masks) == 6
+
+
+def test_mrp_prunes_a_whole_model_better_than_wanda(tiny, batches):
+    state = {name: value.clone() for name, value in tiny.state_dict().items()}
+    losses = {}
+    for pruner in (SparseGPT(NM(2, 4)), MRP(NM(2, 4))):
+        tiny.load_state_dict(state)
+        report = prune_sequentially(tiny, batches, pruner, progress=False)
+        losses[type(pruner).__name__] = sum(layer.relative_loss for layer in report.layers)
+    assert losses["MRP"] < losses["SparseGPT"]
+
+
+def test_bad_input_is_refused_before_work(tiny, batches):
+    before = {name: p.clone() for name, p in tiny.named_parameters()}
+    with pytest.raises(ValueError, match=r"layer model.layers.0.self_attn.q_proj: NM\(2, 5\) needs an input size"):
+        prune_sequentially(tiny, batches, Wanda(NM(2, 5)), progress=False)
+    with pytest.raises(ValueError, match="Wanda needs calibration batches, got None"):
+        prune_sequentially(tiny, None, Wanda(NM(2, 4)), progress=False)
+    with pytest.raises(ValueError, match="there is no calibration batch"):
+        prune_sequentially(tiny, [], Wanda(NM(2, 4)), progress=False)
+    with pytest.raises(ValueError, match="matches no layer"):
+        prune_sequentially(tiny, batches, Wanda(NM(2, 4)), targets=["nothing"], progress=False)
+    assert all(torch.equal(p, before[name]) for name, p in tiny.named_parameters())
+    assert "forward" not in vars(tiny.model.layers[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_name_the_layer(tiny, batches, bad):
+    with torch.no_grad():
+        tiny.model.layers[1].mlp.up_proj.weight[0, 0] = 1.0
+        tiny.model.layers[1].post_attention_layernorm.weight[0] = bad
+    with pytest.raises(ValueError, match=r"layer model.layers.1.mlp.gate_proj: the calibration activations hold NaN"):
+        prune_sequentially(tiny, batches, Wanda(NM(2, 4)), progress=False)
+
+
+def test_a_gram_that_cannot_be_factorised_names_layer_and_damping(tiny, batches):
+    pruner = SparseGPT(NM(2, 4), damping=0.0)
+    short = [batch[:1, :3] for batch in batches[:1]]
+    with pytest.raises(ValueError, match=r"layer model.layers.0.self_attn.q_proj: the damped Gram .* tried damping 0.0"):
+        prune_sequentially(tiny, short, pruner, progress=False)
+
+
+def test_progress_is_shown(tiny, batches, capsys):
+    prune_sequentially(tiny, batches, Wanda(NM(2, 4)))
+    assert "14/14 layers" in capsys.readouterr().out
+
+
+def test_peak_memory_is_in_bytes():
+    held = torch.ones(50_000_000)
+    assert engine.peak_memory(torch.device("cpu")) > held.nbytes

@@ -1,0 +1,222 @@
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prune_callbacks import MRP, NM, Block, Columns, Gram, InputNorm, Magnitude, Rows, SparseGPT, Unstructured, Wanda
+
+OUT, IN = 8, 24
+PATTERNS = [
+    (Unstructured(0.5), {"sparsity": 0.5}, "tensor"),
+    (Unstructured(0.6, per="row"), {"sparsity": 0.6}, "row"),
+    (NM(2, 4), {"n": 2, "m": 4}, "nm"),
+    (NM(1, 4), {"n": 1, "m": 4}, "nm"),
+    (Block(4, 0.5), {"size": 4, "sparsity": 0.5}, "block"),
+    (Rows(0.25), {"sparsity": 0.25}, "rows"),
+    (Columns(0.25), {"sparsity": 0.25}, "columns"),
+]
+IDS = [str(pattern[0]) for pattern in PATTERNS]
+
+
+@pytest.fixture
+def layer(correlated):
+    x = correlated(IN)
+    gram = Gram(IN, dtype=torch.float64)
+    gram.update(x)
+    return torch.randn(OUT, IN, dtype=torch.float64), x, gram
+
+
+def tied(shape):
+    return torch.randint(-2, 3, shape).double()
+
+
+@pytest.mark.parametrize(("pattern", "given_settings", "kind"), PATTERNS, ids=IDS)
+@pytest.mark.parametrize("ties", [False, True])
+def test_magnitude_equals_sorting(layer, pattern, given_settings, kind, ties):
+    weight = tied((OUT, IN)) if ties else layer[0]
+    pruned = Magnitude(pattern).prune(weight, None)
+    assert torch.equal(pruned.keep, oracles.pattern_mask(weight.abs(), kind, **given_settings))
+    assert torch.equal(pruned.weight, weight * pruned.keep)
+    assert pruned.loss is None
+
+
+@pytest.mark.parametrize(("pattern", "given_settings", "kind"), PATTERNS, ids=IDS)
+@pytest.mark.parametrize("ties", [False, True])
+def test_wanda_equals_sorting_within_rows(layer, pattern, given_settings, kind, ties):
+    weight = tied((OUT, IN)) if ties else layer[0]
+    x = tied((50, IN)) if ties else layer[1]
+    norm = InputNorm(IN, dtype=torch.float64)
+    norm.update(x)
+    pruned = Wanda(pattern).prune(weight, norm)
+    kind = "row" if pattern == Unstructured(0.5) else kind  # Wanda's own convention
+    expected = oracles.pattern_mask(weight.abs() * norm.squares.sqrt(), kind, **given_settings)
+    assert torch.equal(pruned.keep, expected)
+    assert torch.equal(pruned.weight, weight * expected)
+
+
+@pytest.mark.parametrize("out", [1, 5])
+@pytest.mark.parametrize(
+    ("pattern", "block_size"),
+    [(Unstructured(0.5), 8), (Unstructured(0.6, per="row"), 8), (Unstructured(0.5), 128), (NM(2, 4), 8), (NM(1, 4), 128)],
+)
+def test_sparsegpt_equals_obs_one_weight_at_a_time(layer, out, pattern, block_size):
+    weight, x, gram = layer
+    pruned = SparseGPT(pattern, block_size=block_size).prune(weight[:out], gram)
+    step = pattern.m if isinstance(pattern, NM) else block_size
+    removed = 0
+
+    def choose(scores, start):
+        nonlocal removed
+        if isinstance(pattern, NM):
+            return oracles.pattern_mask(scores, "nm", n=pattern.n, m=pattern.m)
+        end = start + scores.shape[1]
+        if pattern.per == "row":
+            kept = scores.shape[1] - (round(pattern.sparsity * end) - round(pattern.sparsity * start))
+            return torch.tensor([oracles.keep_by_sorting(row, kept) for row in scores])
+        kept = scores.numel() - (round(pattern.sparsity * out * end) - removed)
+        removed = round(pattern.sparsity * out * end)
+        return torch.tensor(oracles.keep_by_sorting(scores.flatten(), kept)).view(scores.shape)
+
+    expected, keep = oracles.sparsegpt_obs(weight[:out], x, 0.01, step, choose)
+    assert torch.equal(pruned.keep, keep)
+    torch.testing.assert_close(pruned.weight, expected, rtol=1e-8, atol=1e-8)
+    assert pruned.loss == pytest.approx(oracles.output_error(weight[:out], expected, x), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "given_settings", "kind"), [case for case in PATTERNS if not isinstance(case[0], Rows)]
+)
+@pytest.mark.parametrize("block_size", [None, 128])
+def test_mrp_equals_brute_force_least_squares(layer, pattern, given_settings, kind, block_size):
+    weight, x, gram = layer
+    pruned = MRP(pattern, block_size=block_size).prune(weight, gram)
+    inverse = torch.linalg.inv(oracles.damped(x, 0.01))
+    alive = weight.clone()
+    alive[:, x.square().sum(0) == 0] = 0
+    keep = oracles.pattern_mask(alive**2 / inverse.diagonal(), kind, **given_settings)
+    assert torch.equal(pruned.keep, keep)
+    expected = oracles.least_squares(weight, x, 0.01, keep)
+    torch.testing.assert_close(pruned.weight, expected, rtol=1e-6, atol=1e-7)
+    assert pruned.loss == pytest.approx(oracles.output_error(weight, expected, x), rel=1e-6)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(1, 4), Columns(0.25), Block(4, 0.5)])
+def test_mrp_in_blocks_solves_again_for_all_weights(layer, pattern):
+    weight, x, gram = layer
+    pruned = MRP(pattern, block_size=8).prune(weight, gram)
+    assert int(pruned.keep.sum()) == round((1 - pattern.sparsity) * OUT * IN)
+    expected = oracles.least_squares(weight, x, 0.01, pruned.keep)
+    torch.testing.assert_close(pruned.weight, expected, rtol=1e-6, atol=1e-7)
+    # The first block's mask is that of the dense weights; the second's is chosen on what the first left.
+    inverse = torch.linalg.inv(oracles.damped(x, 0.01)).diagonal()
+    alive = weight * (x.square().sum(0) > 0)
+    first = pattern.keep((alive**2 / inverse)[:, :8])
+    assert torch.equal(pruned.keep[:, :8], first)
+    partial = torch.cat([first, torch.ones(OUT, IN - 8, dtype=torch.bool)], 1)
+    left = oracles.least_squares(weight, x, 0.01, partial)
+    # To a thousandth of the loss: scores that are nearly equal may be ordered differently.
+    second = pattern.keep((left**2 / inverse)[:, 8:16], start=8)
+    assert (pruned.keep[:, 8:16] == second).float().mean() > 0.95
+
+
+def test_compensation_pays_as_the_papers_say(layer):
+    weight, _, gram = layer
+    for pattern in (Unstructured(0.5), NM(2, 4)):
+        wanda = Wanda(pattern).prune(weight, gram).loss
+        swept = SparseGPT(pattern).prune(weight, gram).loss
+        exact = MRP(pattern).prune(weight, gram)
+        assert wanda > swept
+        assert exact.loss < wanda
+        assert exact.loss <= oracles.output_error(weight, weight * exact.keep, layer[1])
+
+
+def test_arguments_are_left_as_they_are_and_dtypes_kept(layer):
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = layer[0].to(dtype)
+        gram = Gram(IN)
+        gram.update(layer[1])
+        before, matrix = weight.clone(), gram.matrix.clone()
+        for make in (Magnitude, Wanda, SparseGPT, MRP):
+            pruned = make(NM(2, 4)).prune(weight, gram)
+            assert pruned.weight.dtype == dtype
+            assert (pruned.weight[~pruned.keep] == 0).all()
+            assert pruned.weight.isfinite().all()
+        assert torch.equal(weight, before)
+        assert torch.equal(gram.matrix, matrix)
+
+
+def test_scaling_the_gram_changes_nothing(layer):
+    weight, _, gram = layer
+    scaled = Gram(IN, dtype=torch.float64)
+    scaled.matrix, scaled.tokens = gram.matrix * 4.0, 1
+    for make in (SparseGPT, MRP):
+        first, second = (make(Unstructured(0.5)).prune(weight, g) for g in (gram, scaled))
+        assert torch.equal(first.keep, second.keep)
+        torch.testing.assert_close(first.weight, second.weight)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 30), st.sampled_from([0.0, 0.3, 0.5, 0.9]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_no_gram_makes_nan(out, groups, tokens, sparsity, duplicate):
+    size = 4 * groups
+    torch.manual_seed(out * 1000 + groups * 100 + tokens)
+    x = torch.randn(tokens + 1, size)
+    x[:, ::3] = 0
+    if duplicate:
+        x[:, -1] = x[:, 1]
+    gram = Gram(size)
+    gram.update(x)
+    weight = torch.randn(out, size)
+    weight[:, :4] = 0
+    for pattern in (Unstructured(sparsity), NM(2, 4), NM(1, 4)):
+        for make in (Wanda, SparseGPT, MRP):
+            pruned = make(pattern).prune(weight, gram)
+            assert pruned.weight.isfinite().all()
+            assert pattern.holds(pruned.keep)
+            assert pruned.loss >= 0
+
+
+def test_an_all_zero_layer_and_all_dead_inputs(layer):
+    gram = Gram(IN)
+    gram.update(torch.zeros(5, IN))
+    for make in (SparseGPT, MRP):
+        assert (make(NM(2, 4)).prune(torch.randn(3, IN), gram).weight == 0).all()
+        assert (make(NM(2, 4)).prune(torch.zeros(3, IN), layer[2]).weight == 0).all()
+
+
+def test_combinations_without_sense_are_refused_by_name():
+    for pattern in (Rows(0.5), Columns(0.5), Block(4, 0.5)):
+        with pytest.raises(ValueError, match=r"SparseGPT .* cannot prune .*Use Wanda or Magnitude"):
+            SparseGPT(pattern)
+    with pytest.raises(ValueError, match=r"MRP .* cannot prune Rows.*Use Wanda or Magnitude"):
+        MRP(Rows(0.5))
+    with pytest.raises(ValueError, match='variant must be "SM"'):
+        MRP(NM(2, 4), variant="XX")
+    with pytest.raises(ValueError, match="multiple of the 4 columns"):
+        SparseGPT(NM(2, 4), block_size=6)
+    with pytest.raises(ValueError, match="block_size is a number of columns"):
+        MRP(Unstructured(0.5), block_size=0)
+    with pytest.raises(ValueError, match="damping"):
+        SparseGPT(NM(2, 4), damping=-0.1)
+
+
+def test_bad_weights_and_statistics_are_refused(layer, unchecked):
+    weight, _, gram = layer
+    norm = InputNorm(IN)
+    with pytest.raises(ValueError, match="SparseGPT needs calibration statistics, got None"):
+        SparseGPT(NM(2, 4)).prune(weight, None)
+    with pytest.raises(ValueError, match="are empty: no token"):
+        Wanda(NM(2, 4)).prune(weight, norm)
+    norm.update(torch.rand(3, IN))
+    with pytest.raises(ValueError, match="MRP needs a Gram, got InputNorm"):
+        MRP(NM(2, 4)).prune(weight, norm)
+    with pytest.raises(ValueError, match=r"statistics of 24 input features for a weight of shape \(8, 12\)"):
+        Wanda(NM(2, 4)).prune(weight[:, :12], norm)
+    with pytest.raises(ValueError, match="the dense weight holds NaN or inf"):
+        Magnitude(NM(2, 4)).prune(torch.full((2, 4), torch.nan), None)
+    with pytest.raises(ValueError, match="two dimensions"):
+        Magnitude(NM(2, 4)).prune(torch.rand(2, 4, 4), None)
+    norm.update(torch.full((1, IN), torch.inf))
+    with pytest.raises(ValueError, match="activations hold NaN or inf"):
+        Wanda(NM(2, 4)).prune(weight, norm)
