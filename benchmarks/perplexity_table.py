@@ -1,4 +1,5 @@
-"""Perplexity after one-shot pruning, method by pattern, on fixed token windows.
+"""
+Perplexity after one-shot pruning, method by pattern, on fixed token windows.
 
     python benchmarks/perplexity_table.py WINDOWS.safetensors [--model FOLDER_OR_HUB_ID] [--results FILE.json]
 

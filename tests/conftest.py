@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need the network
+
 import jaxtyping
 import pytest
 import torch

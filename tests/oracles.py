@@ -54,8 +54,8 @@ def sparsegpt_obs(weight: torch.Tensor, x: torch.Tensor, damping: float, step: i
     """Optimal Brain Surgeon, one weight at a time, left to right, each with a fresh inverse.
 
     For column j the Hessian of the columns not yet passed, F = j.., is inverted anew; a removed weight costs
-    `w_j^2 / [H_F^-1]_jj` and changes the others by `-w_j [H_F^-1]_j: / [H_F^-1]_jj`. `choose(scores, start)` gives the mask
-    of the `step` columns from `start` on.
+    `w_j^2 / [H_F^-1]_jj` and changes the others by `-w_j [H_F^-1]_j: / [H_F^-1]_jj`. `choose(scores, start)` gives
+    the mask of the `step` columns from `start` on.
     """
     matrix = damped(x, damping)
     weight = weight.double().clone()

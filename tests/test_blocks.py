@@ -106,7 +106,9 @@ def test_sequential_pruning_equals_rerunning_the_whole_model(family, batches, pr
     assert set(model.state_dict()) == before
     for parameter_name, parameter in model.named_parameters():
         expected = reference.get_parameter(parameter_name)
-        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=parameter_name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter, expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=parameter_name: f"{n}: {m}"
+        )
     assert report.masks.violations(model.named_parameters()) == {}
     report.masks.check(pruner.pattern, input_first=report.input_first)
     ids = batches[0]
@@ -169,7 +171,11 @@ def test_older_layers_that_return_tuples():
 
 def test_targets_by_pattern(tiny):
     blocks = find_blocks(tiny)
-    assert {name.rsplit(".", 1)[-1] for name in find_targets(blocks, "*.mlp.*")} == {"gate_proj", "up_proj", "down_proj"}
+    assert {name.rsplit(".", 1)[-1] for name in find_targets(blocks, "*.mlp.*")} == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
     assert len(find_targets(blocks, ["down_proj", "model.layers.1.self_attn.q_proj"])) == 3
     with pytest.raises(ValueError, match=r"target 'w_proj' matches no layer. The first block has model.layers.0"):
         find_targets(blocks, ["down_proj", "w_proj"])

@@ -31,7 +31,9 @@ def test_long_documents_each_give_one_window_first():
 
 
 def test_too_few_windows_say_what_there_is():
-    with pytest.raises(ValueError, match=r"asked for 4 calibration windows of 10 tokens; the corpus \(2 documents, the "):
+    with pytest.raises(
+        ValueError, match=r"asked for 4 calibration windows of 10 tokens; the corpus \(2 documents, the "
+    ):
         random_windows(["x" * 25, "y" * 9], encode, 4, 10)
     with pytest.raises(ValueError, match=r"has 25 tokens and fills 2 windows of 10; 3 are needed"):
         contiguous_windows(["x" * 25], encode, 10, limit=3)
@@ -79,8 +81,8 @@ def test_local_files(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(ValueError, match="holds no text"):
         TextFile(str(tmp_path / "empty.txt")).documents()
+    (tmp_path / "short.txt").write_text("one line")
     with pytest.raises(ValueError, match="holds no text in its calibration part"):
-        (tmp_path / "short.txt").write_text("one line")
         TextFile(str(tmp_path / "short.txt"), "calibration").documents()
 
 
@@ -108,8 +110,12 @@ def test_the_data_module(tokenizer):
 
 def test_bad_corpora_are_named(tokenizer, tmp_path):
     docs = PythonDocs("train")
-    with pytest.raises(ValueError, match=r"the calibration corpus, Python language reference \(calibration\): asked for 9999"):
-        TokenDataModule(tokenizer, docs, PythonDocs("calibration"), docs, seq_len=64, calibration_windows=9999).setup("fit")
+    with pytest.raises(
+        ValueError, match=r"the calibration corpus, Python language reference \(calibration\): asked for 9999"
+    ):
+        TokenDataModule(tokenizer, docs, PythonDocs("calibration"), docs, seq_len=64, calibration_windows=9999).setup(
+            "fit"
+        )
     (tmp_path / "short.txt").write_text("short")
     short = TextFile(str(tmp_path / "short.txt"))
     with pytest.raises(ValueError, match=r"the evaluation corpus, short.txt: the text has 5 tokens"):

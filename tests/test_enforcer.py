@@ -244,7 +244,9 @@ class Boring(LightningModule):
 def test_a_users_own_module_calibrated_on_its_training_data(tmp_path):
     data = torch.utils.data.TensorDataset(torch.cat(list(batches())))
     watch, module = Watch(), Boring()
-    trainer = trainer_of([OneShotPrune(Wanda(NM(2, 4)), num_batches=3, progress=False), MaskEnforcer(), watch], tmp_path)
+    trainer = trainer_of(
+        [OneShotPrune(Wanda(NM(2, 4)), num_batches=3, progress=False), MaskEnforcer(), watch], tmp_path
+    )
     trainer.fit(module, torch.utils.data.DataLoader(data, 2))
     assert (watch.worst_weight, watch.worst_moment) == (0.0, 0.0)
 
@@ -304,5 +306,7 @@ def test_a_checkpoint_from_before_pruning_is_refused(tmp_path):
 def test_a_second_fit_prunes_again(tmp_path):
     one_shot = OneShotPrune(Magnitude(NM(2, 4)), progress=False)
     fit([one_shot, MaskEnforcer()], tmp_path, max_steps=1)
-    _, module = fit([one_shot, MaskEnforcer()], tmp_path, CausalLM(tiny_llama(seed=4, hidden_size=32, layers=2)), max_steps=1)
+    _, module = fit(
+        [one_shot, MaskEnforcer()], tmp_path, CausalLM(tiny_llama(seed=4, hidden_size=32, layers=2)), max_steps=1
+    )
     assert one_shot.report.masks.violations(module.named_parameters()) == {}

@@ -65,7 +65,11 @@ def test_and_keeps_what_both_keep():
     first = MaskSet({"a": torch.tensor([True, True, False]), "b": torch.tensor([True])})
     second = MaskSet({"a": torch.tensor([True, False, False]), "c": torch.tensor([False])})
     both = first & second
-    assert {name: mask.tolist() for name, mask in both.items()} == {"a": [True, False, False], "b": [True], "c": [False]}
+    assert {name: mask.tolist() for name, mask in both.items()} == {
+        "a": [True, False, False],
+        "b": [True],
+        "c": [False],
+    }
     with pytest.raises(ValueError, match=r"'a' has shape \(3,\) here and \(2,\) there"):
         first & MaskSet({"a": torch.tensor([True, True])})
 

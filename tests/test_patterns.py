@@ -63,7 +63,9 @@ def test_keep_largest_equals_sorting_for_any_scores(array, data):
     assert keep_largest(scores, kept).tolist() == expected
 
 
-@given(st.floats(0, 0.999), st.integers(1, 9), st.integers(1, 40), st.integers(1, 16), st.sampled_from(["row", "tensor"]))
+@given(
+    st.floats(0, 0.999), st.integers(1, 9), st.integers(1, 40), st.integers(1, 16), st.sampled_from(["row", "tensor"])
+)
 @settings(max_examples=100, deadline=None)
 def test_slices_of_columns_add_up_to_the_count_of_the_layer(sparsity, out, size, step, per):
     pattern = Unstructured(sparsity, per=per)

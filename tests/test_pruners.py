@@ -58,7 +58,13 @@ def test_wanda_equals_sorting_within_rows(layer, pattern, given_settings, kind, 
 @pytest.mark.parametrize("out", [1, 5])
 @pytest.mark.parametrize(
     ("pattern", "block_size"),
-    [(Unstructured(0.5), 8), (Unstructured(0.6, per="row"), 8), (Unstructured(0.5), 128), (NM(2, 4), 8), (NM(1, 4), 128)],
+    [
+        (Unstructured(0.5), 8),
+        (Unstructured(0.6, per="row"), 8),
+        (Unstructured(0.5), 128),
+        (NM(2, 4), 8),
+        (NM(1, 4), 128),
+    ],
 )
 def test_sparsegpt_equals_obs_one_weight_at_a_time(layer, out, pattern, block_size):
     weight, x, gram = layer

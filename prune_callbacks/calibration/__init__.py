@@ -2,6 +2,7 @@
 
 from prune_callbacks.calibration.blocks import find_blocks, find_language_model, find_targets
 from prune_callbacks.calibration.engine import LayerReport, PruneReport, prune_sequentially
+from prune_callbacks.calibration.saving import save_sparse_model
 
 __all__ = [
     "LayerReport",
@@ -10,4 +11,5 @@ __all__ = [
     "find_language_model",
     "find_targets",
     "prune_sequentially",
+    "save_sparse_model",
 ]

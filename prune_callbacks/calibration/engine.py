@@ -121,14 +121,15 @@ def prune_sequentially(
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
 
+    last = max(i for i, (block_name, _) in enumerate(found) if any(_inside(n, block_name) for n in chosen))
     run = _Run(pruner, where)
     with _evaluating(model), _progress(len(chosen), progress) as (bar, task):
         inputs: list[BlockInputs] = []
         if calibrated and batches is not None:
             bar.update(task, description="embedding the calibration windows")
             inputs = capture_inputs(model, [block for _, block in found], batches)
-        for index, (block_name, block) in enumerate(found):
-            layers = {n: m for n, m in chosen.items() if n == block_name or n.startswith(block_name + ".")}
+        for index, (block_name, block) in enumerate(found[: last + 1]):
+            layers = {n: m for n, m in chosen.items() if _inside(n, block_name)}
             bar.update(task, description=f"pruning {block_name}")
             block.to(where)
             statistics = run.collect(index, block, layers, inputs) if layers and inputs else {}
@@ -136,7 +137,7 @@ def prune_sequentially(
                 run.prune(name, layer, statistics.get(name))
                 bar.advance(task)
             del statistics
-            if index < len(found) - 1:
+            if index < last:
                 for batch in inputs:
                     batch.hidden = run_block(index, block, batch, where)
             block.to(home)
@@ -232,6 +233,10 @@ def _relative_loss(weight: Tensor, pruned: Pruned, statistic: Gram | InputNorm |
     dense = weight.to(statistic.matrix)
     output = float(((dense @ statistic.matrix) * dense).sum(dtype=torch.float64))
     return pruned.loss / output if output > 0 else 0.0
+
+
+def _inside(name: str, block: str) -> bool:
+    return name == block or name.startswith(block + ".")
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from prune_callbacks.calibration import LayerReport, PruneReport, find_language_model, prune_sequentially
+from prune_callbacks.calibration import (
+    LayerReport,
+    PruneReport,
+    find_language_model,
+    prune_sequentially,
+    save_sparse_model,
+)
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.resuming import resumed_checkpoint
 from prune_callbacks.parallel import refuse_unserved
@@ -39,6 +46,8 @@ class OneShotPrune(Callback):
             `calibration_dataloader()` gives, or the first 128 batches of the training data.
         targets: patterns of layer names, e.g. `["*.mlp.*"]`; None for all linear layers of the decoder blocks.
         blocks: name of the list of decoder blocks, where it cannot be found.
+        save_dir: write the pruned model and its masks here as soon as they exist, so that whatever fails later
+            costs nothing: `model/` (`save_pretrained`) and `masks.safetensors`.
         progress: show a progress bar.
 
     Attributes:
@@ -53,6 +62,7 @@ class OneShotPrune(Callback):
         targets: Sequence[str] | str | None = None,
         *,
         blocks: str | None = None,
+        save_dir: str | Path | None = None,
         progress: bool = True,
     ) -> None:
         if num_batches is not None and num_batches < 1:
@@ -62,6 +72,7 @@ class OneShotPrune(Callback):
         self.num_batches = num_batches
         self.targets = targets
         self.blocks = blocks
+        self.save_dir = save_dir
         self.progress = progress
         self.report: PruneReport | None = None
         self._restored = False
@@ -98,6 +109,8 @@ class OneShotPrune(Callback):
         rank_zero_info(
             f"pruned {len(self.report.layers)} layers, {self.report.sparsity:.2%} zeros, in {self.report.seconds:.0f} s"
         )
+        if self.save_dir is not None and trainer.is_global_zero:
+            save_sparse_model(model, self.report.masks, self.save_dir)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path is not None and not self._restored:

@@ -7,7 +7,8 @@ from lightning.pytorch import Trainer
 
 
 def resumed_checkpoint(trainer: Trainer) -> Any:
-    """The checkpoint that the running fit will load after `setup`, or None.
+    """
+    The checkpoint that the running fit will load after `setup`, or None.
 
     Lightning (2.6) hands `ckpt_path` from `Trainer.fit` to `Trainer._run` as an argument and makes it
     available as `trainer.ckpt_path` only once `setup` is over; until then that holds the value of the fit before. So

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from prune_callbacks.calibration import PruneReport, find_language_model
+from prune_callbacks.calibration import PruneReport, find_language_model, save_sparse_model
 from prune_callbacks.calibration.engine import peak_memory
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.resuming import resumed_checkpoint
@@ -24,9 +24,8 @@ class RunReport(Callback):
     """
     Writes `report.json`, `report.png`, `masks.safetensors` and `model/` into one folder.
 
-    Put it **before** `OneShotPrune`: it measures the dense model in its own `setup`. The pruned model and its
-    masks are saved before the first training step, so a fit that fails later has lost nothing, and again
-    when training ends.
+    Put it **before** `OneShotPrune`: it measures the dense model in its own `setup`. The model and its masks are
+    saved before the first training step (`OneShotPrune(save_dir=...)` does so earlier) and when training ends.
 
     Perplexity is measured on the data module's `evaluation_windows`, (windows, tokens) of token ids, and reported
     under its `evaluation_title`.
@@ -84,7 +83,8 @@ class RunReport(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.record["stage"] != "dense":
             return  # resumed: the checkpoint brought what was measured
-        self._save(trainer, pl_module)
+        if not (self.dirpath / "masks.safetensors").exists():  # OneShotPrune(save_dir=...) may have done it
+            self._save(trainer, pl_module)
         self._evaluate(trainer, pl_module, "pruned")
         self._write(trainer, pl_module)
 
@@ -139,15 +139,9 @@ class RunReport(Callback):
         return report
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        model = find_language_model(pl_module)
-        assert isinstance(model, PreTrainedModel)
-        self.dirpath.mkdir(parents=True, exist_ok=True)
-        self._report(trainer).masks.save(self.dirpath / "masks.safetensors")
-        model.save_pretrained(self.dirpath / "model")
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(self.dirpath / "model")
+        if trainer.is_global_zero:
+            model, masks = find_language_model(pl_module), self._report(trainer).masks
+            save_sparse_model(model, masks, self.dirpath, self.tokenizer)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -43,7 +45,7 @@ def summary_table(record: dict[str, Any]) -> None:
     table.add_column("")
     table.add_column(f"perplexity on {measured['dataset'] or 'evaluation text'}\n(windows of {measured['seq_len']})")
     for stage in STAGES:
-        table.add_row(stage, "not finite" if measured[stage] is None else f"{measured[stage]:.2f}")
+        table.add_row(stage, "-" if measured[stage] is None else f"{measured[stage]:.2f}")
     table.add_section()
     table.add_row("zeros in pruned layers", f"{record['sparsity']['achieved']:.2%}")
     table.add_row("weights violating masks", str(sum(record["violations"].values())))
@@ -67,7 +69,8 @@ def _draw_perplexity(axis: Axes, measured: dict[str, Any]) -> None:
         stages, [measured[stage] for stage in stages], color=["#4c78a8", "#e45756", "#54a24b"][: len(stages)]
     )
     axis.bar_label(bars, fmt="%.1f")
-    axis.set_title(f"perplexity, {measured['dataset'] or 'evaluation text'}\nwindows of {measured['seq_len']} tokens")
+    dataset = textwrap.fill(measured["dataset"] or "evaluation text", 30)
+    axis.set_title(f"perplexity\n{dataset}\nwindows of {measured['seq_len']} tokens", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -76,6 +79,7 @@ def _draw_training(axis: Axes, curve: list[list[float]]) -> None:
     axis.set_xlabel("optimizer step")
     if curve:
         axis.plot(*zip(*curve, strict=True), color="#4c78a8", linewidth=1)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:
         axis.text(0.5, 0.5, "not trained yet", ha="center", va="center", transform=axis.transAxes)
     axis.spines[["top", "right"]].set_visible(False)

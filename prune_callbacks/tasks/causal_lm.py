@@ -35,7 +35,7 @@ class CausalLM(LightningModule):
         scheduler: Callable[..., LRScheduler] | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.train()  # from_pretrained returns models in evaluation mode, which Lightning keeps
         self._optimizer = optimizer
         self._scheduler = scheduler
         self.val_perplexity = Perplexity()

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.calibration.windows import contiguous_windows, random_windows
-from prune_callbacks.tasks.corpora import Corpus
+from prune_callbacks.tasks.corpora import SHARES, Corpus, TextFile
 
 
 class _Windows(Dataset[dict[str, Tensor]]):
@@ -76,6 +76,14 @@ class TokenDataModule(LightningDataModule):
         self.train_windows: Int[Tensor, "windows tokens"] | None = None
         self.calibration_windows: Int[Tensor, "windows tokens"] | None = None
         self.evaluation_windows: Int[Tensor, "windows tokens"] | None = None
+
+    @classmethod
+    def from_text_file(
+        cls, tokenizer: PreTrainedTokenizerBase, path: str, field: str = "text", **settings: Any
+    ) -> "TokenDataModule":
+        """Windows of one local `.txt` or `.jsonl` file, cut into three parts that do not overlap; see `TextFile`."""
+        train, calibration, evaluation = (TextFile(path, part, field) for part in SHARES)
+        return cls(tokenizer, train, calibration, evaluation, **settings)
 
     def setup(self, stage: str) -> None:
         """Reads and tokenizes the corpora, once."""
