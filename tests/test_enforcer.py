@@ -1,11 +1,13 @@
 """MaskEnforcer in real fits: every guarantee beside a run without it, in which the zeros come back."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
 
 from prune_callbacks import (
@@ -199,6 +201,19 @@ def test_masks_from_a_file_and_from_zeros(tmp_path):
     fit([from_zeros], tmp_path, module)
     assert from_zeros.masks == masks
     assert masks.violations(module.named_parameters()) == {}
+
+
+def test_loggers_get_sparsity_and_violations(tmp_path):
+    logger = CSVLogger(tmp_path)
+    one_shot = OneShotPrune(Magnitude(NM(2, 4)), progress=False)
+    fit([one_shot, MaskEnforcer()], tmp_path, max_steps=4, logger=logger, log_every_n_steps=2)
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    columns = rows[0].split(",")
+    logged = [dict(zip(columns, row.split(","), strict=True)) for row in rows[1:]]
+    steps = {int(row["step"]): row for row in logged if row["violations"]}
+    assert set(steps) >= {0, 1, 3}
+    assert {float(row["violations"]) for row in steps.values()} == {0.0}
+    assert {float(row["sparsity"]) for row in steps.values()} == {0.5}
 
 
 def test_one_shot_comes_before_the_file(tmp_path):

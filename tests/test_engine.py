@@ -77,6 +77,17 @@ def test_bad_input_is_refused_before_work(tiny, batches):
     assert "forward" not in vars(tiny.model.layers[0])
 
 
+def test_weights_without_float_values_are_refused(tiny, batches):
+    quantized, layer = tiny.model.layers[1].mlp, torch.nn.Linear(96, 32, bias=False)
+    layer.weight = torch.nn.Parameter(torch.zeros(32, 96, dtype=torch.int8), requires_grad=False)
+    quantized.down_proj = layer
+    with pytest.raises(ValueError, match=r"layer model.layers.1.mlp.down_proj: its weight is torch.int8; quantized"):
+        prune_sequentially(tiny, batches, Wanda(NM(2, 4)), progress=False)
+    quantized.down_proj = torch.nn.Linear(96, 32, bias=False, device="meta")
+    with pytest.raises(ValueError, match=r"layer model.layers.1.mlp.down_proj: its weight is on the meta device"):
+        prune_sequentially(tiny, batches, Wanda(NM(2, 4)), progress=False)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_name_the_layer(tiny, batches, bad):
     with torch.no_grad():

@@ -74,6 +74,14 @@ def test_and_keeps_what_both_keep():
         first & MaskSet({"a": torch.tensor([True, True])})
 
 
+def test_join_takes_sets_of_different_names():
+    first, second = masks_of((4, 8)), MaskSet({"b": torch.tensor([True, False])})
+    assert MaskSet.join([first, second]) == MaskSet({**first, **second})
+    assert MaskSet.join([]) == MaskSet({})
+    with pytest.raises(ValueError, match="mask 'b' is in more than one of the sets"):
+        MaskSet.join([second, second])
+
+
 def test_masks_of_another_model_list_the_first_mismatches(tmp_path):
     masks = masks_of((4, 8), (4, 8), (2, 2))
     with pytest.raises(ValueError, match=r"another model: 3 of 3 do not fit, first layer0.weight: no such parameter"):

@@ -112,6 +112,7 @@ def prune_sequentially(
     chosen = find_targets(found, targets)
     for name, layer in chosen.items():
         with _naming(name):
+            _check_weight(layer.get_parameter("weight"))
             pruner.pattern.check_shape(_shape(layer))
     home = next(model.parameters()).device
     where = home if device is None else torch.device(device)
@@ -146,7 +147,7 @@ def prune_sequentially(
             f"nothing was pruned; all {len(run.skipped)} layers were skipped: {next(iter(run.skipped.values()))}"
         )
     return PruneReport(
-        MaskSet(run.masks),
+        MaskSet.join(run.masks),
         tuple(run.layers),
         run.skipped,
         time.perf_counter() - begin,
@@ -161,7 +162,7 @@ class _Run:
     def __init__(self, pruner: Pruner, device: torch.device) -> None:
         self.pruner = pruner
         self.device = device
-        self.masks: dict[str, Tensor] = {}
+        self.masks: list[MaskSet] = []
         self.layers: list[LayerReport] = []
         self.skipped: dict[str, str] = {}
         self.input_first: set[str] = set()
@@ -219,7 +220,7 @@ class _Run:
             pruned = self.pruner.prune(weight, statistic)
         relative = _relative_loss(weight, pruned, statistic)
         parameter.data.copy_(oriented(layer, pruned.weight))
-        self.masks[parameter_name] = oriented(layer, pruned.keep).contiguous()
+        self.masks.append(MaskSet({parameter_name: oriented(layer, pruned.keep)}))
         if oriented(layer, parameter) is not parameter:
             self.input_first.add(parameter_name)
         sparsity = 1 - float(pruned.keep.float().mean())
@@ -233,6 +234,15 @@ def _relative_loss(weight: Tensor, pruned: Pruned, statistic: Gram | InputNorm |
     dense = weight.to(statistic.matrix)
     output = float(((dense @ statistic.matrix) * dense).sum(dtype=torch.float64))
     return pruned.loss / output if output > 0 else 0.0
+
+
+def _check_weight(weight: Tensor) -> None:
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"its weight is {weight.dtype}; quantized weights cannot be pruned, load the model dequantized"
+        )
+    if weight.is_meta:
+        raise ValueError("its weight is on the meta device, without values; load the model into memory first")
 
 
 def _inside(name: str, block: str) -> bool:

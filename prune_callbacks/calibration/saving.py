@@ -9,6 +9,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prune_callbacks.sparsity import MaskSet
 
 
+def savable(model: nn.Module) -> PreTrainedModel:
+    """The model itself, or ValueError: without `transformers` there is no common format to save it in."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"only transformers models can be saved, got {type(model).__name__}; save its state_dict instead"
+        )
+    return model
+
+
 def save_sparse_model(
     model: nn.Module, masks: MaskSet, dirpath: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
@@ -18,12 +27,9 @@ def save_sparse_model(
     What was there is replaced only once the new files are complete.
 
     Raises:
-        ValueError: the model is not a `transformers` model, so there is no common format to save it in.
+        ValueError: the model cannot be saved; see `savable`.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(
-            f"only transformers models can be saved, got {type(model).__name__}; save its state_dict instead"
-        )
+    model = savable(model)
     folder = Path(dirpath)
     final, partial, old = folder / "model", folder / "model.partial", folder / "model.old"
     for leftover in (partial, old):

@@ -68,9 +68,15 @@ class MaskEnforcer(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step % trainer.log_every_n_steps == 0:
-            assert self._access is not None
-            assert self.masks is not None
-            pl_module.log_dict({"sparsity": self.masks.sparsity(), "violations": float(self._access.violations())})
+            self._log(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(pl_module)
+
+    def _log(self, pl_module: LightningModule) -> None:
+        assert self._access is not None
+        assert self.masks is not None
+        pl_module.log_dict({"sparsity": self.masks.sparsity(), "violations": float(self._access.violations())})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for hook in self._hooks:

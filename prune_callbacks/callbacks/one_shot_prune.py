@@ -19,6 +19,7 @@ from prune_callbacks.calibration import (
     prune_sequentially,
     save_sparse_model,
 )
+from prune_callbacks.calibration.saving import savable
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.resuming import resumed_checkpoint
 from prune_callbacks.parallel import refuse_unserved
@@ -90,6 +91,8 @@ class OneShotPrune(Callback):
                 "over them. Add MaskEnforcer() to the callbacks."
             )
         model = find_language_model(pl_module)
+        if self.save_dir is not None:
+            savable(model)
         if trainer.is_global_zero:
             with isolate_rng():  # drawing calibration batches must not change what training draws
                 self.report = prune_sequentially(
@@ -126,8 +129,15 @@ class OneShotPrune(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            self._log(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # With an enforcer, it logs; without one, this is where the zeros are seen to go.
-        if not self._enforced(trainer) and trainer.global_step % trainer.log_every_n_steps == 0:
+        if not self._enforced(trainer):
             assert self.report is not None
             pl_module.log_dict({"sparsity": self.report.sparsity, "violations": float(self._violations(pl_module))})
 

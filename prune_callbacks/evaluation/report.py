@@ -74,7 +74,7 @@ def _draw_perplexity(axis: Axes, measured: dict[str, Any]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_training(axis: Axes, curve: list[list[float]]) -> None:
+def _draw_training(axis: Axes, curve: list[list[int | float]]) -> None:
     axis.set_title("training loss with masks held")
     axis.set_xlabel("optimizer step")
     if curve:

@@ -43,6 +43,18 @@ class MaskSet(Mapping[str, Tensor]):
         self._shapes = {name: tuple(keep.shape) for name, keep in masks.items()}
 
     @classmethod
+    def join(cls, parts: Iterable["MaskSet"]) -> "MaskSet":
+        """One set of the masks of several, whose names must differ; nothing is unpacked."""
+        joined = cls({})
+        for part in parts:
+            shared = joined.keys() & part.keys()
+            if shared:
+                raise ValueError(f"mask {min(shared)!r} is in more than one of the sets")
+            joined._bits |= part._bits
+            joined._shapes |= part._shapes
+        return joined
+
+    @classmethod
     def from_nonzero(cls, named_parameters: NamedTensors) -> "MaskSet":
         """The masks of an already sparse model: kept is what is not zero, for every tensor given."""
         return cls({name: tensor.detach() != 0 for name, tensor in _items(named_parameters).items()})
