@@ -22,7 +22,7 @@ IDS = [str(pattern[0]) for pattern in PATTERNS]
 @pytest.fixture
 def layer(correlated):
     x = correlated(IN)
-    gram = Gram(IN, dtype=torch.float64)
+    gram = Gram(IN)
     gram.update(x)
     return torch.randn(OUT, IN, dtype=torch.float64), x, gram
 
@@ -46,7 +46,7 @@ def test_magnitude_equals_sorting(layer, pattern, given_settings, kind, ties):
 def test_wanda_equals_sorting_within_rows(layer, pattern, given_settings, kind, ties):
     weight = tied((OUT, IN)) if ties else layer[0]
     x = tied((50, IN)) if ties else layer[1]
-    norm = InputNorm(IN, dtype=torch.float64)
+    norm = InputNorm(IN)
     norm.update(x)
     pruned = Wanda(pattern).prune(weight, norm)
     kind = "row" if pattern == Unstructured(0.5) else kind  # Wanda's own convention
@@ -154,7 +154,7 @@ def test_arguments_are_left_as_they_are_and_dtypes_kept(layer):
 
 def test_scaling_the_gram_changes_nothing(layer):
     weight, _, gram = layer
-    scaled = Gram(IN, dtype=torch.float64)
+    scaled = Gram(IN)
     scaled.matrix, scaled.tokens = gram.matrix * 4.0, 1
     for make in (SparseGPT, MRP):
         first, second = (make(Unstructured(0.5)).prune(weight, g) for g in (gram, scaled))
@@ -163,7 +163,8 @@ def test_scaling_the_gram_changes_nothing(layer):
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 30), st.sampled_from([0.0, 0.3, 0.5, 0.9]), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
+@pytest.mark.filterwarnings("error:least squares under the mask stopped")
 def test_no_gram_makes_nan(out, groups, tokens, sparsity, duplicate):
     size = 4 * groups
     torch.manual_seed(out * 1000 + groups * 100 + tokens)

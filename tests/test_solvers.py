@@ -73,6 +73,17 @@ def test_masked_least_squares_reaches_the_optimum(correlated, dtype, tolerance, 
     assert (solved[~keep] == 0).all()
 
 
+def test_masked_least_squares_ends_where_survivors_replace_everything():
+    """Every feature stands twice, so half of them can go at a loss far below float32's resolution of the start's."""
+    x = torch.randn(300, 20).repeat_interleave(2, 1)
+    dense, keep = torch.randn(5, 40), torch.tensor([True, False]).repeat(5, 20)
+    system = damp(x.T @ x, 1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solved = masked_least_squares(dense, system, keep, dense, torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(solved[:, ::2], dense[:, ::2] + dense[:, 1::2], rtol=1e-3, atol=1e-3)
+
+
 def test_masked_least_squares_says_when_it_did_not_converge(correlated):
     x = correlated(40, dead=0)
     dense = torch.randn(3, 40, dtype=torch.float64)

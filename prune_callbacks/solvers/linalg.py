@@ -117,13 +117,15 @@ def masked_least_squares(
     weight = start * kept
     image = (dense - weight) @ matrix
     loss = float(((dense - weight) * image).sum(dtype=torch.float64))
+    # The loss left over may be far below the one begun with; it is not known more exactly than this.
+    resolution = torch.finfo(dense.dtype).eps * loss
     residual = image.mul_(kept)
     scaled = (residual @ inverse).mul_(kept)
     energy = (residual * scaled).sum(1, keepdim=True)
     direction = scaled
     for _ in range(max_iterations):
         excess = float(energy.sum(dtype=torch.float64))
-        if excess <= tolerance * loss:
+        if excess <= tolerance * max(loss, resolution):
             return weight
         image = (direction @ matrix).mul_(kept)
         curvature = (direction * image).sum(1, keepdim=True)

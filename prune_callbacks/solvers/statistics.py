@@ -22,29 +22,31 @@ class Statistic(Protocol):
         """`||X_j||_2^2` of every input feature: the sum of its squares over all tokens."""
 
 
-def _vectors(x: Tensor, in_features: int) -> Tensor:
+def _vectors(x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of `x` and the sum so far, in float64 if either is, else in float32."""
+    in_features = total.shape[-1]
     if x.shape[-1] != in_features:
         raise ValueError(f"expected inputs of shape (..., {in_features}), got {tuple(x.shape)}")
-    return x.detach().reshape(-1, in_features)
+    if x.dtype == torch.float64:
+        total = total.double()
+    return x.detach().reshape(-1, in_features).to(total), total
 
 
 class Gram:
     """
     `G = X X^T`, the sum of `x x^T` over all tokens: what SparseGPT and MRP need.
 
-    `matrix` has shape (in, in), float32 unless asked otherwise; its memory is all that is ever held. The sum
-    is not divided by the number of tokens: no mask and no result depends on the scale.
+    `matrix` has shape (in, in) and is float32, or float64 once float64 inputs came; its memory is all that is ever
+    held. The sum is not divided by the number of tokens: no mask and no result depends on the scale.
     """
 
-    def __init__(
-        self, in_features: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
-    ) -> None:
-        self.matrix: Float[Tensor, "in in"] = torch.zeros(in_features, in_features, device=device, dtype=dtype)
+    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
+        self.matrix: Float[Tensor, "in in"] = torch.zeros(in_features, in_features, device=device, dtype=torch.float32)
         self.tokens = 0
 
     def update(self, x: Float[Tensor, "*batch in"]) -> None:
         """Adds `x^T x` for `x` of shape (..., in); see `Statistic`."""
-        rows = _vectors(x, self.matrix.shape[0]).to(self.matrix)
+        rows, self.matrix = _vectors(x, self.matrix)
         self.matrix.addmm_(rows.T, rows)
         self.tokens += rows.shape[0]
 
@@ -60,17 +62,15 @@ class Gram:
 
 
 class InputNorm:
-    """The sum of squares of every input feature, shape (in,), float32: all that Wanda needs."""
+    """The sum of squares of every input feature, shape (in,), float32 or float64: all that Wanda needs."""
 
-    def __init__(
-        self, in_features: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
-    ) -> None:
-        self.squares: Float[Tensor, " in"] = torch.zeros(in_features, device=device, dtype=dtype)
+    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
+        self.squares: Float[Tensor, " in"] = torch.zeros(in_features, device=device, dtype=torch.float32)
         self.tokens = 0
 
     def update(self, x: Float[Tensor, "*batch in"]) -> None:
         """Adds the squares of `x` of shape (..., in); see `Statistic`."""
-        rows = _vectors(x, self.squares.shape[0]).to(self.squares)
+        rows, self.squares = _vectors(x, self.squares)
         self.squares += rows.square().sum(0)
         self.tokens += rows.shape[0]
 
