@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from prune_callbacks import MRP, NM, Magnitude, SparseGPT, Unstructured, Wanda, prune_sequentially
-from prune_callbacks.calibration import engine
+from prune_callbacks.calibration import peak_memory
 
 
 @pytest.fixture
@@ -113,4 +113,4 @@ def test_progress_is_shown(tiny, batches, capsys):
 
 def test_peak_memory_is_in_bytes():
     held = torch.ones(50_000_000)
-    assert engine.peak_memory(torch.device("cpu")) > held.nbytes
+    assert peak_memory(torch.device("cpu")) > held.nbytes

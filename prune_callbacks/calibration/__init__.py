@@ -1,8 +1,9 @@
 """Running a model block by block over calibration windows, and pruning it on the way."""
 
 from prune_callbacks.calibration.blocks import find_blocks, find_language_model, find_targets
-from prune_callbacks.calibration.engine import LayerReport, PruneReport, prune_sequentially
-from prune_callbacks.calibration.saving import save_sparse_model
+from prune_callbacks.calibration.engine import prune_sequentially
+from prune_callbacks.calibration.prune_report import LayerReport, PruneReport, peak_memory
+from prune_callbacks.calibration.saving import savable, save_sparse_model
 
 __all__ = [
     "LayerReport",
@@ -10,6 +11,8 @@ __all__ = [
     "find_blocks",
     "find_language_model",
     "find_targets",
+    "peak_memory",
     "prune_sequentially",
+    "savable",
     "save_sparse_model",
 ]

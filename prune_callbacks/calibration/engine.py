@@ -1,12 +1,9 @@
 """The engine: prunes a model block by block, every block on the outputs of the pruned ones before it."""
 
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from rich.progress import (
@@ -22,58 +19,10 @@ from torch import Tensor, nn
 
 from prune_callbacks.calibration.blocks import find_blocks, find_targets, oriented
 from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_inputs, run_block
+from prune_callbacks.calibration.prune_report import LayerReport, PruneReport, peak_memory
 from prune_callbacks.pruners import Pruned, Pruner
 from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.sparsity import MaskSet
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """
-    One pruned layer.
-
-    Attributes:
-        name: the parameter's name, as in the model's `state_dict`.
-        shape: (out, in).
-        sparsity: fraction removed.
-        loss: squared error of the layer's output over the calibration tokens; None without a Gram.
-        relative_loss: `loss` over the squared norm of the dense layer's output, on the same inputs.
-        seconds: what the solver took.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    sparsity: float
-    loss: float | None
-    relative_loss: float | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """
-    What `prune_sequentially` did.
-
-    Attributes:
-        masks: the keep masks, by parameter name.
-        layers: one entry per pruned layer, in order.
-        skipped: layers that were asked for and left dense, with the reason.
-        seconds: wall time of the whole run.
-        peak_memory_bytes: the process's peak (on a CUDA device: peak of allocated device memory).
-        input_first: names of masks stored as (in, out), those of `Conv1D` layers.
-    """
-
-    masks: MaskSet
-    layers: tuple[LayerReport, ...]
-    skipped: dict[str, str]
-    seconds: float
-    peak_memory_bytes: int
-    input_first: frozenset[str] = frozenset()
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the targeted weights removed."""
-        return self.masks.sparsity()
 
 
 @torch.no_grad()
@@ -286,11 +235,3 @@ def _progress(total: int, show: bool) -> Iterator[tuple[Progress, TaskID]]:
     )
     with Progress(*columns, disable=not show) as bar:
         yield bar, bar.add_task("pruning", total=total)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes: of allocated device memory on CUDA, else the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

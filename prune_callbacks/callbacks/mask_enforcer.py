@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prune_callbacks.calibration import find_blocks, find_language_model, find_targets
+from prune_callbacks.calibration import PruneReport, find_blocks, find_language_model, find_targets
 from prune_callbacks.parallel import PlainAccess, param_access, refuse_unserved
 from prune_callbacks.sparsity import MaskSet
 
@@ -93,13 +93,12 @@ class MaskEnforcer(Callback):
             self._restored = MaskSet.from_state_dict(state_dict["masks"])
 
     def _find_masks(self, trainer: Trainer, pl_module: LightningModule) -> MaskSet:
-        from prune_callbacks.callbacks.one_shot_prune import OneShotPrune  # which imports this module
-
-        reports = [callback.report for callback in trainer.callbacks if isinstance(callback, OneShotPrune)]
-        if reports and reports[0] is not None:
+        reports = [getattr(callback, "report", None) for callback in trainer.callbacks]
+        pruned = next((report for report in reports if isinstance(report, PruneReport)), None)
+        if pruned is not None:
             if self._given is not None:
                 rank_zero_warn("MaskEnforcer takes the masks of OneShotPrune; those given to it are not used")
-            return reports[0].masks
+            return pruned.masks
         if self._given is not None:
             assert isinstance(self._given, MaskSet)
             return self._given

@@ -1,7 +1,6 @@
 """OneShotPrune: prunes a language model when a fit begins."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from prune_callbacks.calibration import (
-    LayerReport,
-    PruneReport,
-    find_language_model,
-    prune_sequentially,
-    save_sparse_model,
-)
-from prune_callbacks.calibration.saving import savable
+from prune_callbacks.calibration import PruneReport, find_language_model, prune_sequentially, savable, save_sparse_model
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.resuming import resumed_checkpoint
 from prune_callbacks.parallel import refuse_unserved
 from prune_callbacks.pruners import Pruner
-from prune_callbacks.sparsity import MaskSet
 
 TRAINING_BATCHES = 128
 
@@ -142,29 +133,12 @@ class OneShotPrune(Callback):
             pl_module.log_dict({"sparsity": self.report.sparsity, "violations": float(self._violations(pl_module))})
 
     def state_dict(self) -> dict[str, Any]:
-        if self.report is None:
-            return {}
-        return {
-            "masks": self.report.masks.state_dict(),
-            "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in self.report.layers],
-            "skipped": self.report.skipped,
-            "seconds": self.report.seconds,
-            "peak_memory_bytes": self.report.peak_memory_bytes,
-            "input_first": sorted(self.report.input_first),
-        }
+        return {} if self.report is None else self.report.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not state_dict:
-            return
-        self._restored = True
-        self.report = PruneReport(
-            masks=MaskSet.from_state_dict(state_dict["masks"]),
-            layers=tuple(LayerReport(**layer | {"shape": tuple(layer["shape"])}) for layer in state_dict["layers"]),
-            skipped=state_dict["skipped"],
-            seconds=state_dict["seconds"],
-            peak_memory_bytes=state_dict["peak_memory_bytes"],
-            input_first=frozenset(state_dict["input_first"]),
-        )
+        if state_dict:
+            self._restored = True
+            self.report = PruneReport.from_state_dict(state_dict)
 
     def _violations(self, pl_module: LightningModule) -> int:
         assert self.report is not None

@@ -12,8 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from prune_callbacks.calibration import PruneReport, find_language_model, save_sparse_model
-from prune_callbacks.calibration.engine import peak_memory
+from prune_callbacks.calibration import PruneReport, find_language_model, peak_memory, save_sparse_model
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.resuming import resumed_checkpoint
 from prune_callbacks.evaluation import perplexity

@@ -1,0 +1,90 @@
+"""What the engine reports: one entry a layer, the masks, time and memory."""
+
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from prune_callbacks.sparsity import MaskSet
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """
+    One pruned layer.
+
+    Attributes:
+        name: the parameter's name, as in the model's `state_dict`.
+        shape: (out, in).
+        sparsity: fraction removed.
+        loss: squared error of the layer's output over the calibration tokens; None without a Gram.
+        relative_loss: `loss` over the squared norm of the dense layer's output, on the same inputs.
+        seconds: what the solver took.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    loss: float | None
+    relative_loss: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """
+    What `prune_sequentially` did.
+
+    Attributes:
+        masks: the keep masks, by parameter name.
+        layers: one entry per pruned layer, in order.
+        skipped: layers that were asked for and left dense, with the reason.
+        seconds: wall time of the whole run.
+        peak_memory_bytes: the process's peak (on a CUDA device: peak of allocated device memory).
+        input_first: names of masks stored as (in, out), those of `Conv1D` layers.
+    """
+
+    masks: MaskSet
+    layers: tuple[LayerReport, ...]
+    skipped: dict[str, str]
+    seconds: float
+    peak_memory_bytes: int
+    input_first: frozenset[str] = frozenset()
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the targeted weights removed."""
+        return self.masks.sparsity()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that `torch.load(weights_only=True)` accepts; the masks at one bit per weight."""
+        return {
+            "masks": self.masks.state_dict(),
+            "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in self.layers],
+            "skipped": dict(self.skipped),
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "input_first": sorted(self.input_first),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "PruneReport":
+        """The inverse of `state_dict`."""
+        return cls(
+            masks=MaskSet.from_state_dict(state["masks"]),
+            layers=tuple(LayerReport(**layer | {"shape": tuple(layer["shape"])}) for layer in state["layers"]),
+            skipped=state["skipped"],
+            seconds=state["seconds"],
+            peak_memory_bytes=state["peak_memory_bytes"],
+            input_first=frozenset(state["input_first"]),
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: of allocated device memory on CUDA, else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
