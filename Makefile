@@ -1,4 +1,4 @@
-# make demo   prune SmolLM2-135M, fine-tune it with the zeros held, write runs/demo-...
+# make demo   prune SmolLM2-135M, fine-tune it with the zeros held, write runs/demo/DATE_TIME
 # make test   the tests
 # make check  format, lint, types, import contracts
 # make gpu    the tests that need a CUDA device
@@ -12,9 +12,6 @@ SHAPES := --jaxtyping-packages=prune_callbacks,beartype.beartype
 # Real evaluation data, where it was put beside the checkout; tests that want it skip where it is absent.
 ifneq ($(wildcard ../shared/data),)
 export PRUNE_CALLBACKS_DATA ?= $(abspath ../shared/data)
-endif
-ifneq ($(wildcard ../shared/reference),)
-export PRUNE_CALLBACKS_REFERENCE ?= $(abspath ../shared/reference)
 endif
 export HF_HUB_DISABLE_TELEMETRY = 1
 

@@ -103,7 +103,8 @@ class SparseGPT:
 
     Args:
         pattern: what to remove.
-        block_size: columns whose mask is chosen together, and whose updates are applied together.
+        block_size: columns whose mask is chosen together, and whose updates are applied together; rounded down to
+            whole groups of an N:M pattern.
         damping: added to the Gram's diagonal, as a fraction of its mean.
     """
 
@@ -128,9 +129,8 @@ class SparseGPT:
         """See `prune_callbacks.solvers.sparsegpt.sparsegpt` and `Pruner`."""
         pattern = self.pattern
         assert isinstance(pattern, Unstructured | NM)
-        return _compensated(
-            "SparseGPT", self, weight, statistic, lambda w, system: sparsegpt(w, system, pattern, self.block_size)
-        )
+        step = _whole_units(self.block_size, pattern)
+        return _compensated("SparseGPT", self, weight, statistic, lambda w, system: sparsegpt(w, system, pattern, step))
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ class MRP:
         pattern: what to remove.
         variant: "SM": the mask by eq. 14 (single weights, interactions ignored), the survivors by eq. 13 (the
             exact least-squares solution).
-        block_size: columns masked together; after each block all unpruned weights are solved for again.
-            None: the whole layer at once, the paper's `S = all`, and the fastest.
+        block_size: columns masked together; after each block all unpruned weights are solved for again. Rounded
+            down to whole groups of an N:M pattern. None: the whole layer at once, the paper's `S = all`; fastest.
         damping: added to the Gram's diagonal, as a fraction of its mean.
     """
 
@@ -170,9 +170,8 @@ class MRP:
 
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
         """See `prune_callbacks.solvers.mrp.mrp_sm` and `Pruner`."""
-        return _compensated(
-            "MRP", self, weight, statistic, lambda w, system: mrp_sm(w, system, self.pattern, self.block_size)
-        )
+        step = None if self.block_size is None else _whole_units(self.block_size, self.pattern)
+        return _compensated("MRP", self, weight, statistic, lambda w, system: mrp_sm(w, system, self.pattern, step))
 
 
 Solver = Callable[[Tensor, DampedGram], tuple[Tensor, Tensor]]
@@ -234,9 +233,17 @@ def _check_settings(name: str, pattern: Pattern, block_size: int | None, damping
         return
     if block_size < 1:
         raise ValueError(f"{name}: block_size is a number of columns and must be at least 1, got {block_size}")
-    unit = pattern.m if isinstance(pattern, NM) else pattern.size if isinstance(pattern, Block) else 1
-    if block_size % unit:
+    if block_size < _unit(pattern):
         raise ValueError(
-            f"{name}: block_size must be a multiple of the {unit} columns that {pattern} decides together, "
+            f"{name}: block_size must hold the {_unit(pattern)} columns that {pattern} decides together, "
             f"got {block_size}"
         )
+
+
+def _unit(pattern: Pattern) -> int:
+    """Columns whose mask is decided together."""
+    return pattern.m if isinstance(pattern, NM) else pattern.size if isinstance(pattern, Block) else 1
+
+
+def _whole_units(block_size: int, pattern: Pattern) -> int:
+    return block_size - block_size % _unit(pattern)

@@ -1,5 +1,6 @@
 """Finding the decoder blocks of a model, and the layers in them that are pruned."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
@@ -12,8 +13,23 @@ PRUNABLE = (nn.Linear, Conv1D)
 
 
 def find_language_model(module: nn.Module) -> nn.Module:
-    """The outermost `transformers` model inside `module` (a LightningModule, a wrapper), else `module` itself."""
-    return next((m for m in module.modules() if isinstance(m, PreTrainedModel)), module)
+    """
+    The outermost `transformers` model inside `module` (a LightningModule, a wrapper), else `module` itself.
+
+    Of several (a student and its teacher), the only one that is trained.
+
+    Raises:
+        ValueError: there are several, and not exactly one has parameters that require gradients.
+    """
+    names = [name for name, m in module.named_modules() if isinstance(m, PreTrainedModel)]
+    outer = [n for n in names if not any(n != o and (not o or n.startswith(o + ".")) for o in names)]
+    trained = [n for n in outer if any(p.requires_grad for p in module.get_submodule(n).parameters())]
+    if len(outer) > 1 and len(trained) != 1:
+        raise ValueError(
+            f"{type(module).__name__} holds {len(outer)} language models, {outer}, of which {len(trained)} are "
+            "trained; one must be: freeze the others (model.requires_grad_(False))"
+        )
+    return module.get_submodule(trained[0] if len(outer) > 1 else outer[0]) if outer else module
 
 
 def find_blocks(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Module]]:
@@ -74,7 +90,16 @@ def find_targets(
     Raises:
         ValueError: a pattern matches nothing, or there is nothing to prune.
     """
-    layers = dict(_prunable(blocks))
+    layers: dict[str, nn.Module] = {}
+    owners: dict[int, str] = {}
+    for name, layer in _prunable(blocks):
+        owner = owners.setdefault(id(layer.weight), name)
+        if owner == name:
+            layers[name] = layer
+        else:
+            warnings.warn(
+                f"{name} shares its weight with {owner} and is pruned with it, on that one's inputs", stacklevel=3
+            )
     if not layers:
         raise ValueError(
             "the decoder blocks hold no nn.Linear or Conv1D to prune. Packed or quantized layers cannot be pruned: "
@@ -94,8 +119,11 @@ def find_targets(
 
 def _prunable(blocks: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
     for block_name, block in blocks:
+        # peft keeps the layer that it adapts in base_layer, and its own small matrices beside that.
+        adapted = [f"{name}." for name, layer in block.named_modules() if hasattr(layer, "base_layer")]
         for name, layer in block.named_modules():
-            if isinstance(layer, PRUNABLE):
+            adapter = any(name.startswith(a) and name != f"{a}base_layer" for a in adapted)
+            if isinstance(layer, PRUNABLE) and not adapter:
                 yield f"{block_name}.{name}" if name else block_name, layer
 
 

@@ -24,6 +24,8 @@ from prune_callbacks.pruners import Pruned, Pruner
 from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.sparsity import MaskSet
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @torch.no_grad()
 def prune_sequentially(
@@ -57,22 +59,25 @@ def prune_sequentially(
             layer, for activations that are not finite or a Gram that cannot be factorised.
     """
     begin = time.perf_counter()
+    model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model that is meant
     found = find_blocks(model, blocks)
+    for block_name, block in found:
+        _refuse_compiled(block_name, block)
     chosen = find_targets(found, targets)
     for name, layer in chosen.items():
         with _naming(name):
             _check_weight(layer.get_parameter("weight"))
             pruner.pattern.check_shape(_shape(layer))
-    home = next(model.parameters()).device
-    where = home if device is None else torch.device(device)
+    forced = None if device is None else torch.device(device)
     calibrated = pruner.statistic(1) is not None
     if calibrated and batches is None:
         raise ValueError(f"{type(pruner).__name__} needs calibration batches, got None")
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
-
+    if forced is not None and forced.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(forced)
     last = max(i for i, (block_name, _) in enumerate(found) if any(_inside(n, block_name) for n in chosen))
-    run = _Run(pruner, where)
+    run = _Run(pruner)
+    if targets is None:
+        run.note_fused(found)
     with _evaluating(model), _progress(len(chosen), progress) as (bar, task):
         inputs: list[BlockInputs] = []
         if calibrated and batches is not None:
@@ -81,8 +86,10 @@ def prune_sequentially(
         for index, (block_name, block) in enumerate(found[: last + 1]):
             layers = {n: m for n, m in chosen.items() if _inside(n, block_name)}
             bar.update(task, description=f"pruning {block_name}")
+            home = next(block.parameters()).device
+            where = forced or home
             block.to(where)
-            statistics = run.collect(index, block, layers, inputs) if layers and inputs else {}
+            statistics = run.collect(index, block, layers, inputs, where) if layers and inputs else {}
             for name, layer in layers.items():
                 run.prune(name, layer, statistics.get(name))
                 bar.advance(task)
@@ -108,16 +115,34 @@ def prune_sequentially(
 class _Run:
     """The results gathered so far, and the two steps taken for every block."""
 
-    def __init__(self, pruner: Pruner, device: torch.device) -> None:
+    def __init__(self, pruner: Pruner) -> None:
         self.pruner = pruner
-        self.device = device
         self.masks: list[MaskSet] = []
         self.layers: list[LayerReport] = []
         self.skipped: dict[str, str] = {}
         self.input_first: set[str] = set()
 
+    def note_fused(self, blocks: Sequence[tuple[str, nn.Module]]) -> None:
+        """Names weights that are matrices of several layers in one tensor (fused experts): they stay dense."""
+        for block_name, block in blocks:
+            for name, parameter in block.named_parameters():
+                owner = block.get_submodule(name.rpartition(".")[0])
+                if parameter.ndim == 3 and not isinstance(owner, CONVOLUTIONS):
+                    self.skipped[f"{block_name}.{name}"] = "it holds the weights of several layers in one tensor"
+        if self.skipped:
+            warnings.warn(
+                f"{len(self.skipped)} tensors stay dense, first {next(iter(self.skipped))}: they hold the weights of "
+                "several layers (experts) in one tensor, which is not supported",
+                stacklevel=3,
+            )
+
     def collect(
-        self, index: int, block: nn.Module, layers: dict[str, nn.Module], inputs: list[BlockInputs]
+        self,
+        index: int,
+        block: nn.Module,
+        layers: dict[str, nn.Module],
+        inputs: list[BlockInputs],
+        where: torch.device,
     ) -> dict[str, Gram | InputNorm]:
         """Streams the layers' inputs into statistics; layers that get the same tensor share one."""
         statistics: dict[str, Gram | InputNorm] = {}
@@ -133,11 +158,14 @@ class _Run:
             if leader != name:
                 return
             if name not in statistics:
-                made = self.pruner.statistic(x.shape[-1], self.device)
+                made = self.pruner.statistic(x.shape[-1], where)
                 assert made is not None
                 statistics[name] = made
-            padded = tokens is not None and x.shape[:2] == tokens.shape
-            statistics[name].update(x[tokens] if padded else x)
+            if tokens is not None and x.shape[:2] == tokens.shape:
+                x = x[tokens]
+            elif tokens is not None and x.ndim == 2 and len(x) == tokens.numel():  # OPT's MLP sees flat tokens
+                x = x[tokens.flatten()]
+            statistics[name].update(x)
 
         hooks = [
             layer.register_forward_pre_hook(lambda m, args, name=name: observe(name, m, args[0]))
@@ -146,8 +174,8 @@ class _Run:
         try:
             for batch in inputs:
                 seen.clear()
-                tokens = None if batch.tokens is None else batch.tokens.to(self.device)
-                run_block(index, block, batch, self.device)
+                tokens = None if batch.tokens is None else batch.tokens.to(where)
+                run_block(index, block, batch, where)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -194,6 +222,13 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError("its weight is on the meta device, without values; load the model into memory first")
 
 
+def _refuse_compiled(name: str, block: nn.Module) -> None:
+    if hasattr(block, "_orig_mod") or getattr(block, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            f"block {name} is compiled, so the inputs of its layers cannot be seen; prune before compiling"
+        )
+
+
 def _inside(name: str, block: str) -> bool:
     return name == block or name.startswith(block + ".")
 
@@ -206,9 +241,13 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
 @contextmanager
 def _naming(layer: str) -> Iterator[None]:
     try:
-        yield
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
     except ValueError as error:
         raise type(error)(f"layer {layer}: {error}") from error
+    for warning in caught:
+        warnings.warn(f"layer {layer}: {warning.message}", warning.category, stacklevel=4)
 
 
 @contextmanager

@@ -10,7 +10,11 @@ from prune_callbacks.sparsity import MaskSet
 
 
 def savable(model: nn.Module) -> PreTrainedModel:
-    """The model itself, or ValueError: without `transformers` there is no common format to save it in."""
+    """The model itself, or ValueError: not of `transformers`, so without a common format, or with adapters in it."""
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ValueError(
+            "the model has adapters injected (peft); a plain model folder cannot hold them. Merge them first"
+        )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"only transformers models can be saved, got {type(model).__name__}; save its state_dict instead"

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from prune_callbacks.calibration import PruneReport, find_blocks, find_language_model, find_targets
+from prune_callbacks.callbacks.trainer_state import logs_now
 from prune_callbacks.parallel import PlainAccess, param_access, refuse_unserved
 from prune_callbacks.sparsity import MaskSet
 
@@ -42,6 +43,7 @@ class MaskEnforcer(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        self._release()  # Lightning calls no teardown after a fit that failed
         refuse_unserved(trainer.strategy)
         if isinstance(self._given, str | Path):
             self._given = MaskSet.load(self._given)
@@ -67,7 +69,7 @@ class MaskEnforcer(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if logs_now(trainer):
             self._log(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,11 +81,7 @@ class MaskEnforcer(Callback):
         pl_module.log_dict({"sparsity": self.masks.sparsity(), "violations": float(self._access.violations())})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self._access = None
-        self._restored = None
+        self._release()
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.masks is None else {"masks": self.masks.state_dict()}
@@ -91,6 +89,13 @@ class MaskEnforcer(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
             self._restored = MaskSet.from_state_dict(state_dict["masks"])
+
+    def _release(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._access = None
+        self._restored = None
 
     def _find_masks(self, trainer: Trainer, pl_module: LightningModule) -> MaskSet:
         reports = [getattr(callback, "report", None) for callback in trainer.callbacks]
@@ -111,4 +116,8 @@ class MaskEnforcer(Callback):
                 "MaskEnforcer found no masks: there is no OneShotPrune among the callbacks, masks= was not given, and "
                 f"none of the {len(layers)} linear layers in the decoder blocks holds a zero"
             )
+        report = rank_zero_info if masks.sparsity() >= 0.01 else rank_zero_warn
+        report(
+            f"MaskEnforcer holds the zeros found in the model: {masks.sparsity():.2%} of {len(layers)} layers' weights"
+        )
         return masks

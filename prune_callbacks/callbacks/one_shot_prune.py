@@ -1,6 +1,6 @@
 """OneShotPrune: prunes a language model when a fit begins."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from prune_callbacks.calibration import PruneReport, find_language_model, prune_sequentially, savable, save_sparse_model
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
-from prune_callbacks.callbacks.resuming import resumed_checkpoint
-from prune_callbacks.parallel import refuse_unserved
+from prune_callbacks.callbacks.trainer_state import logs_now, resumed_checkpoint
+from prune_callbacks.parallel import from_rank_zero, refuse_unserved
 from prune_callbacks.pruners import Pruner
 
 TRAINING_BATCHES = 128
@@ -81,6 +81,11 @@ class OneShotPrune(Callback):
                 "OneShotPrune without MaskEnforcer: the zeros will not last, since the first optimizer steps write "
                 "over them. Add MaskEnforcer() to the callbacks."
             )
+        if next(pl_module.parameters(), None) is None:
+            raise ValueError(
+                f"{type(pl_module).__name__} has no parameters in setup: OneShotPrune prunes before configure_model is "
+                "called, so build the model in __init__"
+            )
         model = find_language_model(pl_module)
         if self.save_dir is not None:
             savable(model)
@@ -95,16 +100,14 @@ class OneShotPrune(Callback):
                     device=trainer.strategy.root_device,
                     progress=self.progress,
                 )
+            if self.save_dir is not None:
+                save_sparse_model(model, self.report.masks, self.save_dir)
         if trainer.world_size > 1:
-            self.report = trainer.strategy.broadcast(self.report)
-            for parameter in model.parameters():
-                parameter.data.copy_(trainer.strategy.broadcast(parameter.data))
+            self.report = from_rank_zero(self.report, model)
         assert self.report is not None
         rank_zero_info(
             f"pruned {len(self.report.layers)} layers, {self.report.sparsity:.2%} zeros, in {self.report.seconds:.0f} s"
         )
-        if self.save_dir is not None and trainer.is_global_zero:
-            save_sparse_model(model, self.report.masks, self.save_dir)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path is not None and not self._restored:
@@ -120,7 +123,7 @@ class OneShotPrune(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if logs_now(trainer):
             self._log(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,8 +169,8 @@ class OneShotPrune(Callback):
 
 
 def _token_inputs(batch: Any) -> Any:
-    if isinstance(batch, dict):
-        return {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
+    if isinstance(batch, Mapping):  # transformers' BatchEncoding is one, and no dict
+        return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
         return batch[0]
     if isinstance(batch, torch.Tensor):

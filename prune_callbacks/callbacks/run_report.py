@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.calibration import PruneReport, find_language_model, peak_memory, save_sparse_model
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
-from prune_callbacks.callbacks.resuming import resumed_checkpoint
+from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.evaluation.report import draw_report, refuse_existing_run, summary_table, write_json
 
@@ -84,6 +84,8 @@ class RunReport(Callback):
             return  # resumed: the checkpoint brought what was measured
         if not (self.dirpath / "masks.safetensors").exists():  # OneShotPrune(save_dir=...) may have done it
             self._save(trainer, pl_module)
+        elif self.tokenizer is not None and trainer.is_global_zero:
+            self.tokenizer.save_pretrained(self.dirpath / "model")
         self._evaluate(trainer, pl_module, "pruned")
         self._write(trainer, pl_module)
 
@@ -123,9 +125,12 @@ class RunReport(Callback):
         windows = trainer.datamodule.evaluation_windows
         begin = time.perf_counter()
         model = find_language_model(pl_module)
+        home = next(model.parameters()).device
+        model.to(trainer.strategy.root_device)  # in setup the strategy has not moved it yet
         value = perplexity(
             model, windows, batch_size=self.batch_size, progress=self.progress and trainer.is_global_zero
         )
+        model.to(home)
         self.record["seconds"]["evaluate"] += time.perf_counter() - begin
         measured = {"seq_len": windows.shape[1], stage: value if math.isfinite(value) else None}
         self.record["perplexity"] |= {"dataset": getattr(trainer.datamodule, "evaluation_title", None)} | measured

@@ -1,13 +1,18 @@
 """One device, or DDP: every rank holds whole parameters, and the parameter is its own master copy."""
 
 from collections.abc import Iterable
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prune_callbacks.sparsity import MaskSet
+
+T = TypeVar("T")
 
 
 class PlainAccess:
@@ -62,6 +67,22 @@ def refuse_unserved(strategy: Strategy) -> None:
             f"prune_callbacks cannot hold masks under {type(strategy).__name__}, which shards parameters or keeps "
             'master copies elsewhere; use one device or strategy="ddp"'
         )
+
+
+def from_rank_zero(value: T, module: nn.Module) -> T:
+    """
+    Rank 0's `value`, with rank 0's parameters copied into `module`, on every rank.
+
+    The other ranks wait for as long as it takes: pruning may outlast the timeout of the default process group
+    (half an hour), which would end the job. Parameters must be on the CPU.
+    """
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=group)
+    for parameter in module.parameters():
+        dist.broadcast(parameter.data, src=0, group=group)
+    dist.destroy_process_group(group)
+    return values[0]
 
 
 def param_access(strategy: Strategy, module: nn.Module, masks: MaskSet) -> PlainAccess:

@@ -7,9 +7,6 @@ from torch import Tensor
 from prune_callbacks.solvers.linalg import DampedGram, masked_least_squares
 from prune_callbacks.sparsity import Pattern
 
-# The weights between two blocks only serve to score the next block's columns.
-INTERMEDIATE_TOLERANCE = 1e-3
-
 
 def mrp_sm(
     weight: Float[Tensor, "out in"], system: DampedGram, pattern: Pattern, block_size: int | None
@@ -39,6 +36,5 @@ def mrp_sm(
     for a in range(0, columns, step):
         b = min(a + step, columns)
         keep[:, a:b] = pattern.keep(current[:, a:b].square() / inverse_diagonal[a:b], start=a)
-        tolerance = torch.finfo(weight.dtype).eps if b == columns else INTERMEDIATE_TOLERANCE
-        current = masked_least_squares(dense, system, keep, current, tolerance)
+        current = masked_least_squares(dense, system, keep, current, torch.finfo(weight.dtype).eps)
     return current, keep

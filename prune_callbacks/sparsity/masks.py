@@ -156,7 +156,11 @@ class MaskSet(Mapping[str, Tensor]):
             pattern: what every mask must have.
             input_first: names of masks stored as (in, out), those of GPT-2's `Conv1D`.
         """
-        wrong = [n for n in self if not pattern.holds(self[n].T if n in input_first else self[n])]
+        wrong = [
+            name
+            for name, keep in self.items()
+            if keep.ndim != 2 or not pattern.holds(keep.T if name in input_first else keep)
+        ]
         if wrong:
             raise ValueError(f"{len(wrong)} of {len(self)} masks do not have {pattern}: {', '.join(wrong[:3])}")
 

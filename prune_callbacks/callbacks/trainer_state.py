@@ -1,4 +1,4 @@
-"""Whether a fit resumes from a checkpoint, asked in `setup`."""
+"""What callbacks ask of a Trainer, where Lightning has no direct answer."""
 
 import sys
 from typing import Any
@@ -12,8 +12,7 @@ def resumed_checkpoint(trainer: Trainer) -> Any:
 
     Lightning (2.6) hands `ckpt_path` from `Trainer.fit` to `Trainer._run` as an argument and makes it
     available as `trainer.ckpt_path` only once `setup` is over; until then that holds the value of the fit before. So
-    the argument is read from the frame of `_run`. Should a release rename it, `None` is returned: the model is then
-    pruned for nothing before the checkpoint overwrites it, and no result changes.
+    the argument is read from the frame of `_run`. None outside of a fit.
     """
     frame = sys._getframe()
     while frame.f_back is not None:
@@ -21,3 +20,9 @@ def resumed_checkpoint(trainer: Trainer) -> Any:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
             return frame.f_locals.get("ckpt_path")
     return None
+
+
+def logs_now(trainer: Trainer) -> bool:
+    """Whether this training batch is one that loggers hear of, by `log_every_n_steps`; 0 is never."""
+    every: int = trainer.log_every_n_steps
+    return every > 0 and int(trainer.global_step) % every == 0
