@@ -194,7 +194,8 @@ def _pruned(dense: Tensor, solved: Tensor, keep: Tensor, statistic: Statistic | 
     loss = None
     if isinstance(statistic, Gram):
         change = (weight.to(statistic.matrix.dtype) - dense.to(statistic.matrix.dtype)).to(statistic.matrix.device)
-        loss = float(((change @ statistic.matrix) * change).sum(dtype=torch.float64))
+        # Not below zero, which rounding can do where the loss is zero.
+        loss = max(0.0, float(((change @ statistic.matrix) * change).sum(dtype=torch.float64)))
     return Pruned(weight, keep, loss)
 
 

@@ -115,8 +115,10 @@ def test_sequential_pruning_equals_rerunning_the_whole_model(family, batches, pr
     torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_padding_does_not_count(tiny):
-    ids = torch.randint(3, 200, (3, 16))
+@pytest.mark.parametrize("name", ["llama", "opt"])  # OPT's MLP gets its tokens flat
+def test_padding_does_not_count(name):
+    model = hf.AutoModelForCausalLM.from_config(FAMILIES[name][0])
+    ids = torch.randint(3, 97, (3, 16))
     mask = torch.ones_like(ids)
     mask[0, 10:] = 0
     mask[2, 4:] = 0
@@ -132,8 +134,44 @@ def test_padding_does_not_count(tiny):
             seen.append(statistic.tokens)
             return Wanda(self.pattern).prune(weight, statistic)
 
-    prune_sequentially(tiny, [{"input_ids": ids, "attention_mask": mask, "labels": ids}], Spy(), progress=False)
+    prune_sequentially(model, [{"input_ids": ids, "attention_mask": mask, "labels": ids}], Spy(), progress=False)
     assert set(seen) == {int(mask.sum())}
+
+
+def test_shared_weights_are_pruned_once(tiny, batches):
+    tiny.model.layers[1].mlp = tiny.model.layers[0].mlp
+    tiny.model.layers[0].self_attn.v_proj.weight = tiny.model.layers[0].self_attn.k_proj.weight
+    with pytest.warns(UserWarning, match="shares its weight with model.layers.0") as caught:
+        report = prune_sequentially(tiny, batches, Wanda(NM(2, 4)), progress=False)
+    assert len([w for w in caught if "shares its weight" in str(w.message)]) == 4
+    assert len(report.masks) == 14 - 4
+    assert report.masks.violations(tiny.named_parameters()) == {}
+
+
+def test_fused_experts_are_named(batches):
+    config = hf.MixtralConfig(**COMMON, num_local_experts=4)
+    model = hf.AutoModelForCausalLM.from_config(config)
+    with pytest.warns(UserWarning, match=r"6 tensors stay dense, first model.layers.0.mlp.experts"):
+        report = prune_sequentially(model, batches, Wanda(NM(2, 4)), progress=False)
+    assert len(report.skipped) == 6
+
+
+def test_adapters_are_not_pruned(tiny):
+    layer = tiny.model.layers[0].mlp.up_proj
+    adapted = nn.Module()
+    adapted.base_layer, adapted.lora_A = layer, nn.Linear(32, 4)
+    tiny.model.layers[0].mlp.up_proj = adapted
+    names = find_targets(find_blocks(tiny))
+    assert "model.layers.0.mlp.up_proj.base_layer" in names
+    assert "model.layers.0.mlp.up_proj.lora_A" not in names
+
+
+def test_compiled_blocks_are_refused_and_compiled_models_are_not(tiny, batches):
+    report = prune_sequentially(torch.compile(tiny, backend="eager"), batches, Wanda(NM(2, 4)), progress=False)
+    assert next(iter(report.masks)).startswith("model.layers.0")
+    tiny.model.layers[1].compile(backend="eager")
+    with pytest.raises(ValueError, match=r"block model.layers.1 is compiled.*prune before compiling"):
+        prune_sequentially(tiny, batches, Wanda(NM(2, 4)), progress=False)
 
 
 def test_older_layers_that_return_tuples():
@@ -196,3 +234,13 @@ def test_the_language_model_inside_a_module_is_found(tiny):
     assert find_language_model(nn.Sequential(nn.Identity(), tiny)) is tiny
     plain = nn.Linear(2, 2)
     assert find_language_model(plain) is plain
+    assert find_language_model(tiny) is tiny
+
+
+def test_of_student_and_teacher_the_student_is_pruned(tiny):
+    teacher = hf.AutoModelForCausalLM.from_config(tiny.config)
+    both = nn.ModuleDict({"teacher": teacher, "student": tiny})
+    with pytest.raises(ValueError, match=r"holds 2 language models, \['teacher', 'student'\], of which 2 are trained"):
+        find_language_model(both)
+    teacher.requires_grad_(False)
+    assert find_language_model(both) is tiny

@@ -74,6 +74,10 @@ def test_local_files(tmp_path):
     lines = tmp_path / "a.jsonl"
     lines.write_text("".join(json.dumps({"body": f"document {i}"}) + "\n" for i in range(10)))
     assert TextFile(str(lines), field="body").documents() == [f"document {i}" for i in range(10)]
+    (tmp_path / "separator.jsonl").write_text('{"text": "a\u2028b"}\n' * 9 + "no json\n")
+    assert TextFile(str(tmp_path / "separator.jsonl"), "train").documents() == ["a\u2028b"] * 7
+    with pytest.raises(ValueError, match="line 10 is no JSON"):
+        TextFile(str(tmp_path / "separator.jsonl"), "evaluation").documents()
     with pytest.raises(ValueError, match="line 1 is no JSON object with a 'text' field"):
         TextFile(str(lines)).documents()
     with pytest.raises(ValueError, match="no text file at"):

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
+from transformers import BatchEncoding
 
 from prune_callbacks import (
     MRP,
@@ -121,8 +122,9 @@ class LateMasks(Callback):
         trainer.optimizers[0].load_state_dict(self.state)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("enforced", [True, False])
-def test_momentum_that_predates_the_mask(tmp_path, enforced):
+def test_momentum_that_predates_the_mask(tmp_path, enforced, precision):
     """A frozen gradient: only old momentum can move pruned weights. With the enforcer it is gone."""
     module = CausalLM(tiny_llama(hidden_size=32, layers=2), optimizer)
     dense = trainer_of([], tmp_path, max_steps=10)
@@ -133,7 +135,7 @@ def test_momentum_that_predates_the_mask(tmp_path, enforced):
     masks.apply_(module.named_parameters())
     watch = Watch(masks)
     callbacks = [LateMasks(state), watch] + ([MaskEnforcer(masks)] if enforced else [])
-    fit(callbacks, tmp_path, module)
+    fit(callbacks, tmp_path, module, precision=precision)
     if enforced:
         assert (watch.worst_weight, watch.worst_moment) == (0.0, 0.0)
     else:
@@ -325,3 +327,61 @@ def test_a_second_fit_prunes_again(tmp_path):
         [one_shot, MaskEnforcer()], tmp_path, CausalLM(tiny_llama(seed=4, hidden_size=32, layers=2)), max_steps=1
     )
     assert one_shot.report.masks.violations(module.named_parameters()) == {}
+
+
+def test_a_fit_that_failed_leaves_nothing_behind(tmp_path):
+    """Lightning calls no teardown after an exception: the next fit must not use the masks of the failed one."""
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="last", every_n_train_steps=2, save_top_k=-1)
+    one_shot, enforcer = OneShotPrune(Magnitude(NM(2, 4)), progress=False), MaskEnforcer()
+    fit([one_shot, enforcer, checkpoint], tmp_path, max_steps=2, enable_checkpointing=True)
+
+    class Fails(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            raise RuntimeError("on purpose")
+
+    module = CausalLM(tiny_llama(hidden_size=32, layers=2), optimizer)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer_of([one_shot, enforcer, Fails()], tmp_path).fit(module, loader(), ckpt_path=tmp_path / "last.ckpt")
+    one_shot.pruner = Magnitude(Unstructured(0.9))
+    fit([one_shot, enforcer], tmp_path, max_steps=1)
+    assert enforcer.masks == one_shot.report.masks
+    assert enforcer.masks.sparsity() == pytest.approx(0.9, abs=1e-3)
+
+
+def test_batch_encodings_and_fits_without_logging(tmp_path):
+    encoding = BatchEncoding({"input_ids": next(iter(batches())), "token_type_ids": torch.zeros(2, 16)})
+    one_shot = OneShotPrune(Wanda(NM(2, 4)), [encoding], progress=False)
+    _, module = fit([one_shot, MaskEnforcer()], tmp_path, max_steps=1, log_every_n_steps=0)
+    assert one_shot.report.masks.violations(module.named_parameters()) == {}
+
+
+def test_a_loader_with_its_own_generator_draws_the_same(tmp_path):
+    drawn = []
+
+    class Record(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            drawn.append(batch.clone())
+
+    for callbacks in ([], [OneShotPrune(Wanda(NM(2, 4)), num_batches=2, progress=False), MaskEnforcer()]):
+        generator = torch.Generator().manual_seed(1)
+        data = torch.utils.data.DataLoader(torch.cat(list(batches())), 2, shuffle=True, generator=generator)
+        module = CausalLM(tiny_llama(hidden_size=32, layers=2))
+        trainer_of([*callbacks, Record()], tmp_path, max_steps=1).fit(module, data)
+    assert torch.equal(drawn[0], drawn[2])
+
+
+def test_a_model_made_in_configure_model_is_refused(tmp_path):
+    class Late(CausalLM):
+        def __init__(self):
+            LightningModule.__init__(self)
+
+    with pytest.raises(ValueError, match=r"Late has no parameters in setup.*build the model in __init__"):
+        fit([OneShotPrune(Magnitude(NM(2, 4))), MaskEnforcer()], tmp_path, Late())
+
+
+def test_a_dense_model_with_a_stray_zero_is_warned_of(tmp_path):
+    module = CausalLM(tiny_llama(hidden_size=32, layers=2), optimizer)
+    with torch.no_grad():
+        module.model.model.layers[0].mlp.up_proj.weight[0, 0] = 0
+    with pytest.warns(UserWarning, match=r"holds the zeros that the model has: 0.00% of 14 layers"):
+        fit([MaskEnforcer()], tmp_path, module, max_steps=1)

@@ -114,3 +114,11 @@ def test_progress_is_shown(tiny, batches, capsys):
 def test_peak_memory_is_in_bytes():
     held = torch.ones(50_000_000)
     assert peak_memory(torch.device("cpu")) > held.nbytes
+
+
+def test_warnings_of_the_solver_name_the_layer(tiny):
+    pruner = SparseGPT(NM(2, 4), damping=1e-8)
+    with pytest.warns(UserWarning, match=r"layer model.layers.0.self_attn.q_proj: damping 1e-08 was too small"):
+        prune_sequentially(
+            tiny, [torch.full((1, 8), 7)], pruner, targets="model.layers.0.self_attn.q_proj", progress=False
+        )

@@ -97,6 +97,8 @@ def test_check_names_the_masks_without_the_pattern():
     MaskSet({"conv": good.T.contiguous()}).check(NM(2, 4), input_first={"conv"})
     with pytest.raises(ValueError, match=r"1 of 2 masks do not have NM\(n=2, m=4\): bad"):
         MaskSet({"good": good, "bad": bad}).check(NM(2, 4))
+    with pytest.raises(ValueError, match=r"do not have NM\(n=2, m=4\): bias"):
+        MaskSet({"bias": torch.ones(4, dtype=torch.bool)}).check(NM(2, 4))
 
 
 def test_bad_files_are_refused(tmp_path):

@@ -107,23 +107,41 @@ def test_mrp_equals_brute_force_least_squares(layer, pattern, given_settings, ki
     assert pruned.loss == pytest.approx(oracles.output_error(weight, expected, x), rel=1e-6)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(1, 4), Columns(0.25), Block(4, 0.5)])
-def test_mrp_in_blocks_solves_again_for_all_weights(layer, pattern):
+@pytest.mark.parametrize(
+    ("pattern", "given_settings", "kind"),
+    [case for case in PATTERNS if case[2] in ("tensor", "nm", "columns", "block")],
+)
+def test_mrp_in_blocks_solves_again_for_all_weights(layer, pattern, given_settings, kind):
     weight, x, gram = layer
     pruned = MRP(pattern, block_size=8).prune(weight, gram)
     assert int(pruned.keep.sum()) == round((1 - pattern.sparsity) * OUT * IN)
     expected = oracles.least_squares(weight, x, 0.01, pruned.keep)
     torch.testing.assert_close(pruned.weight, expected, rtol=1e-6, atol=1e-7)
-    # The first block's mask is that of the dense weights; the second's is chosen on what the first left.
+    # Block after block, each on what the exact solution for the earlier ones left.
     inverse = torch.linalg.inv(oracles.damped(x, 0.01)).diagonal()
-    alive = weight * (x.square().sum(0) > 0)
-    first = pattern.keep((alive**2 / inverse)[:, :8])
-    assert torch.equal(pruned.keep[:, :8], first)
-    partial = torch.cat([first, torch.ones(OUT, IN - 8, dtype=torch.bool)], 1)
-    left = oracles.least_squares(weight, x, 0.01, partial)
-    # To a thousandth of the loss: scores that are nearly equal may be ordered differently.
-    second = pattern.keep((left**2 / inverse)[:, 8:16], start=8)
-    assert (pruned.keep[:, 8:16] == second).float().mean() > 0.95
+    left, keep = weight * (x.square().sum(0) > 0), torch.ones(OUT, IN, dtype=torch.bool)
+    for a in range(0, IN, 8):
+        keep[:, a : a + 8] = oracles.pattern_mask((left**2 / inverse)[:, a : a + 8], kind, **given_settings)
+        left = oracles.least_squares(weight, x, 0.01, keep)
+    assert torch.equal(pruned.keep, keep)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)])
+def test_ties_of_the_solvers_keep_the_first(pattern):
+    """Equal weights on uncorrelated inputs of equal norm: nothing tells them apart but their place."""
+    gram = Gram(16)
+    gram.update(torch.eye(16))
+    for pruner in (SparseGPT(pattern), MRP(pattern)):
+        pruned = pruner.prune(torch.ones(2, 16), gram)
+        assert torch.equal(pruned.keep, pattern.keep(torch.ones(2, 16)))
+        torch.testing.assert_close(pruned.weight, pruned.keep.float())
+
+
+def test_blocks_hold_whole_groups(layer):
+    weight, _, gram = layer
+    for make in (SparseGPT, MRP):
+        rounded = make(NM(2, 3), block_size=8).prune(weight, gram)
+        assert torch.equal(rounded.keep, make(NM(2, 3), block_size=6).prune(weight, gram).keep)
 
 
 def test_compensation_pays_as_the_papers_say(layer):
@@ -200,8 +218,8 @@ def test_combinations_without_sense_are_refused_by_name():
         MRP(Rows(0.5))
     with pytest.raises(ValueError, match='variant must be "SM"'):
         MRP(NM(2, 4), variant="XX")
-    with pytest.raises(ValueError, match="multiple of the 4 columns"):
-        SparseGPT(NM(2, 4), block_size=6)
+    with pytest.raises(ValueError, match=r"must hold the 4 columns that NM\(n=2, m=4\) decides together, got 3"):
+        SparseGPT(NM(2, 4), block_size=3)
     with pytest.raises(ValueError, match="block_size is a number of columns"):
         MRP(Unstructured(0.5), block_size=0)
     with pytest.raises(ValueError, match="damping"):

@@ -117,7 +117,5 @@ class MaskEnforcer(Callback):
                 f"none of the {len(layers)} linear layers in the decoder blocks holds a zero"
             )
         report = rank_zero_info if masks.sparsity() >= 0.01 else rank_zero_warn
-        report(
-            f"MaskEnforcer holds the zeros found in the model: {masks.sparsity():.2%} of {len(layers)} layers' weights"
-        )
+        report(f"MaskEnforcer holds the zeros that the model has: {masks.sparsity():.2%} of {len(layers)} layers")
         return masks

@@ -160,7 +160,12 @@ class OneShotPrune(Callback):
             batches = calibration() if calibration is not None else None
         if batches is None:
             batches = trainer.fit_loop._data_source.dataloader()  # datamodule, module or fit(train_dataloaders=)
+            # A loader shuffled by its own generator: training is to draw what it would have drawn.
+            generator = getattr(batches, "generator", None)
+            state = None if generator is None else generator.get_state()
             taken = list(islice(batches, wanted or TRAINING_BATCHES))
+            if generator is not None:
+                generator.set_state(state)
         else:
             taken = list(islice(batches, wanted))
         if wanted is not None and len(taken) < wanted:
