@@ -30,11 +30,13 @@ def mrp_sm(
     inverse_diagonal = system.inverse_diagonal
     dense = weight.masked_fill(system.dead, 0)
     current = dense
-    columns = weight.shape[1]
+    columns, eps = weight.shape[1], torch.finfo(weight.dtype).eps
     step = columns if block_size is None else block_size
     keep = torch.ones_like(weight, dtype=torch.bool)
     for a in range(0, columns, step):
         b = min(a + step, columns)
         keep[:, a:b] = pattern.keep(current[:, a:b].square() / inverse_diagonal[a:b], start=a)
-        current = masked_least_squares(dense, system, keep, current, torch.finfo(weight.dtype).eps)
+        # What lies between two blocks only serves to score the next block's columns.
+        tolerance = eps if b == columns else eps**0.75
+        current = masked_least_squares(dense, system, keep, current, tolerance)
     return current, keep
