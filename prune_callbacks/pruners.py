@@ -58,6 +58,9 @@ class Magnitude:
 
     pattern: Pattern
 
+    def __post_init__(self) -> None:
+        _check_pattern("Magnitude", self.pattern)
+
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> None:
         """None: magnitudes need no calibration."""
         return
@@ -78,6 +81,9 @@ class Wanda:
     """
 
     pattern: Pattern
+
+    def __post_init__(self) -> None:
+        _check_pattern("Wanda", self.pattern)
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> InputNorm:
         """The norms of the input features."""
@@ -225,6 +231,11 @@ def _check_statistic(name: str, weight: Tensor, statistic: Statistic | None) -> 
     if not bool(torch.isfinite(statistic.squared_norm).all()):
         raise ValueError("the calibration activations hold NaN or inf: the inputs of this layer are not finite numbers")
     return statistic
+
+
+def _check_pattern(name: str, pattern: Pattern) -> None:
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"{name} takes a pattern such as Unstructured(0.5) or NM(2, 4), got {pattern!r}")
 
 
 def _check_settings(name: str, pattern: Pattern, block_size: int | None, damping: float) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from prune_callbacks import MRP, NM, Magnitude, SparseGPT, Unstructured, Wanda, prune_sequentially
+from prune_callbacks import MRP, NM, Magnitude, OneShotPrune, SparseGPT, Unstructured, Wanda, prune_sequentially
 from prune_callbacks.calibration import peak_memory
 
 
@@ -114,6 +114,27 @@ def test_progress_is_shown(tiny, batches, capsys):
 def test_peak_memory_is_in_bytes():
     held = torch.ones(50_000_000)
     assert peak_memory(torch.device("cpu")) > held.nbytes
+
+
+def test_wrong_kinds_of_input_are_named(tiny, batches, unchecked):
+    for pruner in (Wanda, Magnitude):
+        with pytest.raises(ValueError, match=r"takes a pattern such as Unstructured\(0.5\) or NM\(2, 4\), got 0.5"):
+            pruner(0.5)
+    with pytest.raises(ValueError, match=r"OneShotPrune takes a pruner such as .*, got NM\(n=2, m=4\)"):
+        OneShotPrune(NM(2, 4))
+    with pytest.raises(ValueError, match="targets is empty"):
+        prune_sequentially(tiny, batches, Wanda(NM(2, 4)), targets=[], progress=False)
+    with pytest.raises(ValueError, match=r"got one tensor of shape \(2, 16\); split it"):
+        prune_sequentially(tiny, batches[0], Wanda(NM(2, 4)), progress=False)
+    for wrong, found in ((batches[0].float(), r"Tensor \(2, 16\)"), ({"ids": batches[0]}, r"\['ids'\]")):
+        with pytest.raises(ValueError, match=f"must hold input_ids, integers of shape .*; got {found}"):
+            prune_sequentially(tiny, [wrong], Wanda(NM(2, 4)), progress=False)
+
+
+def test_too_few_tokens_are_warned_of_once(tiny):
+    with pytest.warns(UserWarning, match=r"8 calibration tokens for the 32 input features of model.layers.0") as caught:
+        prune_sequentially(tiny, [torch.randint(3, 200, (1, 8))], Wanda(NM(2, 4)), progress=False)
+    assert len([w for w in caught if "calibration tokens" in str(w.message)]) == 1
 
 
 def test_warnings_of_the_solver_name_the_layer(tiny):

@@ -56,6 +56,16 @@ def test_the_numbers_are_those_of_the_models(tmp_path, tiny, data):
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
+def test_zeros_are_counted_in_the_weights(tmp_path, tiny, data):
+    """Without an enforcer they are lost, and the report says so."""
+    module = CausalLM(tiny, lambda p: torch.optim.AdamW(p, lr=1e-2))
+    report = RunReport(tmp_path, progress=False)
+    with pytest.warns(UserWarning, match="will not last"):
+        fit([report, OneShotPrune(Magnitude(NM(2, 4)), progress=False)], tmp_path, module, data)
+    assert report.record["sparsity"]["achieved"] < 0.01
+    assert sum(report.record["violations"].values()) > 1000
+
+
 def test_a_half_finished_report_is_drawn(tmp_path, tiny, data):
     report = RunReport(tmp_path / "run", progress=False)
     fit([report, OneShotPrune(Magnitude(NM(2, 4)), progress=False), MaskEnforcer()], tmp_path, CausalLM(tiny), data)

@@ -108,6 +108,8 @@ def find_targets(
     if targets is None:
         return layers
     patterns = [targets] if isinstance(targets, str) else list(targets)
+    if not patterns:
+        raise ValueError("targets is empty, so nothing would be pruned; None prunes every linear layer of the blocks")
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in layers):
             raise ValueError(

@@ -44,6 +44,8 @@ def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Itera
     Raises:
         ValueError: there is no batch, or the model's forward did not reach every block.
     """
+    if isinstance(batches, Tensor):
+        raise ValueError(f"batches must be several batches, got one tensor of shape {tuple(batches.shape)}; split it")
     originals = [block.forward for block in blocks]
     replaced = [block.__dict__.get("forward") for block in blocks]  # accelerate, for one, sets it on the instance
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -93,6 +95,10 @@ def _forward(model: nn.Module, batch: Batch) -> None:
     device = next(model.parameters()).device
     inputs = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else {"input_ids": batch}
     if isinstance(model, PreTrainedModel):
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+            found = sorted(inputs) if ids is None else f"{type(ids).__name__} {tuple(getattr(ids, 'shape', ()))}"
+            raise ValueError(f"a calibration batch must hold input_ids, integers of shape (batch, tokens); got {found}")
         model(**to_device(inputs, device), use_cache=False)
     elif isinstance(batch, Mapping):
         model(**to_device(inputs, device))

@@ -121,6 +121,7 @@ class _Run:
         self.layers: list[LayerReport] = []
         self.skipped: dict[str, str] = {}
         self.input_first: set[str] = set()
+        self.few_tokens = False
 
     def note_fused(self, blocks: Sequence[tuple[str, nn.Module]]) -> None:
         """Names weights that are matrices of several layers in one tensor (fused experts): they stay dense."""
@@ -190,6 +191,13 @@ class _Run:
             self.skipped[parameter_name] = reason
             warnings.warn(f"{name} stays dense: {reason}. Leave it out of `targets` to silence this.", stacklevel=3)
             return
+        if statistic is not None and statistic.tokens < _shape(layer)[1] and not self.few_tokens:
+            self.few_tokens = True
+            warnings.warn(
+                f"{statistic.tokens} calibration tokens for the {_shape(layer)[1]} input features of {name}: too few "
+                "to tell features apart, and slow to solve for. Use several times as many tokens as features",
+                stacklevel=3,
+            )
         begin = time.perf_counter()
         parameter = layer.get_parameter("weight")
         weight = oriented(layer, parameter.detach())

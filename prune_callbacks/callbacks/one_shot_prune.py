@@ -57,6 +57,8 @@ class OneShotPrune(Callback):
         save_dir: str | Path | None = None,
         progress: bool = True,
     ) -> None:
+        if not isinstance(pruner, Pruner):
+            raise ValueError(f"OneShotPrune takes a pruner such as Wanda(Unstructured(0.5)), got {pruner!r}")
         if num_batches is not None and num_batches < 1:
             raise ValueError(f"OneShotPrune: num_batches must be at least 1, got {num_batches}")
         self.pruner = pruner
@@ -136,11 +138,16 @@ class OneShotPrune(Callback):
             pl_module.log_dict({"sparsity": self.report.sparsity, "violations": float(self._violations(pl_module))})
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.report is None else self.report.state_dict()
+        return {} if self.report is None else self.report.state_dict() | {"pruner": repr(self.pruner)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
             self._restored = True
+            if state_dict["pruner"] != repr(self.pruner):
+                rank_zero_warn(
+                    f"the checkpoint was pruned by {state_dict['pruner']}, whose masks stay in force; "
+                    f"{self.pruner} is not used"
+                )
             self.report = PruneReport.from_state_dict(state_dict)
 
     def _violations(self, pl_module: LightningModule) -> int:

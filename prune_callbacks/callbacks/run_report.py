@@ -17,6 +17,7 @@ from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.evaluation.report import draw_report, refuse_existing_run, summary_table, write_json
+from prune_callbacks.sparsity import MaskSet
 
 
 class RunReport(Callback):
@@ -152,13 +153,15 @@ class RunReport(Callback):
             return
         report = self._report(trainer)
         pruner = next(callback.pruner for callback in trainer.callbacks if isinstance(callback, OneShotPrune))
+        # Counted in the weights, not in the masks: without an enforcer the two part ways.
+        zeros = MaskSet.from_nonzero(report.masks.matching(pl_module.named_parameters()))
         self.record["seconds"]["prune"] = report.seconds
         self.record |= {
             "pruner": repr(pruner),
             "sparsity": {
                 "target": pruner.pattern.sparsity,
-                "achieved": report.sparsity,
-                "layers": report.masks.layer_sparsity(),
+                "achieved": zeros.sparsity(),
+                "layers": zeros.layer_sparsity(),
             },
             "violations": report.masks.violations(pl_module.named_parameters()),
             "reconstruction_loss": {layer.name: layer.relative_loss for layer in report.layers},

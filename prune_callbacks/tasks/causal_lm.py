@@ -70,6 +70,8 @@ class CausalLM(LightningModule):
 
 
 def _with_labels(batch: Any) -> dict[str, Tensor]:
+    if isinstance(batch, tuple | list):  # of a TensorDataset
+        batch = batch[0]
     inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     if "labels" not in inputs:
         labels = inputs["input_ids"]

@@ -65,6 +65,11 @@ class TokenDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if seq_len < 2 or calibration_windows < 1:
+            raise ValueError(
+                f"TokenDataModule needs seq_len >= 2 and calibration_windows >= 1, "
+                f"got {seq_len} and {calibration_windows}"
+            )
         self.tokenizer = tokenizer
         self.corpora: dict[str, Corpus] = {"train": train, "calibration": calibration, "evaluation": evaluation}
         self.evaluation_title = evaluation.title
