@@ -99,9 +99,10 @@ def masked_least_squares(
     squares on the kept set S). Computed by conjugate gradients on all rows at once, so that the cost is
     matrix products and no row needs a factorisation of its own.
 
-    The preconditioner is `(H^-1)_SS`, which costs one more product per step and pays twice: on Grams of real
-    layers it takes a third of the steps that a Jacobi preconditioner takes (and a tenth where outlier features
-    spoil the condition number), and it certifies the result. With residual r on S the excess loss is
+    The preconditioner is `(H^-1)_SS`, which costs one more product per step and pays twice. On Grams of SmolLM2's
+    layers it takes 11 to 15 steps to a relative excess of 1e-6 where a Jacobi preconditioner takes 30 to 50, and
+    30 on the worst of them, where Jacobi's stands at 1e-4 after 60. And it certifies the result: with residual r on
+    S the excess loss is
     `r H_SS^-1 r^T`, which is at most `r (H^-1)_SS r^T`, because `(H^-1)_SS - H_SS^-1` is positive semidefinite
     (Schur complement); that bound is the quantity the iteration computes anyway.
 
