@@ -151,7 +151,7 @@ class _Run:
         seen: dict[int, tuple[Tensor, str]] = {}
         tokens: Tensor | None = None
 
-        def observe(name: str, layer: nn.Module, x: Tensor) -> None:
+        def observe(name: str, x: Tensor) -> None:
             # The tensor is held in `seen` for the length of one pass, so that its id stays its own.
             leader = seen.setdefault(id(x), (x, name))[1]
             if leaders.setdefault(name, leader) != leader:
@@ -169,7 +169,7 @@ class _Run:
             statistics[name].update(x)
 
         hooks = [
-            layer.register_forward_pre_hook(lambda m, args, name=name: observe(name, m, args[0]))
+            layer.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))
             for name, layer in layers.items()
         ]
         try:

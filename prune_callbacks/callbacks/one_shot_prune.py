@@ -118,9 +118,10 @@ class OneShotPrune(Callback):
                 "without OneShotPrune. To prune its model, load it and start a new fit without ckpt_path"
             )
         assert self.report is not None
-        for logger in trainer.loggers:
-            violations = self._violations(pl_module)
-            logger.log_metrics({"sparsity": self.report.sparsity, "violations": violations}, trainer.global_step)
+        if trainer.loggers:
+            metrics = {"sparsity": self.report.sparsity, "violations": self._violations(pl_module)}
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
