@@ -1,11 +1,12 @@
 from .calibration import PruneReport, prune_sequentially
 from .callbacks import MaskEnforcer, OneShotPrune, RunReport
-from .pruners import MRP, Magnitude, Pruned, SparseGPT, Wanda
+from .pruners import ALPS, MRP, Magnitude, Pruned, SparseGPT, Wanda
 from .solvers import Gram, InputNorm
 from .sparsity import NM, Block, Columns, MaskSet, Rows, Unstructured
 from .tasks import CausalLM, TokenDataModule
 
 __all__ = [
+    "ALPS",
     "MRP",
     "NM",
     "Block",

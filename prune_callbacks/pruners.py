@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prune_callbacks.solvers.linalg import DampedGram, damp
-from prune_callbacks.solvers.mrp import mrp_sm
+from prune_callbacks.solvers.alps import alps
+from prune_callbacks.solvers.linalg import DampedGram, damp, row_dot
+from prune_callbacks.solvers.mrp import mrp_mm, mrp_ms, mrp_sm
 from prune_callbacks.solvers.sparsegpt import sparsegpt
 from prune_callbacks.solvers.statistics import Gram, InputNorm, Statistic
 from prune_callbacks.sparsity import NM, Block, Columns, Pattern, Unstructured
@@ -161,8 +162,15 @@ class MRP:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.variant != "SM":
-            raise ValueError(f'MRP: variant must be "SM", got {self.variant!r}; no other variant is available')
+        if self.variant not in ("SM", "MS", "MM"):
+            raise ValueError(
+                f'MRP: variant must be "SM", "MS" or "MM", got {self.variant!r}; "SS" is SparseGPT, which has its own name'
+            )
+        if self.variant != "SM" and not isinstance(self.pattern, NM):
+            raise ValueError(
+                f"MRP: mask M tries every subset of the weights that it decides together, C(m, n) for a group of NM; "
+                f"of {self.pattern} there are too many to try (the paper has it for N:M only). Use variant \"SM\"."
+            )
         if not isinstance(self.pattern, Unstructured | NM | Block | Columns):
             raise ValueError(
                 f"MRP compensates a row's removed weights with the row's own survivors and cannot prune "
@@ -176,15 +184,58 @@ class MRP:
 
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
         """See `prune_callbacks.solvers.mrp.mrp_sm` and `Pruner`."""
-        step = None if self.block_size is None else _whole_units(self.block_size, self.pattern)
-        return _compensated("MRP", self, weight, statistic, lambda w, system: mrp_sm(w, system, self.pattern, step))
+        pattern = self.pattern
+        step = None if self.block_size is None else _whole_units(self.block_size, pattern)
+
+        def solve(working: Tensor, system: DampedGram) -> tuple[Tensor, Tensor]:
+            if self.variant == "SM":
+                return mrp_sm(working, system, pattern, step)
+            assert isinstance(pattern, NM)
+            if self.variant == "MM":
+                return mrp_mm(working, system, pattern, step)
+            return mrp_ms(working, system, pattern, step or working.shape[1])
+
+        return _compensated("MRP", self, weight, statistic, solve)
+
+
+@dataclass(frozen=True)
+class ALPS:
+    """
+    Seeks mask and weights together, then the exact weights for the mask (Meng et al. 2024).
+
+    "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models". Takes every pattern
+    but `Rows`. The loss is never above that of `MRP(pattern, block_size=None)` on the same layer.
+
+    Args:
+        pattern: what to remove; an `Unstructured` pool is the layer, or the row with `per="row"`.
+        damping: added to the Gram's diagonal, as a fraction of its mean.
+    """
+
+    pattern: Pattern
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, Unstructured | NM | Block | Columns):
+            raise ValueError(
+                f"ALPS compensates a row's removed weights with the row's own survivors and cannot prune "
+                f"{self.pattern}: nothing survives in a removed row. Use Wanda or Magnitude for Rows."
+            )
+        _check_settings("ALPS", self.pattern, None, self.damping)
+
+    def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
+        """The Gram of the layer's inputs."""
+        return Gram(in_features, device)
+
+    def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
+        """See `prune_callbacks.solvers.alps.alps` and `Pruner`."""
+        return _compensated("ALPS", self, weight, statistic, lambda w, system: alps(w, system, self.pattern))
 
 
 Solver = Callable[[Tensor, DampedGram], tuple[Tensor, Tensor]]
 
 
 def _compensated(
-    name: str, pruner: SparseGPT | MRP, weight: Tensor, statistic: Statistic | None, solve: Solver
+    name: str, pruner: SparseGPT | MRP | ALPS, weight: Tensor, statistic: Statistic | None, solve: Solver
 ) -> Pruned:
     _check_weight(weight, pruner.pattern)
     gram = _check_statistic(name, weight, statistic)
@@ -201,7 +252,7 @@ def _pruned(dense: Tensor, solved: Tensor, keep: Tensor, statistic: Statistic | 
     if isinstance(statistic, Gram):
         change = (weight.to(statistic.matrix.dtype) - dense.to(statistic.matrix.dtype)).to(statistic.matrix.device)
         # Not below zero, which rounding can do where the loss is zero.
-        loss = max(0.0, float(((change @ statistic.matrix) * change).sum(dtype=torch.float64)))
+        loss = max(0.0, row_dot(change @ statistic.matrix, change))
     return Pruned(weight, keep, loss)
 
 

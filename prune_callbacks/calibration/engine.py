@@ -22,6 +22,7 @@ from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_inpu
 from prune_callbacks.calibration.prune_report import LayerReport, PruneReport, peak_memory
 from prune_callbacks.pruners import Pruned, Pruner
 from prune_callbacks.solvers import Gram, InputNorm
+from prune_callbacks.solvers.linalg import row_dot
 from prune_callbacks.sparsity import MaskSet
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -217,7 +218,7 @@ def _relative_loss(weight: Tensor, pruned: Pruned, statistic: Gram | InputNorm |
     if pruned.loss is None or not isinstance(statistic, Gram):
         return None
     dense = weight.to(statistic.matrix)
-    output = float(((dense @ statistic.matrix) * dense).sum(dtype=torch.float64))
+    output = row_dot(dense @ statistic.matrix, dense)
     return pruned.loss / output if output > 0 else 0.0
 
 

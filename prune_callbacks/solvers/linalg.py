@@ -1,4 +1,4 @@
-"""Damped Grams, their factors, and least squares under a fixed mask."""
+"""Damped Grams and their factors."""
 
 import warnings
 from dataclasses import dataclass
@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from prune_callbacks.solvers.split import Split, split
 
 CHOLESKY_ATTEMPTS = 4
 
@@ -33,14 +35,33 @@ class DampedGram:
     damping: float
 
     @cached_property
-    def inverse(self) -> Float[Tensor, "in in"]:
-        """`H^-1`, computed on first use."""
-        return self.inverse_factor.T @ self.inverse_factor
-
-    @property
     def inverse_diagonal(self) -> Float[Tensor, " in"]:
         """`diag(H^-1)`."""
         return self.inverse_factor.square().sum(0)
+
+    def inverse_blocks(self, size: int) -> Float[Tensor, "blocks size size"]:
+        """The squares of `H^-1` along its diagonal, for groups of `size` neighbouring features."""
+        columns = self.inverse_factor.unflatten(1, (-1, size))
+        return torch.einsum("iga,igb->gab", columns, columns)
+
+    @cached_property
+    def split(self) -> "Split":
+        """`H` as a diagonal, a low-rank part and a remainder; see `prune_callbacks.solvers.split`."""
+        return split(self.matrix)
+
+    def excess_bound(self, residual: Float[Tensor, "out in"]) -> float:
+        """
+        `sum over rows of r H^-1 r^T`, for residuals that are zero outside a row's kept set S.
+
+        It bounds from above how far a loss lies above the optimum for the mask, which is `r H_SS^-1 r^T`:
+        `(H^-1)_SS - H_SS^-1` is positive semidefinite (Schur complement).
+        """
+        total, size = 0.0, len(self.matrix)
+        for a in range(0, size, step := max(1, -(-size // 8))):
+            # U is upper triangular: columns before a meet only zeros.
+            image = residual[:, a:] @ self.inverse_factor[a : a + step, a:].T
+            total += row_dot(image, image)
+        return total
 
 
 def damp(gram: Float[Tensor, "in in"], damping: float) -> DampedGram:
@@ -84,61 +105,13 @@ def damp(gram: Float[Tensor, "in in"], damping: float) -> DampedGram:
     )
 
 
-def masked_least_squares(
-    dense: Float[Tensor, "out in"],
-    system: DampedGram,
-    keep: Bool[Tensor, "out in"],
-    start: Float[Tensor, "out in"],
-    tolerance: float,
-    max_iterations: int = 500,
-) -> Float[Tensor, "out in"]:
-    """
-    The weights of least `(w - dense) H (w - dense)^T` in every row that are zero outside `keep`.
+def ridge_inverse(matrix: Float[Tensor, "in in"], added: Float[Tensor, " in"]) -> Float[Tensor, "in in"]:
+    """`(H + diag(added))^-1` of a positive definite H, by a Cholesky factorisation."""
+    regular = matrix.clone()
+    regular.diagonal().add_(added)
+    return torch.cholesky_inverse(torch.linalg.cholesky(regular))
 
-    Equivalent to `w_S = H_SS^-1 (H dense)_S` row by row (Zhao et al. 2024, eq. 13, written as ridge least
-    squares on the kept set S). Computed by conjugate gradients on all rows at once, so that the cost is
-    matrix products and no row needs a factorisation of its own.
 
-    The preconditioner is `(H^-1)_SS`, which costs one more product per step and pays twice. On Grams of SmolLM2's
-    layers it takes 11 to 15 steps to a relative excess of 1e-6 where a Jacobi preconditioner takes 30 to 50, and
-    30 on the worst of them, where Jacobi's stands at 1e-4 after 60. And it certifies the result: with residual r on
-    S the excess loss is `r H_SS^-1 r^T`, which is at most `r (H^-1)_SS r^T`, because `(H^-1)_SS - H_SS^-1` is
-    positive semidefinite (Schur complement); that bound is the quantity the iteration computes anyway.
-
-    Args:
-        dense: the weights to stay close to.
-        system: the damped Gram.
-        keep: where weights may be non-zero.
-        start: where to begin, any weights; those outside `keep` are ignored.
-        tolerance: stop when the certified excess of the summed loss is at most this fraction of it.
-        max_iterations: warns if this many do not suffice.
-    """
-    matrix, inverse, kept = system.matrix, system.inverse, keep.to(dense.dtype)
-    weight = start * kept
-    image = (dense - weight) @ matrix
-    loss = float(((dense - weight) * image).sum(dtype=torch.float64))
-    # The loss left over may be far below the one begun with; it is not known more exactly than this.
-    resolution = torch.finfo(dense.dtype).eps * loss
-    residual = image.mul_(kept)
-    scaled = (residual @ inverse).mul_(kept)
-    energy = (residual * scaled).sum(1, keepdim=True)
-    direction = scaled
-    for _ in range(max_iterations):
-        excess = float(energy.sum(dtype=torch.float64))
-        if excess <= tolerance * max(loss, resolution):
-            return weight
-        image = (direction @ matrix).mul_(kept)
-        curvature = (direction * image).sum(1, keepdim=True)
-        length = torch.where(curvature > 0, energy / curvature, 0)  # a finished row rests
-        weight = weight.addcmul_(length, direction)
-        residual = residual.addcmul_(length, image, value=-1)
-        loss -= float((length * energy).sum(dtype=torch.float64))
-        scaled = (residual @ inverse).mul_(kept)
-        energy, previous = (residual * scaled).sum(1, keepdim=True), energy
-        direction = torch.where(previous > 0, energy / previous, 0).mul(direction).add_(scaled)
-    warnings.warn(
-        f"least squares under the mask stopped after {max_iterations} iterations; its loss may lie up to "
-        f"{excess / max(loss, 1e-300):.1e} above the optimum, relatively (asked: {tolerance:.0e})",
-        stacklevel=2,
-    )
-    return weight
+def row_dot(a: Float[Tensor, "rows in"], b: Float[Tensor, "rows in"]) -> float:
+    """The sum of all `a_ij b_ij`; that of the rows' sums in float64."""
+    return float(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))

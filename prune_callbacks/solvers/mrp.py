@@ -1,18 +1,31 @@
-"""MRP, the multiple removal problem (Zhao et al. 2024): remove whole sets of weights, compensate exactly."""
+"""
+MRP, the multiple removal problem (Zhao et al. 2024): remove whole sets of weights, compensate exactly.
+
+Of a variant's two letters the first says how the mask is chosen, the second how the survivors are compensated; S
+treats removed weights one at a time, M all at once. SS is SparseGPT.
+"""
+
+import itertools
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prune_callbacks.solvers.linalg import DampedGram, masked_least_squares
-from prune_callbacks.sparsity import Pattern
+from prune_callbacks.solvers.least_squares import MaskedLeastSquares
+from prune_callbacks.solvers.linalg import DampedGram
+from prune_callbacks.solvers.sparsegpt import Choose, sweep
+from prune_callbacks.sparsity import NM, Pattern
+
+Solved = tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]
+"""The new weights and the mask, both (out, in)."""
+
+CHUNK = 2**24
+"""How many numbers `mask_m` holds at once, at most, beside its arguments."""
 
 
-def mrp_sm(
-    weight: Float[Tensor, "out in"], system: DampedGram, pattern: Pattern, block_size: int | None
-) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+def mrp_sm(weight: Float[Tensor, "out in"], system: DampedGram, pattern: Pattern, block_size: int | None) -> Solved:
     """
-    Prunes and compensates one layer: mask S, compensation M of the paper.
+    Prunes and compensates one layer: mask S, compensation M.
 
     Equivalent to choosing, block of columns after block of columns, the mask of the largest
     `W_ij^2 / [H^-1]_jj` (eq. 14), and after each block solving eq. 13 with the mask of all blocks so far, which
@@ -23,20 +36,96 @@ def mrp_sm(
         system: the layer's damped Gram.
         pattern: any pattern that leaves something of every row to compensate with.
         block_size: columns per block; None is the paper's `S = all`.
-
-    Returns:
-        The new weights and the mask, both (out, in); the arguments are left as they are.
     """
-    inverse_diagonal = system.inverse_diagonal
+
+    def choose(current: Tensor, start: int) -> Tensor:
+        return eq_14(current, system, pattern, start)
+
+    return _in_blocks(weight, system, choose, block_size)
+
+
+def mrp_mm(weight: Float[Tensor, "out in"], system: DampedGram, pattern: NM, block_size: int | None) -> Solved:
+    """
+    Mask M, compensation M.
+
+    Equivalent to `mrp_sm` with the mask of least `w_P [(H^-1)_PP]^-1 w_P^T` (eq. 12) in every group of m, P being
+    what is removed of the group.
+    """
+    inverse = system.inverse_blocks(pattern.m)
+
+    def choose(current: Tensor, start: int) -> Tensor:
+        a = start // pattern.m
+        return mask_m(current, inverse[a : a + current.shape[1] // pattern.m], pattern)
+
+    return _in_blocks(weight, system, choose, block_size)
+
+
+def mrp_ms(weight: Float[Tensor, "out in"], system: DampedGram, pattern: NM, block_size: int) -> Solved:
+    """
+    Mask M, compensation S.
+
+    Equivalent to SparseGPT with the mask of least eq. 12 in every group when the sweep reaches it, the inverse being
+    that of H over the columns not yet passed: `U_gg^T U_gg` for the group's square of SparseGPT's factor.
+    """
+
+    def choose(current: Tensor, start: int) -> Tensor:
+        end = start + pattern.m
+        factor = system.inverse_factor[start:end, start:end]
+        return mask_m(current, (factor.T @ factor)[None], pattern)
+
+    return sweep(weight, system, choose, pattern.m, block_size)
+
+
+def eq_14(current: Float[Tensor, "out columns"], system: DampedGram, pattern: Pattern, start: int = 0) -> Tensor:
+    """Mask S: the largest `W_ij^2 / [H^-1]_jj` of a slice of columns."""
+    return pattern.keep(current.square() / system.inverse_diagonal[start : start + current.shape[1]], start=start)
+
+
+def mask_m(
+    weight: Float[Tensor, "out columns"], inverse: Float[Tensor, "groups m m"], pattern: NM
+) -> Bool[Tensor, "out columns"]:
+    """
+    The subset of every group of m whose removal has the least loss `w_P [(H^-1)_PP]^-1 w_P^T`.
+
+    Equivalent to trying all `C(m, n)` subsets of every group of every row (eq. 12 without its factor 1/2). Among
+    subsets of equal loss the one that keeps the lowest columns stays.
+
+    Args:
+        weight: (out, groups * m).
+        inverse: the squares of `H^-1` that belong to the groups.
+        pattern: which n of m.
+    """
+    n, m = pattern.n, pattern.m
+    subsets = list(itertools.combinations(range(m), n))
+    removed = torch.tensor([[j for j in range(m) if j not in kept] for kept in subsets], device=weight.device)
+    kept_table = torch.ones(len(subsets), m, dtype=torch.bool, device=weight.device).scatter_(1, removed, False)
+    keep = torch.empty_like(weight, dtype=torch.bool)
+    for rows, kept in zip(weight.split(step := max(1, CHUNK // weight.shape[1])), keep.split(step), strict=True):
+        by_group = rows.T.unflatten(0, (-1, m)).contiguous()  # (groups, m, rows)
+        least = by_group.new_full((by_group.shape[0], by_group.shape[2]), torch.inf)
+        best = torch.zeros_like(least, dtype=torch.long)
+        for index, gone in enumerate(removed):
+            # w_P A^-1 w_P^T is the squared norm of L^-1 w_P, A = L L^T.
+            factor = torch.linalg.cholesky(inverse[:, gone[:, None], gone])
+            loss = torch.linalg.solve_triangular(factor, by_group[:, gone], upper=False).square_().sum(1)
+            better = loss < least
+            least = torch.where(better, loss, least)
+            best.masked_fill_(better, index)
+        kept.copy_(kept_table[best].transpose(0, 1).flatten(1))
+    return keep
+
+
+def _in_blocks(weight: Tensor, system: DampedGram, choose: Choose, block_size: int | None) -> Solved:
     dense = weight.masked_fill(system.dead, 0)
-    current = dense
-    columns, eps = weight.shape[1], torch.finfo(weight.dtype).eps
+    columns = weight.shape[1]
     step = columns if block_size is None else block_size
+    solution = MaskedLeastSquares(dense, system)
     keep = torch.ones_like(weight, dtype=torch.bool)
     for a in range(0, columns, step):
         b = min(a + step, columns)
-        keep[:, a:b] = pattern.keep(current[:, a:b].square() / inverse_diagonal[a:b], start=a)
-        # What lies between two blocks only serves to score the next block's columns.
-        tolerance = eps if b == columns else eps**0.75
-        current = masked_least_squares(dense, system, keep, current, tolerance)
-    return current, keep
+        keep[:, a:b] = choose(solution.weight[:, a:b], a)
+        solution.restrict(keep)
+        if b < columns:  # what lies between two blocks only serves to choose the next block's mask
+            solution.descend(solution.tolerance)
+    solution.solve(solution.tolerance)
+    return solution.weight, keep

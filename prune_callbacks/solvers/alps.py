@@ -1,0 +1,70 @@
+"""ALPS (Meng et al. 2024): the mask and the weights sought together, by ADMM, then the exact weights for that mask."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from prune_callbacks.solvers.least_squares import MaskedLeastSquares
+from prune_callbacks.solvers.linalg import DampedGram, ridge_inverse
+from prune_callbacks.solvers.mrp import eq_14
+from prune_callbacks.solvers.split import product_dtype
+from prune_callbacks.sparsity import Pattern
+
+PENALTIES = (0.35, 0.7)
+"""The penalty of ADMM in two stages, as a fraction of each feature's diagonal in H."""
+
+STEPS = 4
+"""Steps with each penalty."""
+
+START = 0.02
+"""How near to the optimum, as a fraction of the loss, the solution is that the search starts from."""
+
+
+def alps(
+    weight: Float[Tensor, "out in"], system: DampedGram, pattern: Pattern
+) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+    """
+    Prunes and compensates one layer.
+
+    Equivalent to ADMM on `min (X - W) H (X - W)^T` subject to `X = D` and D having the pattern, followed by exact
+    least squares on the support of D. Differs from the paper's in what it costs: it starts from the solution for
+    the mask of eq. 14 of MRP and from its multipliers, where the paper starts from the dense weights; it weighs the
+    penalty by the diagonal of H, so that a few steps at two penalties do what takes the paper's schedule dozens; a
+    step is one product with `(H + penalty)^-1`, in bfloat16 where that is faster, and no eigendecomposition is made.
+
+    The loss is never above that of `mrp_sm` with `block_size=None`, up to that function's tolerance: if the search
+    does not win, its solution is returned.
+    """
+    dense = weight.masked_fill(system.dead, 0)
+    solution = MaskedLeastSquares(dense, system)
+    first = eq_14(dense, system, pattern)
+    solution.restrict(first)
+    solution.descend(START)
+    to_beat = solution.loss - solution.excess
+    keep = _search(dense, system, pattern, solution.weight, solution.gradient * ~first)
+    solution.restrict(keep)
+    solution.solve(solution.tolerance)
+    if solution.loss <= to_beat:
+        return solution.weight, keep
+    other = MaskedLeastSquares(dense, system)
+    other.restrict(first)
+    other.solve(other.tolerance)
+    return (solution.weight, keep) if solution.loss <= other.loss else (other.weight, first)
+
+
+def _search(dense: Tensor, system: DampedGram, pattern: Pattern, sparse: Tensor, multiplier: Tensor) -> Tensor:
+    """ADMM from a sparse solution and the multipliers of what is removed; the mask it ends with."""
+    diagonal = system.matrix.diagonal()
+    keep = sparse != 0
+    for penalty in PENALTIES:
+        weights = penalty * diagonal
+        inverse = ridge_inverse(system.matrix, weights).to(product_dtype(dense))
+        for _ in range(STEPS):
+            force = torch.addcmul(multiplier, dense - sparse, weights)
+            # X = W - (V + weights (W - D)) (H + weights)^-1 is the least of the augmented Lagrangian; X + V / weights
+            # is then split: its largest are the new D, the rest the new V.
+            x = torch.addcdiv(dense, multiplier, weights).sub_(force.to(inverse.dtype) @ inverse)
+            keep = pattern.keep(x.square() * diagonal)
+            sparse = x * keep
+            multiplier = x.sub_(sparse).mul_(weights)
+    return keep
