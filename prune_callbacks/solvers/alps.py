@@ -1,5 +1,7 @@
 """ALPS (Meng et al. 2024): the mask and the weights sought together, by ADMM, then the exact weights for that mask."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -7,8 +9,8 @@ from torch import Tensor
 from prune_callbacks.solvers.least_squares import MaskedLeastSquares
 from prune_callbacks.solvers.linalg import DampedGram, ridge_inverse
 from prune_callbacks.solvers.mrp import eq_14
+from prune_callbacks.solvers.sparsegpt import Choose
 from prune_callbacks.solvers.split import product_dtype
-from prune_callbacks.sparsity import Pattern
 
 PENALTIES = (0.35, 0.7)
 """The penalty of ADMM in two stages, as a fraction of each feature's diagonal in H."""
@@ -16,15 +18,18 @@ PENALTIES = (0.35, 0.7)
 STEPS = 4
 """Steps with each penalty."""
 
-START = 0.02
+START = 0.2
 """How near to the optimum, as a fraction of the loss, the solution is that the search starts from."""
 
 
 def alps(
-    weight: Float[Tensor, "out in"], system: DampedGram, pattern: Pattern
+    weight: Float[Tensor, "out in"],
+    system: DampedGram,
+    keep_best: Choose,
+    heights: Sequence[int] | None = None,
 ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
     """
-    Prunes and compensates one layer.
+    Prunes and compensates one layer, or several that share their input, stacked.
 
     Equivalent to ADMM on `min (X - W) H (X - W)^T` subject to `X = D` and D having the pattern, followed by exact
     least squares on the support of D. Differs from the paper's in what it costs: it starts from the solution for
@@ -32,27 +37,34 @@ def alps(
     penalty by the diagonal of H, so that a few steps at two penalties do what takes the paper's schedule dozens; a
     step is one product with `(H + penalty)^-1`, in bfloat16 where that is faster, and no eigendecomposition is made.
 
-    The loss is never above that of `mrp_sm` with `block_size=None`, up to that function's tolerance: if the search
-    does not win, its solution is returned.
+    A layer's loss is never above that of `mrp_sm` with `block_size=None`, up to that function's tolerance: if the
+    search does not win, its solution is returned.
+
+    Args:
+        weight: dense weights.
+        system: the layers' damped Gram.
+        keep_best: `Pattern.keep` of a pattern that leaves something of every row to compensate with.
+        heights: the numbers of rows of the layers that are stacked in `weight`; None: it is one layer.
     """
     dense = weight.masked_fill(system.dead, 0)
-    solution = MaskedLeastSquares(dense, system)
-    first = eq_14(dense, system, pattern)
+    solution = MaskedLeastSquares(dense, system, heights)
+    first = keep_best(eq_14(dense, system), 0)
     solution.restrict(first)
     solution.descend(START)
     to_beat = solution.loss - solution.excess
-    keep = _search(dense, system, pattern, solution.weight, solution.gradient * ~first)
+    keep = _search(dense, system, keep_best, solution.weight, solution.gradient * ~first)
     solution.restrict(keep)
-    solution.solve(solution.tolerance)
-    if solution.loss <= to_beat:
+    solution.solve()
+    if bool((solution.loss <= to_beat).all()):
         return solution.weight, keep
-    other = MaskedLeastSquares(dense, system)
+    other = MaskedLeastSquares(dense, system, heights)
     other.restrict(first)
-    other.solve(other.tolerance)
-    return (solution.weight, keep) if solution.loss <= other.loss else (other.weight, first)
+    other.solve()
+    better = (solution.loss <= other.loss).repeat_interleave(torch.tensor(solution.heights, device=keep.device))
+    return torch.where(better[:, None], solution.weight, other.weight), torch.where(better[:, None], keep, first)
 
 
-def _search(dense: Tensor, system: DampedGram, pattern: Pattern, sparse: Tensor, multiplier: Tensor) -> Tensor:
+def _search(dense: Tensor, system: DampedGram, keep_best: Choose, sparse: Tensor, multiplier: Tensor) -> Tensor:
     """ADMM from a sparse solution and the multipliers of what is removed; the mask it ends with."""
     diagonal = system.matrix.diagonal()
     keep = sparse != 0
@@ -64,7 +76,7 @@ def _search(dense: Tensor, system: DampedGram, pattern: Pattern, sparse: Tensor,
             # X = W - (V + weights (W - D)) (H + weights)^-1 is the least of the augmented Lagrangian; X + V / weights
             # is then split: its largest are the new D, the rest the new V.
             x = torch.addcdiv(dense, multiplier, weights).sub_(force.to(inverse.dtype) @ inverse)
-            keep = pattern.keep(x.square() * diagonal)
+            keep = keep_best(x.square() * diagonal, 0)
             sparse = x * keep
             multiplier = x.sub_(sparse).mul_(weights)
     return keep

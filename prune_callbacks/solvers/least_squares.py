@@ -1,12 +1,13 @@
 """Least squares under a fixed mask, for all rows at once, to a certified distance from the optimum."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prune_callbacks.solvers.linalg import DampedGram, row_dot
+from prune_callbacks.solvers.linalg import DampedGram
 
 
 class MaskedLeastSquares:
@@ -22,31 +23,32 @@ class MaskedLeastSquares:
     preconditioner takes 9 to 35 or does not get there. The steps' products are inexact (bfloat16) where that is
     faster; the residual that is judged in the end never is.
 
+    Layers that share their input may be stacked: one factorisation and one product then serve all their rows, and
+    every layer converges to the distance asked for.
+
     Attributes:
-        tolerance: a fit distance from the optimum for weights of this dtype, as a fraction of the loss.
         weight: the solution so far, (out, in), zero outside the mask.
         gradient: `(dense - weight) H`, (out, in), for all features, kept or not; to the precision of the products.
-        loss: the sum over rows of `(weight - dense) H (weight - dense)^T`, to the same precision.
-        excess: how far the loss lies above the optimum for the mask, estimated by `descend`.
+        loss: `(weight - dense) H (weight - dense)^T` summed over the rows of each layer, (layers,), likewise.
+        excess: how far the loss lies above the optimum for the mask, (layers,), as estimated by `descend`.
+        tolerance: a fit distance from the optimum for weights of this dtype, as a fraction of the loss.
     """
 
-    def __init__(self, dense: Float[Tensor, "out in"], system: DampedGram) -> None:
+    def __init__(
+        self, dense: Float[Tensor, "out in"], system: DampedGram, heights: Sequence[int] | None = None
+    ) -> None:
+        """`heights` are the numbers of rows of the stacked layers; None: one layer."""
         self.dense = dense
         self.system = system
-        self.tolerance = 5e-4 if dense.dtype == torch.float32 else 1e-12
+        self.heights = [len(dense)] if heights is None else list(heights)
+        self.tolerance = 5e-4 if dense.dtype == torch.float32 else 1e-15
         self.weight = dense.clone()
         self.gradient = torch.zeros_like(dense)
-        self.loss = 0.0
-        self.excess = float("inf")
-
-    def start_at(self, weight: Float[Tensor, "out in"]) -> None:
-        """Goes on from other weights than those that were reached."""
-        self.weight = weight.clone()
-        self._set_gradient(self.system.split.product(self.dense - weight))
+        self.loss = self.excess = dense.new_zeros(len(self.heights), dtype=torch.float64)
 
     def restrict(self, keep: Bool[Tensor, "out in"]) -> None:
         """Sets the mask, and takes the step that would be exact if H were M."""
-        self.kept = keep.to(self.dense.dtype)
+        self.kept = (keep & ~self.system.dead).to(self.dense.dtype)
         self.inverse = self.system.split.restricted(self.kept)
         basis = self.system.split.basis
         removed = self.weight * (1 - self.kept)
@@ -55,7 +57,7 @@ class MaskedLeastSquares:
         self.weight -= change
         self._set_gradient(self.gradient.add_(self.system.split.product(change)))
 
-    def descend(self, tolerance: float, max_iterations: int = 500) -> None:
+    def descend(self, tolerance: Tensor | float, max_iterations: int = 500) -> None:
         """
         Conjugate gradients until the excess of the loss over the optimum is about `tolerance` of the loss.
 
@@ -67,57 +69,65 @@ class MaskedLeastSquares:
         scaled = self.inverse(residual)
         energy = torch.linalg.vecdot(residual, scaled)[:, None]
         direction, image = scaled.clone(), torch.empty_like(scaled)
-        digits = torch.finfo(self.system.split.remainder.dtype).eps ** 2
-        floor = digits * float(energy.sum(dtype=torch.float64))
+        floor = torch.finfo(self.system.split.remainder.dtype).eps ** 2 * self._by_layer(energy)
         for _ in range(max_iterations):
-            self.excess = float(energy.sum(dtype=torch.float64))
-            if self.excess <= max(tolerance * self.loss, floor):
+            self.excess = self._by_layer(energy)
+            if bool((self.excess <= torch.maximum(tolerance * self.loss, floor)).all()):
                 return
             self.system.split.product(direction, out=image)
             curvature = torch.linalg.vecdot(direction, image)[:, None]
             length = torch.where(curvature > 0, energy / curvature, 0)  # a finished row rests
             self.weight.addcmul_(length, direction)
             self.gradient.addcmul_(length, image, value=-1)
-            self.loss -= float((length * energy).sum(dtype=torch.float64))
+            self.loss = self.loss - self._by_layer(length * energy)
             torch.mul(self.gradient, self.kept, out=residual)
             self.inverse(residual, out=scaled)
             energy, previous = torch.linalg.vecdot(residual, scaled)[:, None], energy
             direction.mul_(torch.where(previous > 0, energy / previous, 0)).add_(scaled)
 
-    def certify(self) -> float:
+    def certify(self) -> Float[Tensor, " layers"]:
         """Computes gradient and loss anew, with exact products, and returns a bound on the excess of the loss."""
         self._set_gradient((self.dense - self.weight) @ self.system.matrix)
-        return self.system.excess_bound(self.gradient * self.kept)
+        return self._by_layer(self.system.excess_bound(self.gradient * self.kept))
 
-    def solve(self, tolerance: float, max_rounds: int = 20) -> None:
+    def solve(self, tolerance: float | None = None, max_rounds: int = 20) -> None:
         """
-        Descends until the excess of the loss is certified to be at most `tolerance` of the loss.
+        Descends until the excess of the loss is certified to be at most `tolerance` of the loss, in every layer.
 
         Warns, with the certified bound, if rounding errors or `max_rounds` come first. Never ends at a larger loss
         than the dense weights under the mask have.
         """
-        aim, last = tolerance / 2.5, float("inf")
+        tolerance = self.tolerance if tolerance is None else tolerance
         removed = self.dense * (1 - self.kept)
-        # A loss near zero is the difference of large numbers, and not known more exactly than this.
-        resolution = torch.finfo(removed.dtype).eps * float((removed.square() @ self.system.matrix.diagonal()).sum())
+        # A loss near zero is the difference of numbers of this size, and not known more exactly than their rounding.
+        size = self._by_layer(removed.square() @ self.system.matrix.diagonal())
+        aim, last = torch.full_like(size, tolerance / 2.5), torch.full_like(size, torch.inf)
         for _ in range(max_rounds):
             self.descend(aim)
             bound = self.certify()
-            allowed = tolerance * max(self.loss, resolution)
-            if bound <= allowed:
+            allowed = tolerance * self.loss + torch.finfo(removed.dtype).eps * size
+            missed = bound > allowed
+            if not bool(missed.any()):
                 return
-            if bound > last / 2:
+            if bool((bound[missed] > last[missed] / 2).any()):
                 break
-            aim, last = 0.5 * tolerance * self.excess / bound, bound
-        if row_dot(removed @ self.system.matrix, removed) < self.loss:
-            self.weight = self.dense * self.kept
+            aim, last = (0.5 * tolerance * self.excess / bound).nan_to_num(tolerance), bound
+        worse = self._by_layer(torch.linalg.vecdot(removed @ self.system.matrix, removed)) < self.loss
+        if bool(worse.any()):
+            rows = worse.repeat_interleave(torch.tensor(self.heights, device=worse.device))
+            self.weight[rows] = (self.dense * self.kept)[rows]
             bound = self.certify()
+        relative = float((bound / self.loss.clamp(min=1e-300)).max())
         warnings.warn(
-            f"least squares under the mask did not converge; its loss may lie up to {bound / max(self.loss, 1e-300):.1e}"
-            f" above the optimum, relatively (asked: {tolerance:.0e})",
+            f"least squares under the mask did not converge; its loss may lie up to {relative:.1e} above the optimum, "
+            f"relatively (asked: {tolerance:.0e})",
             stacklevel=2,
         )
 
     def _set_gradient(self, gradient: Float[Tensor, "out in"]) -> None:
         self.gradient = gradient
-        self.loss = row_dot(self.dense - self.weight, gradient)
+        self.loss = self._by_layer(torch.linalg.vecdot(self.dense - self.weight, gradient))
+
+    def _by_layer(self, rows: Tensor) -> Float[Tensor, " layers"]:
+        """Sums over the rows of each layer, in float64."""
+        return torch.stack([part.sum(dtype=torch.float64) for part in rows.split(self.heights)])

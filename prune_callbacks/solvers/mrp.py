@@ -6,6 +6,7 @@ treats removed weights one at a time, M all at once. SS is SparseGPT.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,7 +15,7 @@ from torch import Tensor
 from prune_callbacks.solvers.least_squares import MaskedLeastSquares
 from prune_callbacks.solvers.linalg import DampedGram
 from prune_callbacks.solvers.sparsegpt import Choose, sweep
-from prune_callbacks.sparsity import NM, Pattern
+from prune_callbacks.sparsity import NM
 
 Solved = tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]
 """The new weights and the mask, both (out, in)."""
@@ -23,7 +24,13 @@ CHUNK = 2**24
 """How many numbers `mask_m` holds at once, at most, beside its arguments."""
 
 
-def mrp_sm(weight: Float[Tensor, "out in"], system: DampedGram, pattern: Pattern, block_size: int | None) -> Solved:
+def mrp_sm(
+    weight: Float[Tensor, "out in"],
+    system: DampedGram,
+    keep_best: Choose,
+    block_size: int | None,
+    heights: Sequence[int] | None = None,
+) -> Solved:
     """
     Prunes and compensates one layer: mask S, compensation M.
 
@@ -34,17 +41,24 @@ def mrp_sm(weight: Float[Tensor, "out in"], system: DampedGram, pattern: Pattern
     Args:
         weight: dense weights.
         system: the layer's damped Gram.
-        pattern: any pattern that leaves something of every row to compensate with.
+        keep_best: `Pattern.keep` of a pattern that leaves something of every row to compensate with.
         block_size: columns per block; None is the paper's `S = all`.
+        heights: the numbers of rows of the layers that are stacked in `weight`; None: it is one layer.
     """
 
     def choose(current: Tensor, start: int) -> Tensor:
-        return eq_14(current, system, pattern, start)
+        return keep_best(eq_14(current, system, start), start)
 
-    return _in_blocks(weight, system, choose, block_size)
+    return _in_blocks(weight, system, choose, block_size, heights)
 
 
-def mrp_mm(weight: Float[Tensor, "out in"], system: DampedGram, pattern: NM, block_size: int | None) -> Solved:
+def mrp_mm(
+    weight: Float[Tensor, "out in"],
+    system: DampedGram,
+    pattern: NM,
+    block_size: int | None,
+    heights: Sequence[int] | None = None,
+) -> Solved:
     """
     Mask M, compensation M.
 
@@ -57,7 +71,7 @@ def mrp_mm(weight: Float[Tensor, "out in"], system: DampedGram, pattern: NM, blo
         a = start // pattern.m
         return mask_m(current, inverse[a : a + current.shape[1] // pattern.m], pattern)
 
-    return _in_blocks(weight, system, choose, block_size)
+    return _in_blocks(weight, system, choose, block_size, heights)
 
 
 def mrp_ms(weight: Float[Tensor, "out in"], system: DampedGram, pattern: NM, block_size: int) -> Solved:
@@ -76,9 +90,9 @@ def mrp_ms(weight: Float[Tensor, "out in"], system: DampedGram, pattern: NM, blo
     return sweep(weight, system, choose, pattern.m, block_size)
 
 
-def eq_14(current: Float[Tensor, "out columns"], system: DampedGram, pattern: Pattern, start: int = 0) -> Tensor:
-    """Mask S: the largest `W_ij^2 / [H^-1]_jj` of a slice of columns."""
-    return pattern.keep(current.square() / system.inverse_diagonal[start : start + current.shape[1]], start=start)
+def eq_14(current: Float[Tensor, "out columns"], system: DampedGram, start: int = 0) -> Float[Tensor, "out columns"]:
+    """The scores of mask S: `W_ij^2 / [H^-1]_jj` of a slice of columns."""
+    return current.square() / system.inverse_diagonal[start : start + current.shape[1]]
 
 
 def mask_m(
@@ -115,11 +129,13 @@ def mask_m(
     return keep
 
 
-def _in_blocks(weight: Tensor, system: DampedGram, choose: Choose, block_size: int | None) -> Solved:
+def _in_blocks(
+    weight: Tensor, system: DampedGram, choose: Choose, block_size: int | None, heights: Sequence[int] | None
+) -> Solved:
     dense = weight.masked_fill(system.dead, 0)
     columns = weight.shape[1]
     step = columns if block_size is None else block_size
-    solution = MaskedLeastSquares(dense, system)
+    solution = MaskedLeastSquares(dense, system, heights)
     keep = torch.ones_like(weight, dtype=torch.bool)
     for a in range(0, columns, step):
         b = min(a + step, columns)
@@ -127,5 +143,5 @@ def _in_blocks(weight: Tensor, system: DampedGram, choose: Choose, block_size: i
         solution.restrict(keep)
         if b < columns:  # what lies between two blocks only serves to choose the next block's mask
             solution.descend(solution.tolerance)
-    solution.solve(solution.tolerance)
+    solution.solve()
     return solution.weight, keep

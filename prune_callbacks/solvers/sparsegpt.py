@@ -7,22 +7,27 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prune_callbacks.solvers.linalg import DampedGram
-from prune_callbacks.sparsity import NM, Pattern
 
 Choose = Callable[[Float[Tensor, "out columns"], int], Bool[Tensor, "out columns"]]
-"""The mask of a slice of columns, from its current weights and the number of its first column."""
+"""The mask of a slice of columns, from its scores or current weights and the number of its first column."""
 
 
 def sparsegpt(
-    weight: Float[Tensor, "out in"], system: DampedGram, pattern: Pattern, block_size: int
+    weight: Float[Tensor, "out in"], system: DampedGram, keep_best: Choose, step: int, block_size: int
 ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
     """
     Prunes and compensates one layer.
 
     Equivalent to Optimal Brain Surgeon applied to one column after another, left to right, with the error of
-    a column pushed onto the columns on its right only (Algorithm 1 of the paper). The mask of a block of
-    `block_size` columns (of a group of m for N:M) is chosen when the sweep reaches it, by the score
-    `W_ij^2 / U_jj^2`.
+    a column pushed onto the columns on its right only (Algorithm 1 of the paper). The mask of `step` columns (a
+    block, or a group of m for N:M) is chosen when the sweep reaches them, by the score `W_ij^2 / U_jj^2`.
+
+    Args:
+        weight: dense weights; layers that share their input may be stacked.
+        system: their damped Gram.
+        keep_best: `Pattern.keep`.
+        step: columns whose mask is chosen together.
+        block_size: columns that are updated together; a multiple of `step`.
 
     Returns:
         The new weights, shape (out, in), and the mask; the arguments are left as they are.
@@ -30,9 +35,9 @@ def sparsegpt(
     diagonal = system.inverse_factor.diagonal()
 
     def choose(current: Tensor, start: int) -> Tensor:
-        return pattern.keep((current / diagonal[start : start + current.shape[1]]).square(), start=start)
+        return keep_best((current / diagonal[start : start + current.shape[1]]).square(), start)
 
-    return sweep(weight, system, choose, pattern.m if isinstance(pattern, NM) else block_size, block_size)
+    return sweep(weight, system, choose, step, block_size)
 
 
 def sweep(
