@@ -110,6 +110,40 @@ def removal_loss(weight: torch.Tensor, inverse: torch.Tensor, kept: tuple[int, .
     return float(weight[removed] @ torch.linalg.inv(part) @ weight[removed])
 
 
+def best_subsets(weight: torch.Tensor, inverse: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """The n of every m weights to keep so that `removal_loss` is least; of equal ones the first."""
+    keep = torch.zeros_like(weight, dtype=torch.bool)
+    for r, a in itertools.product(range(len(weight)), range(0, weight.shape[1], m)):
+        block = slice(a, a + m)
+        subsets = list(itertools.combinations(range(m), n))
+        losses = [removal_loss(weight[r, block], inverse[block, block], kept) for kept in subsets]
+        for j in subsets[losses.index(min(losses))]:
+            keep[r, a + j] = True
+    return keep
+
+
+def admm_mask(weight, x, damping, keep, choose, penalties, steps) -> torch.Tensor:
+    """ADMM from the exact solution for `keep` and its multipliers, in variables that give H a unit diagonal.
+
+    min (X - W) S (X - W)^T / 2 subject to X = D, D sparse, with the augmented Lagrangian of the textbook:
+    X = argmin, D = the largest of X + V / rho, V = V + rho (X - D).
+    """
+    matrix = damped(x, damping)
+    unit = matrix.diagonal().sqrt()
+    scaled, target = matrix / unit[:, None] / unit, weight.double() * unit
+    sparse = least_squares(weight, x, damping, keep) * unit
+    dual = ((target - sparse) @ scaled).masked_fill(keep, 0)
+    for rho in penalties:
+        for _ in range(steps):
+            free = torch.linalg.solve(
+                scaled + rho * torch.eye(len(scaled), dtype=torch.float64), (target @ scaled - dual + rho * sparse).T
+            ).T
+            keep = choose((free + dual / rho) ** 2)
+            sparse = (free + dual / rho) * keep
+            dual = dual + rho * (free - sparse)
+    return keep
+
+
 def least_squares(weight: torch.Tensor, x: torch.Tensor, damping: float, keep: torch.Tensor) -> torch.Tensor:
     """Row by row, the minimum of `(w - dense) H (w - dense)^T` over the kept weights, by a direct solve."""
     matrix = damped(x, damping)

@@ -3,6 +3,7 @@ import torch
 
 from prune_callbacks import MRP, NM, Magnitude, OneShotPrune, SparseGPT, Unstructured, Wanda, prune_sequentially
 from prune_callbacks.calibration import peak_memory
+from prune_callbacks.solvers.linalg import damp
 
 
 @pytest.fixture
@@ -143,3 +144,19 @@ def test_warnings_of_the_solver_name_the_layer(tiny):
         prune_sequentially(
             tiny, [torch.full((1, 8), 7)], pruner, targets="model.layers.0.self_attn.q_proj", progress=False
         )
+
+
+def test_layers_that_share_an_input_share_one_factorisation(tiny, batches, monkeypatch):
+    count = 0
+
+    def counting(gram, damping):
+        nonlocal count
+        count += 1
+        return damp(gram, damping)
+
+    monkeypatch.setattr("prune_callbacks.pruners.damp", counting)
+    report = prune_sequentially(tiny, batches, MRP(NM(2, 4)))
+    assert len(report.layers) == 2 * 7
+    assert count == 2 * 4  # q, k, v; o; gate, up; down
+    names = [layer.name for layer in report.layers]
+    assert names.index("model.layers.0.mlp.down_proj.weight") < names.index("model.layers.1.self_attn.q_proj.weight")

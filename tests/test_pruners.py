@@ -1,10 +1,26 @@
+import itertools
+
 import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prune_callbacks import MRP, NM, Block, Columns, Gram, InputNorm, Magnitude, Rows, SparseGPT, Unstructured, Wanda
+from prune_callbacks import (
+    ALPS,
+    MRP,
+    NM,
+    Block,
+    Columns,
+    Gram,
+    InputNorm,
+    Magnitude,
+    Rows,
+    SparseGPT,
+    Unstructured,
+    Wanda,
+)
+from prune_callbacks.solvers import alps as alps_module
 
 OUT, IN = 8, 24
 PATTERNS = [
@@ -126,12 +142,122 @@ def test_mrp_in_blocks_solves_again_for_all_weights(layer, pattern, given_settin
     assert torch.equal(pruned.keep, keep)
 
 
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(5, 6)], ids=str)
+@pytest.mark.parametrize("block_size", [None, 12])
+def test_mrp_mm_equals_brute_force(layer, pattern, block_size):
+    weight, x, gram = layer
+    pruned = MRP(pattern, "MM", block_size=block_size).prune(weight, gram)
+    inverse = torch.linalg.inv(oracles.damped(x, 0.01))
+    left, keep = weight * (x.square().sum(0) > 0), torch.ones(OUT, IN, dtype=torch.bool)
+    for a in range(0, IN, block_size or IN):
+        columns = slice(a, a + (block_size or IN))
+        keep[:, columns] = oracles.best_subsets(left[:, columns], inverse[columns, columns], pattern.n, pattern.m)
+        left = oracles.least_squares(weight, x, 0.01, keep)
+    assert torch.equal(pruned.keep, keep)
+    torch.testing.assert_close(pruned.weight, left, rtol=1e-6, atol=1e-7)
+    assert pruned.loss == pytest.approx(oracles.output_error(weight, left, x), rel=1e-6)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(5, 6)], ids=str)
+def test_mrp_ms_equals_obs_with_the_best_subset_of_each_group(layer, pattern):
+    weight, x, gram = layer
+    pruned = MRP(pattern, "MS").prune(weight, gram)
+    matrix = oracles.damped(x, 0.01)
+    # The group's turn comes with the columns left of it passed: the inverse is that of what remains.
+    expected, keep = weight * (x.square().sum(0) > 0), torch.ones(OUT, IN, dtype=torch.bool)
+    for a in range(0, IN, pattern.m):
+        group = slice(a, a + pattern.m)
+        left = torch.linalg.inv(matrix[a:, a:])[: pattern.m, : pattern.m]
+        keep[:, group] = oracles.best_subsets(expected[:, group], left, pattern.n, pattern.m)
+        for r, j in itertools.product(range(OUT), range(a, a + pattern.m)):
+            if not keep[r, j]:
+                inverse = torch.linalg.inv(matrix[j:, j:])
+                expected[r, j:] -= expected[r, j] * inverse[0] / inverse[0, 0]
+                expected[r, j] = 0
+    assert torch.equal(pruned.keep, keep)
+    torch.testing.assert_close(pruned.weight, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "given_settings", "kind"), [case for case in PATTERNS if not isinstance(case[0], Rows)]
+)
+def test_alps_equals_admm_and_least_squares_on_its_mask(layer, pattern, given_settings, kind, monkeypatch):
+    weight, x, gram = layer
+    monkeypatch.setattr(alps_module, "START", 0.0)  # so that the search starts from the exact solution
+    pruned = ALPS(pattern).prune(weight, gram)
+    assert pattern.holds(pruned.keep)
+    inverse = torch.linalg.inv(oracles.damped(x, 0.01))
+    alive = weight * (x.square().sum(0) > 0)
+    first = oracles.pattern_mask(alive**2 / inverse.diagonal(), kind, **given_settings)
+    found = oracles.admm_mask(
+        alive, x, 0.01, first, lambda scores: oracles.pattern_mask(scores, kind, **given_settings), (0.35, 0.7), 4
+    )
+    # The search may lose against its start.
+    solutions = {name: oracles.least_squares(weight, x, 0.01, mask) for name, mask in (("m", first), ("a", found))}
+    matrix = oracles.damped(x, 0.01)
+    losses = {name: float((((w - alive) @ matrix) * (w - alive)).sum()) for name, w in solutions.items()}
+    best = "a" if losses["a"] <= losses["m"] else "m"
+    assert torch.equal(pruned.keep, {"m": first, "a": found}[best])
+    torch.testing.assert_close(pruned.weight, solutions[best], rtol=1e-6, atol=1e-7)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(2, 20), st.integers(1, 200), st.floats(0, 0.95))
+@settings(max_examples=60, deadline=None)
+def test_alps_is_never_above_mrp(seed, out, groups, tokens, sparsity):
+    torch.manual_seed(seed)
+    size = 4 * groups
+    x = torch.randn(tokens, size, dtype=torch.float64) @ torch.randn(size, size, dtype=torch.float64)
+    gram = Gram(size)
+    gram.update(x)
+    weight = torch.randn(out, size, dtype=torch.float64)
+    matrix = oracles.damped(x, 0.01)
+    for pattern in (Unstructured(sparsity), Unstructured(sparsity, per="row"), NM(2, 4), NM(1, 4)):
+        losses = []
+        for pruner in (ALPS(pattern), MRP(pattern, block_size=None)):
+            change = pruner.prune(weight, gram).weight - weight
+            losses.append(float(((change @ matrix) * change).sum()))
+        assert losses[0] <= losses[1] * (1 + 1e-9) + 1e-9
+
+
+def test_alps_wins_where_activations_are_correlated(correlated):
+    """A positive control for the test above: not by returning MRP's solution."""
+    x, weight = correlated(128, tokens=1000), torch.randn(64, 128, dtype=torch.float64)
+    gram = Gram(128)
+    gram.update(x)
+    for pattern in (Unstructured(0.5), Unstructured(0.7), NM(2, 4)):
+        mrp, swept, alps = (p.prune(weight, gram).loss for p in (MRP(pattern), SparseGPT(pattern), ALPS(pattern)))
+        assert alps < 0.9 * min(mrp, swept)
+
+
+@pytest.mark.parametrize("make", [SparseGPT, MRP, ALPS, lambda p: MRP(p, "MM"), lambda p: MRP(p, "MS")])
+def test_pruning_together_is_pruning_one_by_one(correlated, make):
+    x = correlated(64, tokens=500)
+    gram = Gram(64)
+    gram.update(x)
+    weights = [torch.randn(out, 64, dtype=torch.float64) * scale for out, scale in ((16, 1.0), (4, 50.0), (7, 0.01))]
+    together = make(NM(2, 4)).prune_together(weights, gram)
+    for weight, pruned in zip(weights, together, strict=True):
+        alone = make(NM(2, 4)).prune(weight, gram)
+        assert torch.equal(pruned.keep, alone.keep)
+        torch.testing.assert_close(pruned.weight, alone.weight, rtol=1e-5, atol=1e-7)
+        assert pruned.loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+def test_pools_of_layers_pruned_together_stay_apart(correlated):
+    gram = Gram(64)
+    gram.update(correlated(64, tokens=500))
+    weights = [torch.randn(8, 64, dtype=torch.float64), 100 * torch.randn(8, 64, dtype=torch.float64)]
+    for make in (SparseGPT, MRP, ALPS):
+        for pruned in make(Unstructured(0.5)).prune_together(weights, gram):
+            assert int(pruned.keep.sum()) == 256
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)])
 def test_ties_of_the_solvers_keep_the_first(pattern):
     """Equal weights on uncorrelated inputs of equal norm: nothing tells them apart but their place."""
     gram = Gram(16)
     gram.update(torch.eye(16))
-    for pruner in (SparseGPT(pattern), MRP(pattern)):
+    for pruner in (SparseGPT(pattern), MRP(pattern), ALPS(pattern)):
         pruned = pruner.prune(torch.ones(2, 16), gram)
         assert torch.equal(pruned.keep, pattern.keep(torch.ones(2, 16)))
         torch.testing.assert_close(pruned.weight, pruned.keep.float())
@@ -161,7 +287,7 @@ def test_arguments_are_left_as_they_are_and_dtypes_kept(layer):
         gram = Gram(IN)
         gram.update(layer[1])
         before, matrix = weight.clone(), gram.matrix.clone()
-        for make in (Magnitude, Wanda, SparseGPT, MRP):
+        for make in (Magnitude, Wanda, SparseGPT, MRP, ALPS):
             pruned = make(NM(2, 4)).prune(weight, gram)
             assert pruned.weight.dtype == dtype
             assert (pruned.weight[~pruned.keep] == 0).all()
@@ -174,7 +300,7 @@ def test_scaling_the_gram_changes_nothing(layer):
     weight, _, gram = layer
     scaled = Gram(IN)
     scaled.matrix, scaled.tokens = gram.matrix * 4.0, 1
-    for make in (SparseGPT, MRP):
+    for make in (SparseGPT, MRP, ALPS):
         first, second = (make(Unstructured(0.5)).prune(weight, g) for g in (gram, scaled))
         assert torch.equal(first.keep, second.keep)
         torch.testing.assert_close(first.weight, second.weight)
@@ -182,7 +308,7 @@ def test_scaling_the_gram_changes_nothing(layer):
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 30), st.sampled_from([0.0, 0.3, 0.5, 0.9]), st.booleans())
 @settings(max_examples=100, deadline=None)
-@pytest.mark.filterwarnings("error:least squares under the mask stopped")
+@pytest.mark.filterwarnings("error:least squares under the mask did not")
 def test_no_gram_makes_nan(out, groups, tokens, sparsity, duplicate):
     size = 4 * groups
     torch.manual_seed(out * 1000 + groups * 100 + tokens)
@@ -195,7 +321,8 @@ def test_no_gram_makes_nan(out, groups, tokens, sparsity, duplicate):
     weight = torch.randn(out, size)
     weight[:, :4] = 0
     for pattern in (Unstructured(sparsity), NM(2, 4), NM(1, 4)):
-        for make in (Wanda, SparseGPT, MRP):
+        variants = [lambda p: MRP(p, "MM"), lambda p: MRP(p, "MS")] if isinstance(pattern, NM) else []
+        for make in (Wanda, SparseGPT, MRP, ALPS, *variants):
             pruned = make(pattern).prune(weight, gram)
             assert pruned.weight.isfinite().all()
             assert pattern.holds(pruned.keep)
@@ -205,9 +332,39 @@ def test_no_gram_makes_nan(out, groups, tokens, sparsity, duplicate):
 def test_an_all_zero_layer_and_all_dead_inputs(layer):
     gram = Gram(IN)
     gram.update(torch.zeros(5, IN))
-    for make in (SparseGPT, MRP):
+    for make in (SparseGPT, MRP, ALPS, lambda p: MRP(p, "MM"), lambda p: MRP(p, "MS")):
         assert (make(NM(2, 4)).prune(torch.randn(3, IN), gram).weight == 0).all()
         assert (make(NM(2, 4)).prune(torch.zeros(3, IN), layer[2]).weight == 0).all()
+
+
+@pytest.mark.parametrize("make", [SparseGPT, MRP, ALPS], ids=["SparseGPT", "MRP", "ALPS"])
+def test_the_smallest_layers_and_no_sparsity(make):
+    gram = Gram(1)
+    gram.update(torch.randn(9, 1))
+    one = make(Unstructured(0.5)).prune(torch.randn(4, 1), gram)
+    assert int(one.keep.sum()) == 2
+    assert one.weight.isfinite().all()
+    gram = Gram(8)
+    gram.update(torch.randn(90, 8))
+    weight = torch.randn(1, 8)
+    row = make(NM(2, 4)).prune(weight, gram)
+    assert row.keep.tolist() == make(NM(2, 4)).prune(weight.repeat(2, 1), gram).keep[:1].tolist()
+    dense = make(Unstructured(0.0)).prune(weight, gram)
+    assert bool(dense.keep.all())
+    torch.testing.assert_close(dense.weight, weight)
+    assert dense.loss == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("make", [SparseGPT, MRP, ALPS], ids=["SparseGPT", "MRP", "ALPS"])
+def test_an_indefinite_gram_gets_more_damping_or_an_error(make):
+    gram = Gram(4)
+    gram.tokens = 100
+    gram.matrix = torch.eye(4) + 1.02 * (torch.ones(4, 4) - torch.eye(4))
+    with pytest.warns(UserWarning, match=r"damping 0.01 was too small for a factorisation; used 0.1"):
+        pruned = make(NM(2, 4)).prune(torch.randn(3, 4), gram)
+    assert pruned.weight.isfinite().all()
+    with pytest.raises(ValueError, match=r"not positive definite, tried damping 1e-05 to 0.01"):
+        make(NM(2, 4), damping=1e-5).prune(torch.randn(3, 4), gram)
 
 
 def test_combinations_without_sense_are_refused_by_name():
@@ -216,8 +373,13 @@ def test_combinations_without_sense_are_refused_by_name():
             SparseGPT(pattern)
     with pytest.raises(ValueError, match=r"MRP .* cannot prune Rows.*Use Wanda or Magnitude"):
         MRP(Rows(0.5))
-    with pytest.raises(ValueError, match='variant must be "SM"'):
-        MRP(NM(2, 4), variant="XX")
+    with pytest.raises(ValueError, match=r"ALPS .* cannot prune Rows.*Use Wanda or Magnitude"):
+        ALPS(Rows(0.5))
+    with pytest.raises(ValueError, match='variant must be "SM", "MS" or "MM", got \'SS\'; "SS" is what SparseGPT does'):
+        MRP(NM(2, 4), variant="SS")
+    for variant in ("MM", "MS"):
+        with pytest.raises(ValueError, match=r"every subset .* Unstructured\(.*too many to try .* Use variant \"SM\""):
+            MRP(Unstructured(0.5), variant=variant)
     with pytest.raises(ValueError, match=r"must hold the 4 columns that NM\(n=2, m=4\) decides together, got 3"):
         SparseGPT(NM(2, 4), block_size=3)
     with pytest.raises(ValueError, match="block_size is a number of columns"):
