@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prune_callbacks.solvers.linalg import DampedGram
+from prune_callbacks.solvers.split import split
 
 
 class MaskedLeastSquares:
@@ -41,6 +42,7 @@ class MaskedLeastSquares:
         self.dense = dense
         self.system = system
         self.heights = [len(dense)] if heights is None else list(heights)
+        self.split = system.split
         self.tolerance = 5e-4 if dense.dtype == torch.float32 else 1e-15
         self.weight = dense.clone()
         self.gradient = torch.zeros_like(dense)
@@ -49,13 +51,13 @@ class MaskedLeastSquares:
     def restrict(self, keep: Bool[Tensor, "out in"]) -> None:
         """Sets the mask, and takes the step that would be exact if H were M."""
         self.kept = (keep & ~self.system.dead).to(self.dense.dtype)
-        self.inverse = self.system.split.restricted(self.kept)
-        basis = self.system.split.basis
+        self.inverse = self.split.restricted(self.kept)
+        basis = self.split.basis
         removed = self.weight * (1 - self.kept)
         residual = torch.addmm(self.gradient, removed @ basis, basis.T).mul_(self.kept)
         change = removed.sub_(self.inverse(residual))
         self.weight -= change
-        self._set_gradient(self.gradient.add_(self.system.split.product(change)))
+        self._set_gradient(self.gradient.add_(self.split.product(change)))
 
     def descend(self, tolerance: Tensor | float, max_iterations: int = 500) -> None:
         """
@@ -69,12 +71,12 @@ class MaskedLeastSquares:
         scaled = self.inverse(residual)
         energy = torch.linalg.vecdot(residual, scaled)[:, None]
         direction, image = scaled.clone(), torch.empty_like(scaled)
-        floor = torch.finfo(self.system.split.remainder.dtype).eps ** 2 * self._by_layer(energy)
+        floor = torch.finfo(self.split.remainder.dtype).eps ** 2 * self._by_layer(energy)
         for _ in range(max_iterations):
             self.excess = self._by_layer(energy)
             if bool((self.excess <= torch.maximum(tolerance * self.loss, floor)).all()):
                 return
-            self.system.split.product(direction, out=image)
+            self.split.product(direction, out=image)
             curvature = torch.linalg.vecdot(direction, image)[:, None]
             length = torch.where(curvature > 0, energy / curvature, 0)  # a finished row rests
             self.weight.addcmul_(length, direction)
@@ -88,7 +90,7 @@ class MaskedLeastSquares:
     def certify(self) -> Float[Tensor, " layers"]:
         """Computes gradient and loss anew, with exact products, and returns a bound on the excess of the loss."""
         self._set_gradient((self.dense - self.weight) @ self.system.matrix)
-        return self._by_layer(self.system.excess_bound(self.gradient * self.kept))
+        return self._by_layer(self.system.excess_bound(self.gradient * self.kept, self.split.remainder.dtype))
 
     def solve(self, tolerance: float | None = None, max_rounds: int = 20) -> None:
         """
@@ -110,7 +112,11 @@ class MaskedLeastSquares:
             if not bool(missed.any()):
                 return
             if bool((bound[missed] > last[missed] / 2).any()):
-                break
+                if self.split.remainder.dtype == self.dense.dtype:
+                    break
+                # Too ill-conditioned for inexact products, as Grams of fewer tokens than features are.
+                self.split = split(self.system.matrix, rank=128, dtype=self.dense.dtype)
+                self.inverse = self.split.restricted(self.kept)
             aim, last = (0.5 * tolerance * self.excess / bound).nan_to_num(tolerance), bound
         worse = self._by_layer(torch.linalg.vecdot(removed @ self.system.matrix, removed)) < self.loss
         if bool(worse.any()):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prune_callbacks.solvers.split import Split, product_dtype, split
+from prune_callbacks.solvers.split import Split, split
 
 CHOLESKY_ATTEMPTS = 4
 
@@ -49,15 +49,17 @@ class DampedGram:
         """`H` as a diagonal, a low-rank part and a remainder; see `prune_callbacks.solvers.split`."""
         return split(self.matrix)
 
-    def excess_bound(self, residual: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+    def excess_bound(
+        self, residual: Float[Tensor, "out in"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, " out"]:
         """
         `r H^-1 r^T` of every row, for residuals that are zero outside the row's kept set S.
 
         It bounds from above how far a loss lies above the optimum for the mask, which is `r H_SS^-1 r^T`:
-        `(H^-1)_SS - H_SS^-1` is positive semidefinite (Schur complement). Where the product is taken in bfloat16 its
-        rounding errors add to the sum, and 1 % is added for them.
+        `(H^-1)_SS - H_SS^-1` is positive semidefinite (Schur complement). The product is taken in `dtype` (None: the
+        residual's); the rounding errors of a coarser one add to the sum, and 1 % is added for them.
         """
-        dtype = product_dtype(residual)
+        dtype = residual.dtype if dtype is None else dtype
         factor, rounded = self.inverse_factor.to(dtype), residual.to(dtype)
         total, size = residual.new_zeros(len(residual)), len(self.matrix)
         for a in range(0, size, step := max(1, -(-size // 8))):

@@ -64,9 +64,9 @@ class RestrictedInverse:
         return solved.div_(self.of.diagonal).mul_(self.kept)
 
 
-def split(matrix: Float[Tensor, "in in"], rank: int | None = None) -> Split:
+def split(matrix: Float[Tensor, "in in"], rank: int | None = None, dtype: torch.dtype | None = None) -> Split:
     """
-    Splits a positive definite matrix.
+    Splits a positive definite matrix, with a basis of `rank` columns and a remainder of `dtype`.
 
     The basis is the Nystroem approximation of the matrix scaled to a unit diagonal, on a subspace found by a few
     power steps from a fixed seed, so that the same matrix always gives the same result. (Frangella, Tropp and Udell
@@ -90,7 +90,7 @@ def split(matrix: Float[Tensor, "in in"], rank: int | None = None) -> Split:
     diagonal, basis = rest * unit.square(), basis * unit[:, None]
     remainder = torch.addmm(matrix, basis, basis.T, alpha=-1)
     remainder.diagonal().sub_(diagonal)
-    return Split(diagonal, basis, remainder.to(product_dtype(matrix)))
+    return Split(diagonal, basis, remainder.to(product_dtype(matrix) if dtype is None else dtype))
 
 
 def product_dtype(like: Tensor) -> torch.dtype:
