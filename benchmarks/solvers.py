@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import oracles
 
 from prune_callbacks import ALPS, MRP, NM, Gram, Pruned, SparseGPT, Unstructured
-from prune_callbacks.calibration import contiguous_windows
+from prune_callbacks.calibration.windows import contiguous_windows
 from prune_callbacks.evaluation.report import write_json
 from prune_callbacks.solvers.linalg import DampedGram, damp, row_dot
 from prune_callbacks.tasks import PythonDocs, smollm2_135m
@@ -84,9 +84,10 @@ def peak_memory(call: Callable[[], Any]) -> int:
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         call()
     held = most = 0
-    for event in sorted((e for e in profile.function_events if e.name == "[memory]"), key=lambda e: e.time_range.start):
-        held += event.cpu_memory_usage
-        most = max(most, held)
+    for event in sorted(profile.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
     return most
 
 
@@ -107,14 +108,15 @@ def measure(weight: torch.Tensor, gram: Gram, pattern: Unstructured | NM, repeat
     if isinstance(pattern, NM):
         methods["MRP-MM (all)"] = MRP(pattern, "MM", block_size=None)
     methods["ALPS"] = ALPS(pattern)
-    if not quick:
-        methods["MRP-SM (128)"] = MRP(pattern, block_size=128)
     cell: dict[str, Any] = {}
     results: dict[str, Pruned] = {}
     for name, pruner in methods.items():
-        seconds, results[name] = timed(lambda p=pruner: p.prune(weight, gram), 1 if "128" in name else repeats)
-        peak = peak_memory(lambda p=pruner: p.prune(weight, gram)) / gram.matrix.nbytes if "128" not in name else None
+        seconds, results[name] = timed(lambda p=pruner: p.prune(weight, gram), repeats)
+        peak = peak_memory(lambda p=pruner: p.prune(weight, gram)) / gram.matrix.nbytes
         cell[name] = {"seconds": seconds, "loss": results[name].loss, "peak_over_gram": peak}
+    if not quick:
+        seconds, blockwise = timed(lambda: MRP(pattern, block_size=128).prune(weight, gram), 1)
+        cell["MRP-SM (128)"] = {"seconds": seconds, "loss": blockwise.loss}
     for name, width in ("rank-1 loop, whole width", 0), ("rank-1 loop, in blocks", 128):
 
         def loop(width: int = width) -> Any:
@@ -153,7 +155,7 @@ def print_tables(results: dict[str, Any]) -> None:
             for name in methods:
                 try:
                     row[name] = value(cell, name)
-                except (KeyError, TypeError):
+                except KeyError:
                     continue
             rows[key] = row
         shown = [name for name in methods if any(name in row for row in rows.values())]

@@ -10,6 +10,7 @@ from lightning import Trainer
 
 import prune_callbacks
 from prune_callbacks import (
+    ALPS,
     MRP,
     NM,
     CausalLM,
@@ -33,6 +34,8 @@ PRUNERS = {
     "sparsegpt_2of4": SparseGPT(NM(2, 4)),
     "mrp_50": MRP(Unstructured(0.5)),
     "mrp_2of4": MRP(NM(2, 4)),
+    "alps_50": ALPS(Unstructured(0.5)),
+    "alps_2of4": ALPS(NM(2, 4)),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prune_callbacks import MRP, NM, Magnitude, SparseGPT, TokenDataModule, Wanda, prune_sequentially
+from prune_callbacks import ALPS, MRP, NM, Magnitude, SparseGPT, TokenDataModule, Wanda, prune_sequentially
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.tasks import PythonDocs, smollm2_135m
 
@@ -47,7 +47,14 @@ def test_the_converted_model_speaks(folder):
 
 def test_better_methods_leave_a_better_model(folder, data):
     measured = {"dense": perplexity(load(folder), data.evaluation_windows, progress=False)}
-    for pruner in (Magnitude(NM(2, 4)), Wanda(NM(2, 4)), SparseGPT(NM(2, 4)), MRP(NM(2, 4), block_size=None)):
+    pattern = NM(2, 4)
+    for pruner in (
+        Magnitude(pattern),
+        Wanda(pattern),
+        SparseGPT(pattern),
+        MRP(pattern, block_size=None),
+        ALPS(pattern),
+    ):
         model = load(folder)
         # A third of the blocks tells the methods apart; all thirty take a minute each.
         report = prune_sequentially(
@@ -55,6 +62,6 @@ def test_better_methods_leave_a_better_model(folder, data):
         )
         assert len(report.masks) == 10 * 7
         assert report.masks.violations(model.named_parameters()) == {}
-        report.masks.check(NM(2, 4))
+        report.masks.check(pattern)
         measured[type(pruner).__name__] = perplexity(model, data.evaluation_windows, progress=False)
-    assert sorted(measured, key=measured.get) == ["dense", "MRP", "SparseGPT", "Wanda", "Magnitude"], measured
+    assert sorted(measured, key=measured.get) == ["dense", "ALPS", "MRP", "SparseGPT", "Wanda", "Magnitude"], measured

@@ -1,0 +1,65 @@
+"""The benchmark scripts, on shapes that take no time: that they run, and measure what they say."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from prune_callbacks import NM, Gram, Unstructured
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.7), NM(2, 4)], ids=str)
+def test_solvers_measures_time_loss_memory_and_exactness(correlated, pattern, capsys):
+    bench = load("solvers")
+    gram = Gram(96)
+    gram.update(correlated(96, tokens=400).float())
+    weight = torch.randn(24, 96)
+    cell = bench.measure(weight, gram, pattern, repeats=1, quick=False)
+    methods = ["SparseGPT", "MRP-SM (all)", "MRP-SM (128)", "ALPS"] + ["MRP-MM (all)"] * isinstance(pattern, NM)
+    assert set(methods) < set(cell)
+    assert all(entry["seconds"] > 0 for entry in cell.values())
+    assert cell["ALPS"]["loss"] < cell["SparseGPT"]["loss"]
+    assert -1e-5 < cell["MRP-SM (all)"]["excess_on_sampled_rows"] < 1e-3
+    # Of any method at least the new weights and the damped Gram, with its factor, are held at once.
+    assert cell["SparseGPT"]["peak_over_gram"] > 2 + 24 / 96
+    bench.print_tables({"cells": {"0.a, 50 %": cell, "synthetic": cell}})
+    assert "loss over SparseGPT's" in capsys.readouterr().out
+
+
+def test_peak_memory_sees_what_is_freed_again():
+    bench = load("solvers")
+
+    def work():
+        for _ in range(3):
+            (torch.zeros(1000, 250) + 1).sum()
+
+    assert 2_000_000 <= bench.peak_memory(work) < 3_000_000
+
+
+def test_prune_llama7b_prunes_every_layer_and_keeps_what_it_measured(tmp_path, monkeypatch, capsys):
+    bench, results = load("prune_llama7b"), tmp_path / "r.json"
+    small = "--device cpu --dtype float32 --layers 1 --hidden-size 128 --intermediate-size 192 --windows 4 --length 64"
+    monkeypatch.setattr(sys, "argv", ["x", *small.split(), "--batch-size", "2", "--results", str(results)])
+    bench.main()
+    cells = json.loads(results.read_text())["cells"]
+    assert set(cells) == {f"{m}, {p}" for m in ("Wanda", "SparseGPT", "MRP", "ALPS") for p in ("50 %", "2:4")}
+    assert all(cell["prune_seconds"] >= cell["solver_seconds"] >= 0 for cell in cells.values())
+    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("measured again"))
+    bench.main()
+    monkeypatch.setattr(sys, "argv", ["x", "--results", str(results)])
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            bench.main()
+        assert "no CUDA device was found" in capsys.readouterr().err
