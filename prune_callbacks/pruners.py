@@ -286,7 +286,7 @@ def _compensated(
 
 
 def _pruned(dense: Tensor, solved: Tensor, keep: Tensor, statistic: Statistic | None) -> Pruned:
-    weight = solved.to(dense.dtype).masked_fill(~keep, 0)
+    weight = solved.to(dense.dtype) * keep.to(dense.dtype) + 0  # the last turns -0 into 0
     loss = None
     if isinstance(statistic, Gram):
         change = (weight.to(statistic.matrix.dtype) - dense.to(statistic.matrix.dtype)).to(statistic.matrix.device)

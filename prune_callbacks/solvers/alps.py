@@ -46,7 +46,7 @@ def alps(
         keep_best: `Pattern.keep` of a pattern that leaves something of every row to compensate with.
         heights: the numbers of rows of the layers that are stacked in `weight`; None: it is one layer.
     """
-    dense = weight.masked_fill(system.dead, 0)
+    dense = weight * (~system.dead).to(weight)
     solution = MaskedLeastSquares(dense, system, heights)
     first = keep_best(eq_14(dense, system), 0)
     solution.restrict(first)
@@ -72,11 +72,11 @@ def _search(dense: Tensor, system: DampedGram, keep_best: Choose, sparse: Tensor
         weights = penalty * diagonal
         inverse = ridge_inverse(system.matrix, weights).to(product_dtype(dense))
         for _ in range(STEPS):
-            force = torch.addcmul(multiplier, dense - sparse, weights)
+            force = (dense - sparse).mul_(weights).add_(multiplier)
             # X = W - (V + weights (W - D)) (H + weights)^-1 is the least of the augmented Lagrangian; X + V / weights
             # is then split: its largest are the new D, the rest the new V.
             x = torch.addcdiv(dense, multiplier, weights).sub_(force.to(inverse.dtype) @ inverse)
-            keep = keep_best(x.square() * diagonal, 0)
-            sparse = x * keep
+            keep = keep_best(x.square().mul_(diagonal), 0)
+            sparse = keep.to(x.dtype).mul_(x)  # a product with booleans takes several times as long
             multiplier = x.sub_(sparse).mul_(weights)
     return keep

@@ -132,7 +132,7 @@ def mask_m(
 def _in_blocks(
     weight: Tensor, system: DampedGram, choose: Choose, block_size: int | None, heights: Sequence[int] | None
 ) -> Solved:
-    dense = weight.masked_fill(system.dead, 0)
+    dense = weight * (~system.dead).to(weight)
     columns = weight.shape[1]
     step = columns if block_size is None else block_size
     solution = MaskedLeastSquares(dense, system, heights)

@@ -24,7 +24,7 @@ def keep_largest(scores: Float[Tensor, "*batch n"], kept: int) -> Bool[Tensor, "
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = _kth_largest(scores, kept)
     keep = scores >= threshold
-    if int(keep.sum()) == kept * keep[..., 0].numel():
+    if int(torch.count_nonzero(keep)) == kept * keep[..., 0].numel():
         return keep
     above = scores > threshold
     tied = keep & ~above
@@ -45,7 +45,8 @@ def _kth_largest(scores: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*b
 
 def refuse_nan(scores: Tensor) -> None:
     """Raises ValueError if a score is NaN: no order can be given to it."""
-    if bool(torch.isnan(scores).any()):
+    # The largest of numbers with a NaN among them is NaN: one pass, no copy.
+    if scores.numel() and bool(torch.isnan(scores.amax())):
         count = int(torch.isnan(scores).sum())
         raise ValueError(
             f"scores contain NaN ({count} of {scores.numel()}); every score must be comparable. "
