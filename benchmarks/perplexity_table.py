@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--model", help="default: SmolLM2-135M from its PyPI package")
     parser.add_argument("--evaluation", default="wikitext2", help="name of the tensor to evaluate on")
     parser.add_argument("--results", type=Path, default=Path("perplexity_table.json"))
+    parser.add_argument("--methods", nargs="+", default=list(PRUNERS), choices=list(PRUNERS), metavar="METHOD")
+    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=list(PATTERNS), metavar="PATTERN")
     parser.add_argument(
         "--matmul-precision",
         default="highest",
@@ -93,7 +95,7 @@ def main() -> None:
         if results["setting"] != setting:
             parser.error(f"{arguments.results} holds results of another setting: {results['setting']}")
     results["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    cells = [("dense", "")] + [(method, pattern) for pattern in PATTERNS for method in PRUNERS]
+    cells = [("dense", "")] + [(method, pattern) for pattern in arguments.patterns for method in arguments.methods]
     for method, pattern in cells:
         key = f"{method}, {pattern}" if pattern else method
         if key not in results["cells"]:

@@ -10,11 +10,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prune_callbacks.solvers.alps import alps
-from prune_callbacks.solvers.linalg import DampedGram, all_finite, damp, row_dot
+from prune_callbacks.solvers.linalg import DampedGram, NumericalError, all_finite, damp, row_dot
 from prune_callbacks.solvers.mrp import mrp_mm, mrp_ms, mrp_sm
 from prune_callbacks.solvers.sparsegpt import Choose, sparsegpt
 from prune_callbacks.solvers.statistics import Gram, InputNorm, Statistic
 from prune_callbacks.sparsity import NM, Block, Columns, Pattern, Unstructured
+
+MOST_SUBSETS = 20_000
+"""Of a group that MRP's mask M tries: 8:16 has 12,870."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,15 @@ class MRP:
                 "MRP: mask M tries every subset of the weights that it decides together, C(m, n) in a group of NM; "
                 f'{self.pattern} has too many to try (the paper has mask M for N:M only). Use variant "SM".'
             )
+        if (
+            isinstance(self.pattern, NM)
+            and self.variant != "SM"
+            and math.comb(self.pattern.m, self.pattern.n) > MOST_SUBSETS
+        ):
+            raise ValueError(
+                f"MRP: mask M tries every subset of a group, and {self.pattern} has "
+                f'{math.comb(self.pattern.m, self.pattern.n)} of them, more than {MOST_SUBSETS}. Use variant "SM".'
+            )
         if not isinstance(self.pattern, Unstructured | NM | Block | Columns):
             raise ValueError(
                 f"MRP compensates a row's removed weights with the row's own survivors and cannot prune "
@@ -229,7 +241,7 @@ class ALPS:
     Seeks mask and weights together, then the exact weights for the mask (Meng et al. 2024).
 
     "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models". Takes every pattern
-    but `Rows`. The loss is never above that of `MRP(pattern, block_size=None)` on the same layer.
+    but `Rows`. The loss is never above that of `MRP(pattern, block_size=None)` on the same layer, up to its tolerance.
 
     Args:
         pattern: what to remove; an `Unstructured` pool is the layer, or the row with `per="row"`.
@@ -287,6 +299,11 @@ def _compensated(
 
 def _pruned(dense: Tensor, solved: Tensor, keep: Tensor, statistic: Statistic | None) -> Pruned:
     weight = solved.to(dense.dtype) * keep.to(dense.dtype) + 0  # the last turns -0 into 0
+    if not all_finite(weight):
+        raise NumericalError(
+            f"the pruned weights hold NaN or inf in {weight.dtype}. Use a larger damping, more calibration tokens, or "
+            "a dtype with a wider range"
+        )
     loss = None
     if isinstance(statistic, Gram):
         change = (weight.to(statistic.matrix.dtype) - dense.to(statistic.matrix.dtype)).to(statistic.matrix.device)

@@ -154,7 +154,7 @@ def test_masked_least_squares_says_when_it_did_not_converge(correlated):
     keep = torch.rand(3, 200) > 0.5
     solution = MaskedLeastSquares(dense, damp(x.T @ x, 0.01))
     solution.restrict(keep)
-    solution.descend = lambda tolerance: None
+    solution.descend = lambda tolerance: False
     with pytest.warns(UserWarning, match="did not converge; its loss may lie up to .* above the optimum"):
         solution.solve(1e-6)
     masked = dense * keep - dense

@@ -22,7 +22,7 @@ from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_inpu
 from prune_callbacks.calibration.prune_report import LayerReport, PruneReport, peak_memory
 from prune_callbacks.pruners import JointPruner, Pruned, Pruner
 from prune_callbacks.solvers import Gram, InputNorm
-from prune_callbacks.solvers.linalg import row_dot
+from prune_callbacks.solvers.linalg import all_finite, row_dot
 from prune_callbacks.sparsity import MaskSet
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -201,6 +201,10 @@ class _Run:
             )
         begin = time.perf_counter()
         weights = [oriented(layer, layer.get_parameter("weight").detach()) for layer in layers.values()]
+        for name, weight in zip(layers, weights, strict=True):
+            with _naming(name):
+                if not all_finite(weight):
+                    raise ValueError("the dense weight holds NaN or inf")
         with _naming(", ".join(layers)):
             if isinstance(self.pruner, JointPruner):
                 results = self.pruner.prune_together(weights, statistic)

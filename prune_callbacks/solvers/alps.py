@@ -18,7 +18,7 @@ PENALTIES = (0.35, 0.7)
 STEPS = 4
 """Steps with each penalty."""
 
-START = 0.2
+START = 0.05
 """How near to the optimum, as a fraction of the loss, the solution is that the search starts from."""
 
 
@@ -37,8 +37,8 @@ def alps(
     penalty by the diagonal of H, so that a few steps at two penalties do what takes the paper's schedule dozens; a
     step is one product with `(H + penalty)^-1`, in bfloat16 where that is faster, and no eigendecomposition is made.
 
-    A layer's loss is never above that of `mrp_sm` with `block_size=None`, up to that function's tolerance: if the
-    search does not win, its solution is returned.
+    A layer's loss, with the damping's part or without, is never above that of `mrp_sm` with `block_size=None`, up to
+    that function's tolerance: if the search does not surely win, that solution is computed too and compared.
 
     Args:
         weight: dense weights.
@@ -51,23 +51,27 @@ def alps(
     first = keep_best(eq_14(dense, system), 0)
     solution.restrict(first)
     solution.descend(START)
-    to_beat = solution.loss - solution.excess
-    keep = _search(dense, system, keep_best, solution.weight, solution.gradient * ~first)
+    # What MRP's loss is at least. The damping's part of it is not known as well, so it gets a margin.
+    least = solution.loss - solution.certify()
+    penalty = solution.penalty()
+    keep = _search(dense, system, keep_best, solution.weight, first, solution.gradient * ~first)
     solution.restrict(keep)
     solution.solve()
-    if bool((solution.loss <= to_beat).all()):
+    if bool(((solution.loss <= least) & (solution.undamped() <= least - 1.2 * penalty)).all()):
         return solution.weight, keep
     other = MaskedLeastSquares(dense, system, heights)
     other.restrict(first)
     other.solve()
-    better = (solution.loss <= other.loss).repeat_interleave(torch.tensor(solution.heights, device=keep.device))
-    return torch.where(better[:, None], solution.weight, other.weight), torch.where(better[:, None], keep, first)
+    better = (solution.loss <= other.loss) & (solution.undamped() <= other.undamped())
+    rows = solution.by_row(better)[:, None]
+    return torch.where(rows, solution.weight, other.weight), torch.where(rows, keep, first)
 
 
-def _search(dense: Tensor, system: DampedGram, keep_best: Choose, sparse: Tensor, multiplier: Tensor) -> Tensor:
+def _search(
+    dense: Tensor, system: DampedGram, keep_best: Choose, sparse: Tensor, keep: Tensor, multiplier: Tensor
+) -> Tensor:
     """ADMM from a sparse solution and the multipliers of what is removed; the mask it ends with."""
     diagonal = system.matrix.diagonal()
-    keep = sparse != 0
     for penalty in PENALTIES:
         weights = penalty * diagonal
         inverse = ridge_inverse(system.matrix, weights).to(product_dtype(dense))

@@ -59,25 +59,31 @@ class MaskedLeastSquares:
         self.weight -= change
         self._set_gradient(self.gradient.add_(self.split.product(change)))
 
-    def descend(self, tolerance: Tensor | float, max_iterations: int = 500) -> None:
+    def descend(self, tolerance: Tensor | float, max_iterations: int = 500) -> bool:
         """
         Conjugate gradients until the excess of the loss over the optimum is about `tolerance` of the loss.
 
         The excess is taken to be `r M_SS^-1 r^T`, a quantity that the iteration computes anyway; on Grams of
-        SmolLM2's layers it is 0.7 to 1.1 of the true excess. Stops early where inexact products have used up their
-        digits.
+        SmolLM2's layers it is 0.7 to 1.1 of the true excess. Returns False, having stopped early, where inexact
+        products have used up their digits or left the matrix indefinite.
         """
         residual = self.gradient * self.kept
         scaled = self.inverse(residual)
         energy = torch.linalg.vecdot(residual, scaled)[:, None]
         direction, image = scaled.clone(), torch.empty_like(scaled)
-        floor = torch.finfo(self.split.remainder.dtype).eps ** 2 * self._by_layer(energy)
+        begun = self._by_layer(energy)
+        floor = torch.finfo(self.split.remainder.dtype).eps ** 2 * begun
         for _ in range(max_iterations):
             self.excess = self._by_layer(energy)
-            if bool((self.excess <= torch.maximum(tolerance * self.loss, floor)).all()):
-                return
+            enough = tolerance * self.loss
+            if bool((self.excess <= torch.maximum(enough, floor)).all()):
+                return bool((self.excess <= enough).all())
+            if not bool((self.excess <= 100 * begun).all()):
+                return False
             self.split.product(direction, out=image)
             curvature = torch.linalg.vecdot(direction, image)[:, None]
+            if bool(((curvature <= 0) & (energy > floor.max())).any()):
+                return False
             length = torch.where(curvature > 0, energy / curvature, 0)  # a finished row rests
             self.weight.addcmul_(length, direction)
             self.gradient.addcmul_(length, image, value=-1)
@@ -86,6 +92,13 @@ class MaskedLeastSquares:
             self.inverse(residual, out=scaled)
             energy, previous = torch.linalg.vecdot(residual, scaled)[:, None], energy
             direction.mul_(torch.where(previous > 0, energy / previous, 0)).add_(scaled)
+        return False
+
+    def approach(self) -> None:
+        """Descends to about the usual tolerance, without a certificate, but surely not to something worse."""
+        if not self.descend(self.tolerance):
+            self._go_on_exactly()
+            self.descend(self.tolerance)
 
     def certify(self) -> Float[Tensor, " layers"]:
         """Computes gradient and loss anew, with exact products, and returns a bound on the excess of the loss."""
@@ -96,39 +109,74 @@ class MaskedLeastSquares:
         """
         Descends until the excess of the loss is certified to be at most `tolerance` of the loss, in every layer.
 
-        Warns, with the certified bound, if rounding errors or `max_rounds` come first. Never ends at a larger loss
-        than the dense weights under the mask have.
+        Or to be below the rounding of the loss that the removed weights would cost uncompensated. Warns, with the
+        certified bound, if rounding errors or `max_rounds` come before either. Never ends at a larger loss than the
+        dense weights under the mask have.
         """
         tolerance = self.tolerance if tolerance is None else tolerance
         removed = self.dense * (1 - self.kept)
-        # A loss near zero is the difference of numbers of this size, and not known more exactly than their rounding.
-        size = self._by_layer(removed.square() @ self.system.matrix.diagonal())
-        aim, last = torch.full_like(size, tolerance / 2.5), torch.full_like(size, torch.inf)
+        rounding = torch.finfo(removed.dtype).eps * self._by_layer(removed.square() @ self.system.matrix.diagonal())
+        aim, last = torch.full_like(rounding, tolerance / 2.5), torch.full_like(rounding, torch.inf)
         for _ in range(max_rounds):
             self.descend(aim)
             bound = self.certify()
-            allowed = tolerance * self.loss + torch.finfo(removed.dtype).eps * size
-            missed = bound > allowed
+            # Written so that NaN is never taken for convergence, nor for progress.
+            missed = ~(bound <= tolerance * self.loss + rounding)
             if not bool(missed.any()):
                 return
-            if bool((bound[missed] > last[missed] / 2).any()):
-                if self.split.remainder.dtype == self.dense.dtype:
+            if bool((missed & ~(bound <= last / 2)).any()):
+                if self._exact:
                     break
-                # Too ill-conditioned for inexact products, as Grams of fewer tokens than features are.
-                self.split = split(self.system.matrix, rank=128, dtype=self.dense.dtype)
-                self.inverse = self.split.restricted(self.kept)
+                self._go_on_exactly()
+                bound = self.certify()
             aim, last = (0.5 * tolerance * self.excess / bound).nan_to_num(tolerance), bound
-        worse = self._by_layer(torch.linalg.vecdot(removed @ self.system.matrix, removed)) < self.loss
-        if bool(worse.any()):
-            rows = worse.repeat_interleave(torch.tensor(self.heights, device=worse.device))
-            self.weight[rows] = (self.dense * self.kept)[rows]
-            bound = self.certify()
+        self._fall_back()
+        bound = self.certify()
         relative = float((bound / self.loss.clamp(min=1e-300)).max())
         warnings.warn(
             f"least squares under the mask did not converge; its loss may lie up to {relative:.1e} above the optimum, "
             f"relatively (asked: {tolerance:.0e})",
             stacklevel=2,
         )
+
+    @property
+    def _exact(self) -> bool:
+        return self.split.remainder.dtype == self.dense.dtype
+
+    def _go_on_exactly(self) -> None:
+        """
+        Takes products as exact as the weights from here on, and more directions into M.
+
+        For matrices too ill-conditioned for inexact products, as Grams of fewer tokens than features are.
+        """
+        if not self._exact:
+            self.split = split(self.system.matrix, rank=128, dtype=self.dense.dtype)
+            del self.inverse  # the new one is large
+            self.inverse = self.split.restricted(self.kept)
+        self._fall_back()
+        self._set_gradient((self.dense - self.weight) @ self.system.matrix)
+
+    def _fall_back(self) -> None:
+        """To the dense weights under the mask, in layers where they are better than what was reached."""
+        self._set_gradient((self.dense - self.weight) @ self.system.matrix)
+        removed = self.dense * (1 - self.kept)
+        masked = self._by_layer(torch.linalg.vecdot(removed @ self.system.matrix, removed))
+        worse = self.by_row(~(self.loss <= masked))
+        if bool(worse.any()):
+            self.weight[worse] = (self.dense * self.kept)[worse]
+
+    def by_row(self, of_layers: Tensor) -> Tensor:
+        """A value of each layer, repeated for each of its rows."""
+        return of_layers.repeat_interleave(torch.tensor(self.heights, device=of_layers.device))
+
+    def undamped(self) -> Float[Tensor, " layers"]:
+        """The loss without the damping's part, `(weight - dense) G (weight - dense)^T`."""
+        return self.loss - self.penalty()
+
+    def penalty(self) -> Float[Tensor, " layers"]:
+        """The damping's part of the loss."""
+        change = self.weight - self.dense
+        return self.system.ridge * self._by_layer(torch.linalg.vecdot(change, change))
 
     def _set_gradient(self, gradient: Float[Tensor, "out in"]) -> None:
         self.gradient = gradient

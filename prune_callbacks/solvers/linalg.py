@@ -27,12 +27,14 @@ class DampedGram:
         inverse_factor: `U`, upper triangular with `H^-1 = U^T U`: the factor that SparseGPT sweeps with.
         dead: features that no token activated (`G_jj = 0`): their weights do nothing and become 0.
         damping: the fraction that was used, larger than asked for if the first factorisation failed.
+        ridge: what was added to the diagonal.
     """
 
     matrix: Float[Tensor, "in in"]
     inverse_factor: Float[Tensor, "in in"]
     dead: Bool[Tensor, " in"]
     damping: float
+    ridge: float
 
     @cached_property
     def inverse_diagonal(self) -> Float[Tensor, " in"]:
@@ -47,7 +49,8 @@ class DampedGram:
     @cached_property
     def split(self) -> "Split":
         """`H` as a diagonal, a low-rank part and a remainder; see `prune_callbacks.solvers.split`."""
-        return split(self.matrix)
+        # The rounding of inexact products must stay below the smallest eigenvalues, which the damping sets.
+        return split(self.matrix, dtype=None if self.damping >= 0.005 else self.matrix.dtype)
 
     def excess_bound(
         self, residual: Float[Tensor, "out in"], dtype: torch.dtype | None = None
@@ -101,7 +104,7 @@ def damp(gram: Float[Tensor, "in in"], damping: float) -> DampedGram:
             inverse_factor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
             if attempt:
                 warnings.warn(f"damping {damping} was too small for a factorisation; used {used}", stacklevel=2)
-            return DampedGram(matrix, inverse_factor, dead, used)
+            return DampedGram(matrix, inverse_factor, dead, used, used * unit)
         if damping == 0:
             break
     raise NumericalError(

@@ -21,7 +21,7 @@ Solved = tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]
 """The new weights and the mask, both (out, in)."""
 
 CHUNK = 2**24
-"""How many numbers `mask_m` holds at once, at most, beside its arguments."""
+"""How many weights `mask_m` scores at once; it holds a few numbers for each."""
 
 
 def mrp_sm(
@@ -142,6 +142,6 @@ def _in_blocks(
         keep[:, a:b] = choose(solution.weight[:, a:b], a)
         solution.restrict(keep)
         if b < columns:  # what lies between two blocks only serves to choose the next block's mask
-            solution.descend(solution.tolerance)
+            solution.approach()
     solution.solve()
     return solution.weight, keep

@@ -12,7 +12,7 @@ POWER_STEPS = 2
 @dataclass(frozen=True)
 class Split:
     """
-    `H = diag(diagonal) + basis basis^T + remainder`, with a remainder whose diagonal is zero.
+    `H = diag(diagonal) + basis basis^T + remainder`, with a remainder whose diagonal is zero or nearly so.
 
     The few large eigenvalues that outlier and correlated features cause are in the basis; with them gone, what is
     left of a Gram is near to its diagonal. So the first two parts, M, precondition systems with H, and exactly under
@@ -97,5 +97,8 @@ def product_dtype(like: Tensor) -> torch.dtype:
     """The dtype in which to take products that may be inexact: bfloat16 where that is faster than float32."""
     if like.dtype != torch.float32:
         return like.dtype
-    fast = like.is_cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if like.is_cuda:
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else like.dtype
