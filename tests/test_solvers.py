@@ -5,7 +5,7 @@ import oracles
 import pytest
 import torch
 
-from prune_callbacks import NM, Gram, InputNorm, SparseGPT, Unstructured
+from prune_callbacks import ALPS, MRP, NM, Gram, InputNorm, SparseGPT, Unstructured
 from prune_callbacks.solvers.least_squares import MaskedLeastSquares
 from prune_callbacks.solvers.linalg import NumericalError, damp, ridge_inverse
 from prune_callbacks.solvers.mrp import mask_m
@@ -199,3 +199,72 @@ def test_sparsegpt_equals_the_loop_over_columns(correlated, pattern):
     solved, keep = oracles.sparsegpt_columns(weight, damp(x.T @ x, 0.01).inverse_factor, pattern, 32)
     assert torch.equal(pruned.keep, keep)
     torch.testing.assert_close(pruned.weight, solved)
+
+
+@pytest.fixture
+def inexact(monkeypatch):
+    """Products in bfloat16, whether this machine has them in hardware or not."""
+    monkeypatch.setattr("prune_callbacks.solvers.split.product_dtype", lambda like: torch.bfloat16)
+    monkeypatch.setattr("prune_callbacks.solvers.alps.product_dtype", lambda like: torch.bfloat16)
+
+
+def ill_conditioned(tokens, size=256):
+    x = torch.randn(tokens, size) @ (torch.randn(size, size) * torch.arange(1, size + 1)[:, None] ** -0.7)
+    gram = Gram(size)
+    gram.update(x)
+    return gram, damp(gram.matrix.double(), 0.01)
+
+
+@pytest.mark.parametrize("tokens", [64, 1000])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=str)
+def test_inexact_products_lead_to_the_same_optimum(inexact, tokens, pattern):
+    gram, system = ill_conditioned(tokens)
+    weight = torch.randn(32, 256)
+    assert damp(gram.matrix, 0.01).split.remainder.dtype == torch.bfloat16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruned = MRP(pattern, block_size=None).prune(weight, gram)
+    exact = MaskedLeastSquares(weight.double(), system)
+    exact.restrict(pruned.keep)
+    exact.solve(1e-12)
+    change = pruned.weight.double() - weight.double()
+    loss = float(((change @ system.matrix) * change).sum())
+    assert float(exact.loss) <= loss <= float(exact.loss) * 1.001
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1e-3, 1e-4])
+def test_low_damping_and_few_tokens_end_well_in_every_method(inexact, damping):
+    """Where bfloat16 would leave the matrix indefinite; conjugate gradients on that diverge to NaN."""
+    for tokens in (64, 256, 1000):
+        gram, _ = ill_conditioned(tokens)
+        weight = torch.randn(16, 256)
+        for pruner in (MRP(Unstructured(0.5), damping=damping), ALPS(Unstructured(0.5), damping=damping)):
+            pruned = pruner.prune(weight, gram)
+            exact = Gram(256)
+            exact.matrix, exact.tokens = gram.matrix.double(), gram.tokens
+            reference = pruner.prune(weight.double(), exact)
+            assert pruned.weight.isfinite().all()
+            assert pruned.loss <= reference.loss * 1.2
+
+
+def test_the_solver_leaves_inexact_products_where_they_make_the_matrix_indefinite(inexact):
+    """The positive control: forced to stay with them it would not converge."""
+    gram, _ = ill_conditioned(64)
+    system = damp(gram.matrix, 1e-4)
+    system.__dict__["split"] = split(system.matrix, dtype=torch.bfloat16)
+    solution = MaskedLeastSquares(torch.randn(16, 256), system)
+    solution.restrict(torch.rand(16, 256) > 0.5)
+    assert not solution.descend(1e-4)
+    solution.solve()
+    assert solution.split.remainder.dtype == torch.float32
+    assert solution.weight.isfinite().all()
+    removed = solution.dense * (1 - solution.kept)
+    assert float(solution.loss) < float(((removed @ system.matrix) * removed).sum())
+
+
+def test_weights_beyond_the_range_of_their_dtype_are_refused():
+    gram = Gram(8)
+    gram.update(torch.randn(100, 4).repeat_interleave(2, 1))
+    weight = torch.full((2, 8), 6e4).half()
+    with pytest.raises(NumericalError, match=r"the pruned weights hold NaN or inf in torch.float16"):
+        MRP(Unstructured(0.5), damping=1e-4).prune(weight, gram)

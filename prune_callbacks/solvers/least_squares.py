@@ -43,7 +43,9 @@ class MaskedLeastSquares:
         self.system = system
         self.heights = [len(dense)] if heights is None else list(heights)
         self.split = system.split
-        self.tolerance = 5e-4 if dense.dtype == torch.float32 else 1e-15
+        # The undamped loss is not stationary at the solution, so it is off by more than the damped one: on SmolLM2's
+        # layers and on synthetic ones by less than 0.1 % where this is 2e-4.
+        self.tolerance = 2e-4 if dense.dtype == torch.float32 else 1e-15
         self.weight = dense.clone()
         self.gradient = torch.zeros_like(dense)
         self.loss = self.excess = dense.new_zeros(len(self.heights), dtype=torch.float64)
@@ -94,11 +96,11 @@ class MaskedLeastSquares:
             direction.mul_(torch.where(previous > 0, energy / previous, 0)).add_(scaled)
         return False
 
-    def approach(self) -> None:
-        """Descends to about the usual tolerance, without a certificate, but surely not to something worse."""
-        if not self.descend(self.tolerance):
+    def approach(self, tolerance: float) -> None:
+        """Descends to about `tolerance`, uncertified; with exact products if inexact ones do not get there."""
+        if not self.descend(tolerance):
             self._go_on_exactly()
-            self.descend(self.tolerance)
+            self.descend(tolerance)
 
     def certify(self) -> Float[Tensor, " layers"]:
         """Computes gradient and loss anew, with exact products, and returns a bound on the excess of the loss."""

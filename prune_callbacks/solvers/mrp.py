@@ -142,6 +142,6 @@ def _in_blocks(
         keep[:, a:b] = choose(solution.weight[:, a:b], a)
         solution.restrict(keep)
         if b < columns:  # what lies between two blocks only serves to choose the next block's mask
-            solution.approach()
+            solution.approach(2.5 * solution.tolerance)
     solution.solve()
     return solution.weight, keep
