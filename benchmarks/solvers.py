@@ -6,8 +6,10 @@ Time, loss and memory of the solvers, layer by layer, as ratios measured in one 
 Layers of SmolLM2-135M (every kind, an early, a middle and a late block) with the Grams of their inputs, and layers of
 2048 x 2048 and 4096 x 1024 (in x out) with Grams that have a power-law spectrum and outlier features. For each of 50 %,
 70 %, 2:4 and 4:8, relative to our SparseGPT on the same layer: the time and the loss of MRP and of ALPS; the time of
-SparseGPT written as a loop of rank-1 updates, and of MRP by one solve per row, as textbooks have it (on a few rows,
-scaled up). Times are whole calls of `prune`, factorisation and loss included, the best of the repeats.
+SparseGPT written as a loop of rank-1 updates, and of MRP row by row: by one Cholesky factorisation of H_SS for each,
+and by eq. 13 as the paper writes it, one inverse of (H^-1)_PP for each (both on a few rows, scaled up). Times are whole
+calls of `prune`, factorisation and loss included, the best of the repeats; blocks of 128, the loops and the row-by-row
+ways are timed once.
 
 Without --windows the calibration text is CPython's language reference.
 """
@@ -102,6 +104,15 @@ def per_row(weight: torch.Tensor, system: DampedGram, keep: torch.Tensor) -> tor
     return solved
 
 
+def eq_13(weight: torch.Tensor, inverse: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Eq. 13 as it is written, row by row."""
+    solved = weight.clone()
+    for row, kept in zip(solved, keep, strict=True):
+        gone = (~kept).nonzero()[:, 0]
+        row -= row[gone] @ torch.linalg.inv(inverse[gone[:, None], gone]) @ inverse[gone]
+    return solved
+
+
 def measure(weight: torch.Tensor, gram: Gram, pattern: Unstructured | NM, repeats: int, quick: bool) -> dict[str, Any]:
     system = damp(gram.matrix, 0.01)
     methods: dict[str, Any] = {"SparseGPT": SparseGPT(pattern), "MRP-SM (all)": MRP(pattern, block_size=None)}
@@ -130,7 +141,10 @@ def measure(weight: torch.Tensor, gram: Gram, pattern: Unstructured | NM, repeat
     rows = torch.linspace(0, len(weight) - 1, SAMPLED_ROWS).long()
     keep, dense = mrp.keep[rows], weight[rows]
     seconds, _ = timed(lambda: per_row(dense, system, keep), 1)
-    cell["one solve per row"] = {"seconds": seconds * len(weight) / len(rows), "sampled_rows": len(rows)}
+    cell["Cholesky per row"] = {"seconds": seconds * len(weight) / len(rows), "sampled_rows": len(rows)}
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system.matrix))
+    seconds, _ = timed(lambda: eq_13(dense, inverse, keep), 1)
+    cell["eq. 13 per row"] = {"seconds": seconds * len(weight) / len(rows), "sampled_rows": len(rows)}
     exact = damp(gram.matrix.double(), 0.01)
     optimum = per_row(dense.double(), exact, keep) - dense
     reached = (mrp.weight[rows] - dense).double()
@@ -182,6 +196,7 @@ def main() -> None:
     parser.add_argument("--windows", type=Path, help="safetensors file with `calibration`, (windows, tokens)")
     parser.add_argument("--results", type=Path, default=Path("solvers.json"))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", default="", help="only layers with this in their name, such as 2048 or o_proj")
     parser.add_argument("--quick", action="store_true", help="without MRP in blocks of 128, which takes the longest")
     arguments = parser.parse_args()
     if arguments.windows:
@@ -197,8 +212,13 @@ def main() -> None:
     }
     warm = torch.randn(512, 512)
     SparseGPT(NM(2, 4)).prune(warm, _gram_of(warm))
-    for source in (real_layers(windows), synthetic_layers()):
+    sources = [synthetic_layers()]
+    if "synthetic" not in arguments.only:
+        sources.insert(0, real_layers(windows))
+    for source in sources:
         for name, weight, gram in source:
+            if arguments.only not in name:
+                continue
             for label, pattern in PATTERNS.items():
                 key = f"{name}, {label}"
                 print(key, flush=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from prune_callbacks import NM, Gram, Unstructured
+from prune_callbacks.solvers.linalg import damp
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -31,6 +32,11 @@ def test_solvers_measures_time_loss_memory_and_exactness(correlated, pattern, ca
     assert set(methods) < set(cell)
     assert all(entry["seconds"] > 0 for entry in cell.values())
     assert cell["ALPS"]["loss"] < cell["SparseGPT"]["loss"]
+    keep = torch.rand(3, 96) > 0.5
+    system = damp(gram.matrix.double(), 0.01)
+    by_row = bench.per_row(weight[:3].double() * ~system.dead, system, keep)
+    inverse = torch.linalg.inv(system.matrix)
+    torch.testing.assert_close(bench.eq_13(weight[:3].double() * ~system.dead, inverse, keep), by_row)
     assert -1e-5 < cell["MRP-SM (all)"]["excess_on_sampled_rows"] < 1e-3
     # Of any method at least the new weights and the damped Gram, with its factor, are held at once.
     assert cell["SparseGPT"]["peak_over_gram"] > 2 + 24 / 96
