@@ -137,6 +137,7 @@ class SparseGPT:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
+        _check_pattern("SparseGPT", self.pattern)
         if not isinstance(self.pattern, Unstructured | NM):
             raise ValueError(
                 f"SparseGPT chooses single weights while it sweeps over the columns and cannot prune {self.pattern}; "
@@ -173,10 +174,14 @@ class MRP:
 
     Args:
         pattern: what to remove.
-        variant: "SM": the mask by eq. 14 (single weights, interactions ignored), the survivors by eq. 13 (the
-            exact least-squares solution).
+        variant: how the mask is chosen, and how the survivors are compensated. "SM": the mask by eq. 14 (single
+            weights, interactions ignored), the survivors by eq. 13 (the exact least-squares solution). "MM", for N:M
+            only: of every group the subset of least loss by eq. 12, and eq. 13. "MS", for N:M only: that subset, and
+            SparseGPT's sweep.
         block_size: columns masked together; after each block all unpruned weights are solved for again. Rounded
-            down to whole groups of an N:M pattern. None: the whole layer at once, the paper's `S = all`; fastest.
+            down to whole groups of an N:M pattern. None: the whole layer at once, the paper's `S = all`; fastest. The
+            pool of a pattern other than N:M is a block. In "MS", whose sweep decides group after group, it only says
+            how many columns are updated together.
         damping: added to the Gram's diagonal, as a fraction of its mean.
     """
 
@@ -186,6 +191,7 @@ class MRP:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
+        _check_pattern("MRP", self.pattern)
         if self.variant not in ("SM", "MS", "MM"):
             raise ValueError(
                 f'MRP: variant must be "SM", "MS" or "MM", got {self.variant!r}; "SS" is what SparseGPT does'
@@ -252,6 +258,7 @@ class ALPS:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
+        _check_pattern("ALPS", self.pattern)
         if not isinstance(self.pattern, Unstructured | NM | Block | Columns):
             raise ValueError(
                 f"ALPS compensates a row's removed weights with the row's own survivors and cannot prune "
@@ -350,6 +357,8 @@ def _check_settings(name: str, pattern: Pattern, block_size: int | None, damping
         raise ValueError(f"{name}: damping is a fraction of the Gram's mean diagonal and must be >= 0, got {damping}")
     if block_size is None:
         return
+    if not isinstance(block_size, int) or isinstance(block_size, bool):
+        raise ValueError(f"{name}: block_size is a whole number of columns (None: all of them), got {block_size!r}")
     if block_size < 1:
         raise ValueError(f"{name}: block_size is a number of columns and must be at least 1, got {block_size}")
     if block_size < _unit(pattern):

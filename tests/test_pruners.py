@@ -379,7 +379,7 @@ def test_an_indefinite_gram_gets_more_damping_or_an_error(make):
         make(NM(2, 4), damping=1e-5).prune(torch.randn(3, 4), gram)
 
 
-def test_combinations_without_sense_are_refused_by_name():
+def test_combinations_without_sense_are_refused_by_name(unchecked):
     for pattern in (Rows(0.5), Columns(0.5), Block(4, 0.5)):
         with pytest.raises(ValueError, match=r"SparseGPT .* cannot prune .*Use Wanda or Magnitude"):
             SparseGPT(pattern)
@@ -396,6 +396,12 @@ def test_combinations_without_sense_are_refused_by_name():
             MRP(Unstructured(0.5), variant=variant)
     with pytest.raises(ValueError, match=r"must hold the 4 columns that NM\(n=2, m=4\) decides together, got 3"):
         SparseGPT(NM(2, 4), block_size=3)
+    for bad in ("all", 128.5, True):
+        with pytest.raises(ValueError, match="block_size is a whole number of columns .None: all of them., got"):
+            MRP(NM(2, 4), block_size=bad)
+    for make in (SparseGPT, MRP, ALPS):
+        with pytest.raises(ValueError, match=r"takes a pattern such as Unstructured\(0.5\) or NM\(2, 4\), got 0.5"):
+            make(0.5)
     with pytest.raises(ValueError, match="block_size is a number of columns"):
         MRP(Unstructured(0.5), block_size=0)
     with pytest.raises(ValueError, match="damping"):

@@ -34,7 +34,7 @@ def _vectors(x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
 
 class Gram:
     """
-    `G = X X^T`, the sum of `x x^T` over all tokens: what SparseGPT and MRP need.
+    `G = X X^T`, the sum of `x x^T` over all tokens: what SparseGPT, MRP and ALPS need.
 
     `matrix` has shape (in, in) and is float32, or float64 once float64 inputs came; its memory is all that is ever
     held. The sum is not divided by the number of tokens: no mask and no result depends on the scale.
