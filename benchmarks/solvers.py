@@ -177,18 +177,13 @@ def print_tables(results: dict[str, Any]) -> None:
         for key, row in rows.items():
             print(f"| {key} | " + " | ".join(f"{row[n]:.3g}" if n in row else "" for n in shown) + " |")
         real = [row for key, row in rows.items() if "synthetic" not in key]
-        print("| *median, real layers* | " + " | ".join(_median(real, n) for n in shown) + " |")
-        print("| *largest, real layers* | " + " | ".join(_largest(real, n) for n in shown) + " |")
+        print("| *median, real layers* | " + " | ".join(_summary(real, n, statistics.median) for n in shown) + " |")
+        print("| *largest, real layers* | " + " | ".join(_summary(real, n, max) for n in shown) + " |")
 
 
-def _median(rows: list[dict[str, float]], name: str) -> str:
+def _summary(rows: list[dict[str, float]], name: str, of: Callable[[list[float]], float]) -> str:
     values = [row[name] for row in rows if name in row]
-    return f"{statistics.median(values):.3g}" if values else ""
-
-
-def _largest(rows: list[dict[str, float]], name: str) -> str:
-    values = [row[name] for row in rows if name in row]
-    return f"{max(values):.3g}" if values else ""
+    return f"{of(values):.3g}" if values else ""
 
 
 def main() -> None:

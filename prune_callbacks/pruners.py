@@ -85,7 +85,7 @@ class Magnitude:
 
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None = None) -> Pruned:
         """Equivalent to sorting `|W|` and zeroing the smallest; see `Pruner`."""
-        _check_weight(weight, self.pattern)
+        check_weight(weight, self.pattern)
         keep = self.pattern.keep(_working(weight, None).abs())
         return _pruned(weight, weight, keep, statistic)
 
@@ -109,7 +109,7 @@ class Wanda:
 
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
         """Equivalent to sorting each row's scores and zeroing the smallest; see `Pruner`."""
-        _check_weight(weight, self.pattern)
+        check_weight(weight, self.pattern)
         known = _check_statistic("Wanda", weight, statistic)
         pattern = self.pattern
         if isinstance(pattern, Unstructured) and pattern.per is None:
@@ -196,25 +196,9 @@ class MRP:
             raise ValueError(
                 f'MRP: variant must be "SM", "MS" or "MM", got {self.variant!r}; "SS" is what SparseGPT does'
             )
-        if self.variant != "SM" and not isinstance(self.pattern, NM):
-            raise ValueError(
-                "MRP: mask M tries every subset of the weights that it decides together, C(m, n) in a group of NM; "
-                f'{self.pattern} has too many to try (the paper has mask M for N:M only). Use variant "SM".'
-            )
-        if (
-            isinstance(self.pattern, NM)
-            and self.variant != "SM"
-            and math.comb(self.pattern.m, self.pattern.n) > MOST_SUBSETS
-        ):
-            raise ValueError(
-                f"MRP: mask M tries every subset of a group, and {self.pattern} has "
-                f'{math.comb(self.pattern.m, self.pattern.n)} of them, more than {MOST_SUBSETS}. Use variant "SM".'
-            )
-        if not isinstance(self.pattern, Unstructured | NM | Block | Columns):
-            raise ValueError(
-                f"MRP compensates a row's removed weights with the row's own survivors and cannot prune "
-                f"{self.pattern}: nothing survives in a removed row. Use Wanda or Magnitude for Rows."
-            )
+        if self.variant != "SM":
+            _check_subsets(self.pattern)
+        _check_survivors("MRP", self.pattern)
         _check_settings("MRP", self.pattern, self.block_size, self.damping)
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
@@ -259,11 +243,7 @@ class ALPS:
 
     def __post_init__(self) -> None:
         _check_pattern("ALPS", self.pattern)
-        if not isinstance(self.pattern, Unstructured | NM | Block | Columns):
-            raise ValueError(
-                f"ALPS compensates a row's removed weights with the row's own survivors and cannot prune "
-                f"{self.pattern}: nothing survives in a removed row. Use Wanda or Magnitude for Rows."
-            )
+        _check_survivors("ALPS", self.pattern)
         _check_settings("ALPS", self.pattern, None, self.damping)
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
@@ -287,7 +267,7 @@ def _compensated(
 ) -> list[Pruned]:
     name, pattern = type(pruner).__name__, pruner.pattern
     for weight in weights:
-        _check_weight(weight, pattern)
+        check_weight(weight, pattern)
         _check_statistic(name, weight, statistic)
     if not isinstance(statistic, Gram):
         raise ValueError(
@@ -325,7 +305,8 @@ def _working(weight: Tensor, statistic: Statistic | None) -> Tensor:
     return weight.detach().to(dtype)
 
 
-def _check_weight(weight: Tensor, pattern: Pattern) -> None:
+def check_weight(weight: Tensor, pattern: Pattern) -> None:
+    """Raises ValueError for a weight that no pruner takes: of a shape that does not fit, or with NaN or inf."""
     if weight.ndim != 2:
         raise ValueError(f"a weight must have two dimensions, (out, in), got shape {tuple(weight.shape)}")
     pattern.check_shape((weight.shape[0], weight.shape[1]))
@@ -342,7 +323,7 @@ def _check_statistic(name: str, weight: Tensor, statistic: Statistic | None) -> 
         )
     if statistic.tokens == 0:
         raise ValueError("the calibration statistics are empty: no token was added")
-    if not bool(torch.isfinite(statistic.squared_norm).all()):
+    if not all_finite(statistic.squared_norm):
         raise ValueError("the calibration activations hold NaN or inf: the inputs of this layer are not finite numbers")
     return statistic
 
@@ -350,6 +331,27 @@ def _check_statistic(name: str, weight: Tensor, statistic: Statistic | None) -> 
 def _check_pattern(name: str, pattern: Pattern) -> None:
     if not isinstance(pattern, Pattern):
         raise ValueError(f"{name} takes a pattern such as Unstructured(0.5) or NM(2, 4), got {pattern!r}")
+
+
+def _check_survivors(name: str, pattern: Pattern) -> None:
+    if not isinstance(pattern, Unstructured | NM | Block | Columns):
+        raise ValueError(
+            f"{name} compensates a row's removed weights with the row's own survivors and cannot prune "
+            f"{pattern}: nothing survives in a removed row. Use Wanda or Magnitude for Rows."
+        )
+
+
+def _check_subsets(pattern: Pattern) -> None:
+    if not isinstance(pattern, NM):
+        raise ValueError(
+            "MRP: mask M tries every subset of the weights that it decides together, C(m, n) in a group of NM; "
+            f'{pattern} has too many to try (the paper has mask M for N:M only). Use variant "SM".'
+        )
+    if (count := math.comb(pattern.m, pattern.n)) > MOST_SUBSETS:
+        raise ValueError(
+            f"MRP: mask M tries every subset of a group, and {pattern} has {count} of them, more than "
+            f'{MOST_SUBSETS}. Use variant "SM".'
+        )
 
 
 def _check_settings(name: str, pattern: Pattern, block_size: int | None, damping: float) -> None:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from prune_callbacks.calibration.blocks import find_blocks, find_targets, oriented
 from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_inputs, run_block
 from prune_callbacks.calibration.prune_report import LayerReport, PruneReport, peak_memory
-from prune_callbacks.pruners import JointPruner, Pruned, Pruner
+from prune_callbacks.pruners import JointPruner, Pruned, Pruner, check_weight
 from prune_callbacks.solvers import Gram, InputNorm
-from prune_callbacks.solvers.linalg import all_finite, row_dot
+from prune_callbacks.solvers.linalg import row_dot
 from prune_callbacks.sparsity import MaskSet
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -203,8 +203,7 @@ class _Run:
         weights = [oriented(layer, layer.get_parameter("weight").detach()) for layer in layers.values()]
         for name, weight in zip(layers, weights, strict=True):
             with _naming(name):
-                if not all_finite(weight):
-                    raise ValueError("the dense weight holds NaN or inf")
+                check_weight(weight, self.pruner.pattern)
         with _naming(", ".join(layers)):
             if isinstance(self.pruner, JointPruner):
                 results = self.pruner.prune_together(weights, statistic)

@@ -54,7 +54,7 @@ def alps(
     # What MRP's loss is at least. The damping's part of it is not known as well, so it gets a margin.
     least = solution.loss - solution.certify()
     penalty = solution.penalty()
-    keep = _search(dense, system, keep_best, solution.weight, first, solution.gradient * ~first)
+    keep = _search(dense, system, keep_best, solution.weight, first, solution.gradient * (~first).to(dense))
     solution.restrict(keep)
     solution.solve()
     if bool(((solution.loss <= least) & (solution.undamped() <= least - 1.2 * penalty)).all()):

@@ -104,7 +104,7 @@ class MaskedLeastSquares:
 
     def certify(self) -> Float[Tensor, " layers"]:
         """Computes gradient and loss anew, with exact products, and returns a bound on the excess of the loss."""
-        self._set_gradient((self.dense - self.weight) @ self.system.matrix)
+        self._refresh()
         return self._by_layer(self.system.excess_bound(self.gradient * self.kept, self.split.remainder.dtype))
 
     def solve(self, tolerance: float | None = None, max_rounds: int = 20) -> None:
@@ -156,16 +156,16 @@ class MaskedLeastSquares:
             del self.inverse  # the new one is large
             self.inverse = self.split.restricted(self.kept)
         self._fall_back()
-        self._set_gradient((self.dense - self.weight) @ self.system.matrix)
 
     def _fall_back(self) -> None:
         """To the dense weights under the mask, in layers where they are better than what was reached."""
-        self._set_gradient((self.dense - self.weight) @ self.system.matrix)
+        self._refresh()
         removed = self.dense * (1 - self.kept)
         masked = self._by_layer(torch.linalg.vecdot(removed @ self.system.matrix, removed))
         worse = self.by_row(~(self.loss <= masked))
         if bool(worse.any()):
             self.weight[worse] = (self.dense * self.kept)[worse]
+            self._refresh()
 
     def by_row(self, of_layers: Tensor) -> Tensor:
         """A value of each layer, repeated for each of its rows."""
@@ -179,6 +179,10 @@ class MaskedLeastSquares:
         """The damping's part of the loss."""
         change = self.weight - self.dense
         return self.system.ridge * self._by_layer(torch.linalg.vecdot(change, change))
+
+    def _refresh(self) -> None:
+        """Gradient and loss of the weights as they are, by an exact product."""
+        self._set_gradient((self.dense - self.weight) @ self.system.matrix)
 
     def _set_gradient(self, gradient: Float[Tensor, "out in"]) -> None:
         self.gradient = gradient

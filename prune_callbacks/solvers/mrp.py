@@ -7,6 +7,7 @@ treats removed weights one at a time, M all at once. SS is SparseGPT.
 
 import itertools
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from jaxtyping import Bool, Float
@@ -109,10 +110,8 @@ def mask_m(
         inverse: the squares of `H^-1` that belong to the groups.
         pattern: which n of m.
     """
-    n, m = pattern.n, pattern.m
-    subsets = list(itertools.combinations(range(m), n))
-    removed = torch.tensor([[j for j in range(m) if j not in kept] for kept in subsets], device=weight.device)
-    kept_table = torch.ones(len(subsets), m, dtype=torch.bool, device=weight.device).scatter_(1, removed, False)
+    m = pattern.m
+    removed, kept_table = (table.to(weight.device) for table in _subsets(pattern.n, m))
     keep = torch.empty_like(weight, dtype=torch.bool)
     for rows, kept in zip(weight.split(step := max(1, CHUNK // weight.shape[1])), keep.split(step), strict=True):
         by_group = rows.T.unflatten(0, (-1, m)).contiguous()  # (groups, m, rows)
@@ -127,6 +126,13 @@ def mask_m(
             best.masked_fill_(better, index)
         kept.copy_(kept_table[best].transpose(0, 1).flatten(1))
     return keep
+
+
+@cache
+def _subsets(n: int, m: int) -> tuple[Tensor, Tensor]:
+    """The columns that each subset of n of m removes, (subsets, m - n), and the masks, (subsets, m)."""
+    removed = torch.tensor([[j for j in range(m) if j not in kept] for kept in itertools.combinations(range(m), n)])
+    return removed, torch.ones(len(removed), m, dtype=torch.bool).scatter_(1, removed, False)
 
 
 def _in_blocks(
