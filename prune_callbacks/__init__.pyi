@@ -1,9 +1,20 @@
 from .calibration import PruneReport, prune_sequentially
-from .callbacks import MaskEnforcer, OneShotPrune, RunReport
+from .callbacks import IterativePrune, MaskEnforcer, OneShotPrune, Rewind, RunReport
 from .pruners import ALPS, MRP, Magnitude, Pruned, SparseGPT, Wanda
 from .solvers import Gram, InputNorm
-from .sparsity import NM, Block, Columns, MaskSet, Rows, Unstructured
-from .tasks import CausalLM, TokenDataModule
+from .sparsity import (
+    NM,
+    Block,
+    Columns,
+    ConstantSchedule,
+    CubicSchedule,
+    IMPSchedule,
+    LinearSchedule,
+    MaskSet,
+    Rows,
+    Unstructured,
+)
+from .tasks import CausalLM, LanguageModeling, LogitsDistillation, SquareHead, TokenDataModule
 
 __all__ = [
     "ALPS",
@@ -12,17 +23,26 @@ __all__ = [
     "Block",
     "CausalLM",
     "Columns",
+    "ConstantSchedule",
+    "CubicSchedule",
     "Gram",
+    "IMPSchedule",
     "InputNorm",
+    "IterativePrune",
+    "LanguageModeling",
+    "LinearSchedule",
+    "LogitsDistillation",
     "Magnitude",
     "MaskEnforcer",
     "MaskSet",
     "OneShotPrune",
     "PruneReport",
     "Pruned",
+    "Rewind",
     "Rows",
     "RunReport",
     "SparseGPT",
+    "SquareHead",
     "TokenDataModule",
     "Unstructured",
     "Wanda",

@@ -83,10 +83,14 @@ class Magnitude:
         """None: magnitudes need no calibration."""
         return
 
+    def scores(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """`|W|`, in float32 or float64."""
+        return _working(weight, None).abs()
+
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None = None) -> Pruned:
         """Equivalent to sorting `|W|` and zeroing the smallest; see `Pruner`."""
         check_weight(weight, self.pattern)
-        keep = self.pattern.keep(_working(weight, None).abs())
+        keep = self.pattern.keep(self.scores(weight))
         return _pruned(weight, weight, keep, statistic)
 
 

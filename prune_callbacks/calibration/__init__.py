@@ -4,10 +4,13 @@ from prune_callbacks.calibration.blocks import find_blocks, find_language_model,
 from prune_callbacks.calibration.engine import prune_sequentially
 from prune_callbacks.calibration.prune_report import LayerReport, PruneReport, peak_memory
 from prune_callbacks.calibration.saving import savable, save_sparse_model
+from prune_callbacks.calibration.shrink import Scope, check_shrinkable, shrink_masks
 
 __all__ = [
     "LayerReport",
     "PruneReport",
+    "Scope",
+    "check_shrinkable",
     "find_blocks",
     "find_language_model",
     "find_targets",
@@ -15,4 +18,5 @@ __all__ = [
     "prune_sequentially",
     "savable",
     "save_sparse_model",
+    "shrink_masks",
 ]

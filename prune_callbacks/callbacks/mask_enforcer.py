@@ -20,11 +20,11 @@ class MaskEnforcer(Callback):
 
     - Gradients of pruned weights are zeroed before clipping: they do not enter the clipping norm.
     - Pruned weights are zeroed after every optimizer step, inside the step, whatever the loop looks like.
-    - The optimizer's moments at pruned places are zeroed when the masks arrive: momentum gathered before
+    - The optimizer's moments at pruned places are zeroed when masks arrive or change: momentum gathered before
       would go on moving the weights for many steps.
 
-    Masks come from the `OneShotPrune` of the same trainer, else from `masks`, else from the zeros of the
-    model's linear layers. They are part of the checkpoint; a fit resumed from one starts from its masks.
+    Masks come from the `IterativePrune` or `OneShotPrune` of the same trainer, else from `masks`, else from the zeros
+    of the model's linear layers. They are part of the checkpoint; a fit resumed from one starts from its masks.
 
     Args:
         masks: a `MaskSet`, or the path of a file that `MaskSet.save` wrote.
@@ -52,11 +52,15 @@ class MaskEnforcer(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not earlier: some strategies load a checkpoint (and with it these masks) after on_fit_start.
-        self.masks = self._find_masks(trainer, pl_module) if self._restored is None else self._restored
-        self._access = param_access(trainer.strategy, pl_module, self.masks)
+        self.hold(self._find_masks(trainer, pl_module) if self._restored is None else self._restored, trainer)
+        self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
+
+    def hold(self, masks: MaskSet, trainer: Trainer) -> None:
+        """Puts masks in force in a running fit: zeroes the weights and the optimizer's moments at pruned places."""
+        self.masks = masks
+        self._access = param_access(trainer.strategy, trainer.lightning_module, masks)
         self._access.project()
         self._access.zero_moments(trainer.optimizers)
-        self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert self._access is not None
@@ -98,6 +102,10 @@ class MaskEnforcer(Callback):
         self._restored = None
 
     def _find_masks(self, trainer: Trainer, pl_module: LightningModule) -> MaskSet:
+        for callback in trainer.callbacks:  # IterativePrune, which begins with those of OneShotPrune, stands before us
+            masks = getattr(callback, "masks", None)
+            if callback is not self and isinstance(masks, MaskSet):
+                return masks
         reports = [getattr(callback, "report", None) for callback in trainer.callbacks]
         pruned = next((report for report in reports if isinstance(report, PruneReport)), None)
         if pruned is not None:

@@ -1,6 +1,23 @@
-"""Which weights stay: patterns, exact selection and masks. Tensors only."""
+"""Which weights stay, and when the others go: patterns, exact selection, masks, schedules. Tensors only."""
 
 from prune_callbacks.sparsity.masks import MaskSet
 from prune_callbacks.sparsity.patterns import NM, Block, Columns, Pattern, Rows, Unstructured
+from prune_callbacks.sparsity.schedules import ConstantSchedule, CubicSchedule, IMPSchedule, LinearSchedule, Schedule
+from prune_callbacks.sparsity.selection import keep_largest, keep_largest_of_all
 
-__all__ = ["NM", "Block", "Columns", "MaskSet", "Pattern", "Rows", "Unstructured"]
+__all__ = [
+    "NM",
+    "Block",
+    "Columns",
+    "ConstantSchedule",
+    "CubicSchedule",
+    "IMPSchedule",
+    "LinearSchedule",
+    "MaskSet",
+    "Pattern",
+    "Rows",
+    "Schedule",
+    "Unstructured",
+    "keep_largest",
+    "keep_largest_of_all",
+]

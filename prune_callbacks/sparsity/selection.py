@@ -1,9 +1,14 @@
 """Exact-count, stable selection of the largest scores."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+DIGIT = 16
+"""Bits that one pass of the selection over several tensors looks at."""
 
 
 def keep_largest(scores: Float[Tensor, "*batch n"], kept: int) -> Bool[Tensor, "*batch n"]:
@@ -52,3 +57,65 @@ def refuse_nan(scores: Tensor) -> None:
             f"scores contain NaN ({count} of {scores.numel()}); every score must be comparable. "
             "Check the weights and the calibration activations for NaN or inf."
         )
+
+
+def keep_largest_of_all(scores: Mapping[str, Float[Tensor, "..."]], kept: int) -> dict[str, Bool[Tensor, "..."]]:
+    """
+    Marks the `kept` largest scores of all tensors together.
+
+    Equivalent to `keep_largest` on one flat tensor of all scores in the mapping's order (so among equal scores the
+    first are kept), which is never made: a radix selection finds the threshold from histograms of 16 bits of the
+    scores at a time, and those are sums over the tensors.
+
+    Args:
+        scores: tensors of any shapes and floating dtypes, on any devices; no NaN, infinities are allowed.
+        kept: how many to keep in all.
+    """
+    for name, values in scores.items():
+        try:
+            refuse_nan(values)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    if kept <= 0 or kept >= sum(values.numel() for values in scores.values()):
+        return {name: torch.full_like(values, kept > 0, dtype=torch.bool) for name, values in scores.items()}
+    double = any(values.dtype == torch.float64 for values in scores.values())
+    threshold, tied = _threshold(scores, kept, double)
+    masks = {}
+    for name, values in scores.items():
+        keys = _ordered(values, double)
+        equal = keys == threshold
+        count = int(equal.count_nonzero())
+        if tied < count:
+            equal &= (equal.flatten().cumsum(0) <= tied).view(equal.shape)
+        tied -= min(tied, count)
+        masks[name] = (keys > threshold) | equal
+    return masks
+
+
+def _threshold(scores: Mapping[str, Tensor], kept: int, double: bool) -> tuple[int, int]:
+    """The key of the `kept`-th largest score, and how many of the scores equal to it are kept."""
+    bits = 64 if double else 32
+    prefix, left = 0, kept
+    for shift in range(bits - DIGIT, -1, -DIGIT):
+        histogram = torch.zeros(2**DIGIT, dtype=torch.int64)
+        for values in scores.values():
+            keys = _ordered(values, double).flatten()
+            if shift == bits - DIGIT:  # the first digit carries the sign
+                digits = (keys >> shift) + 2 ** (DIGIT - 1)
+            else:
+                digits = (keys[(keys >> (shift + DIGIT)) == prefix] >> shift) & (2**DIGIT - 1)
+            histogram += torch.bincount(digits, minlength=2**DIGIT).cpu()
+        reached = histogram.flip(0).cumsum(0)  # how many have this digit or a larger one
+        place = int(torch.searchsorted(reached, left))
+        left -= int(reached[place] - histogram.flip(0)[place])
+        digit = 2**DIGIT - 1 - place
+        prefix = digit - 2 ** (DIGIT - 1) if shift == bits - DIGIT else (prefix << DIGIT) + digit
+    return prefix, left
+
+
+def _ordered(values: Tensor, double: bool) -> Tensor:
+    """Integers in the order of the floating-point values: their bits, those of negative numbers reversed."""
+    values = values.detach().to(torch.float64 if double else torch.float32) + 0  # -0 and +0 are equal
+    bits = values.view(torch.int64) if double else values.view(torch.int32).long()
+    largest = torch.iinfo(torch.int64 if double else torch.int32).max
+    return torch.where(bits < 0, bits ^ largest, bits)

@@ -12,20 +12,25 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from prune_callbacks.evaluation import Perplexity
+from prune_callbacks.tasks.objectives import LanguageModeling, Objective
 
 
 class CausalLM(LightningModule):
     """
-    Language modelling: next-token cross-entropy, validated by perplexity.
+    A language model trained on text, or on text and a teacher; validated by perplexity.
 
     Batches are token ids (batch, tokens), or mappings with `input_ids` and maybe `attention_mask` (padding is not
-    predicted) and `labels`. Logs `train_loss`, `val_loss` and `val_perplexity`.
+    predicted) and `labels`. Logs `train_loss` (and its terms, `train_loss_NAME`, if there are several), `val_loss` and
+    `val_perplexity`.
 
     Args:
         model: e.g. `AutoModelForCausalLM.from_pretrained(...)`. Kept as it is, under `self.model`.
         optimizer: makes the optimizer from the parameters; AdamW with learning rate 1e-4 by default.
         scheduler: makes a learning-rate scheduler, stepped every optimizer step, from the optimizer and
             `num_training_steps`, e.g. `partial(transformers.get_cosine_schedule_with_warmup, num_warmup_steps=10)`.
+        objective: the training loss, e.g. `SquareHead(teacher)`. A teacher is not part of the module's `state_dict`.
+        scheduler_steps: the scheduler's `num_training_steps`; None: the length of the whole training. For
+            `IterativePrune` with rewinding, the length of one round.
     """
 
     def __init__(
@@ -33,11 +38,16 @@ class CausalLM(LightningModule):
         model: PreTrainedModel,
         optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer] = partial(torch.optim.AdamW, lr=1e-4),  # noqa: B008
         scheduler: Callable[..., LRScheduler] | None = None,
+        objective: Objective | None = None,
+        scheduler_steps: int | None = None,
     ) -> None:
         super().__init__()
+        self.objective = LanguageModeling() if objective is None else objective
+        self.objective.check(model)
         self.model = model.train()  # from_pretrained returns models in evaluation mode, which Lightning keeps
         self._optimizer = optimizer
         self._scheduler = scheduler
+        self._scheduler_steps = scheduler_steps
         self.val_perplexity = Perplexity()
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
@@ -45,9 +55,12 @@ class CausalLM(LightningModule):
         return self.model(input_ids=input_ids, **kwargs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Mean cross-entropy of the next token."""
-        loss: Tensor = self.model(**_with_labels(batch), use_cache=False).loss
+        """The objective's loss."""
+        terms = self.objective(self.model, _with_labels(batch))
+        loss = torch.stack(list(terms.values())).sum()
         self.log("train_loss", loss, prog_bar=True)
+        if len(terms) > 1:
+            self.log_dict({f"train_loss_{name}": term.detach() for name, term in terms.items()})
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -64,7 +77,7 @@ class CausalLM(LightningModule):
         optimizer = self._optimizer(p for p in self.parameters() if p.requires_grad)
         if self._scheduler is None:
             return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self._scheduler_steps or int(self.trainer.estimated_stepping_batches)
         scheduler = self._scheduler(optimizer, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -1,12 +1,14 @@
 """TokenDataModule: windows of tokens for training, calibration and evaluation."""
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.calibration.windows import contiguous_windows, random_windows
@@ -24,12 +26,58 @@ class _Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.windows[index]}
 
 
+class _Shuffled(Sampler[int]):
+    """Every index once, in an order that depends on the seed and the epoch only; Lightning calls `set_epoch`."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        mixed = torch.Generator().manual_seed(self.seed)
+        seed = int(torch.randint(2**62, (self.epoch + 1,), generator=mixed)[-1])
+        yield from torch.randperm(self.length, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class _ResumableLoader(DataLoader[Any]):
+    """
+    A loader that goes on where a checkpoint left it, in the middle of an epoch.
+
+    Lightning puts `state_dict()` into its checkpoints. (torchdata's StatefulDataLoader is exact to the end of the
+    epoch, but the epochs after it draw another order than in a run that was not interrupted.)
+    """
+
+    _given = 0
+    _skipped = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        skipped, self._skipped = self._skipped, 0
+        self._given = skipped
+        for batch in islice(super().__iter__(), skipped, None):
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self._given}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._skipped = state_dict["given"] % len(self)  # after a whole epoch Lightning begins the next one
+
+
 class TokenDataModule(LightningDataModule):
     """
     Cuts corpora into windows of `seq_len` tokens; batches are `{"input_ids": (batch, seq_len)}`.
 
     Training and evaluation windows are contiguous, the evaluation text in order; calibration windows are drawn at
-    random (the papers' protocols). No special tokens are added.
+    random (the papers' protocols). No special tokens are added. Training resumed from a checkpoint in the middle of
+    an epoch goes on with the batches that were to come.
 
     Args:
         tokenizer: of the model.
@@ -101,8 +149,8 @@ class TokenDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.train_windows is not None
-        generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(_Windows(self.train_windows), self.batch_size, shuffle=True, generator=generator)
+        sampler = _Shuffled(len(self.train_windows), self.seed)
+        return _ResumableLoader(_Windows(self.train_windows), self.batch_size, sampler=sampler)
 
     def calibration_dataloader(self) -> DataLoader[Any]:
         """What `OneShotPrune` calibrates on."""

@@ -1,0 +1,204 @@
+"""
+Sparsity schedules: which sparsity is in force when, as pure functions of time.
+
+Time counts finished optimizer steps or finished epochs, whichever `unit` names. Sparsity is the fraction of weights
+removed, absolute: a target does not depend on what was removed before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+Unit = Literal["step", "epoch"]
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """What every schedule offers."""
+
+    @property
+    def target(self) -> float:
+        """The sparsity in the end."""
+
+    @property
+    def unit(self) -> Unit: ...
+
+    @property
+    def changes(self) -> Sequence[int]:
+        """The times at which the sparsity rises, ascending. Between them it is constant."""
+
+    def __call__(self, time: int) -> float:
+        """The sparsity in force once `time` steps or epochs are finished; 0 before the first change."""
+
+
+@dataclass(frozen=True)
+class ConstantSchedule:
+    """
+    Everything at once: `s(t) = target` from `begin` on.
+
+    >>> schedule = ConstantSchedule(0.5, begin=100)
+    >>> schedule(99), schedule(100)
+    (0.0, 0.5)
+    """
+
+    target: float
+    begin: int = 0
+    unit: Unit = "step"
+
+    def __post_init__(self) -> None:
+        _check("ConstantSchedule", self.target, self.begin, 1, self.unit)
+
+    @property
+    def changes(self) -> Sequence[int]:
+        """`begin` only."""
+        return (self.begin,)
+
+    def __call__(self, time: int) -> float:
+        return self.target if time >= self.begin else 0.0
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """
+    From `initial` at `begin` to `target` at `end` in equal steps, one every `every` units.
+
+    `s(t) = target + (initial - target) (1 - x)` with `x = (t - begin) / (end - begin)`, `t` rounded down to a change.
+
+    >>> schedule = LinearSchedule(0.8, begin=10, end=50, every=10)
+    >>> [round(schedule(t), 3) for t in (9, 10, 20, 29, 30, 50, 99)]
+    [0.0, 0.0, 0.2, 0.2, 0.4, 0.8, 0.8]
+    """
+
+    target: float
+    begin: int
+    end: int
+    every: int = 1
+    initial: float = 0.0
+    unit: Unit = "step"
+
+    def __post_init__(self) -> None:
+        _check("LinearSchedule", self.target, self.begin, self.every, self.unit)
+        _check_ramp("LinearSchedule", self)
+
+    @property
+    def changes(self) -> Sequence[int]:
+        """`begin` (if `initial` is not 0), then every `every` units up to `end`."""
+        return _ramp_changes(self)
+
+    def __call__(self, time: int) -> float:
+        return _ramp(self, time, 1)
+
+
+@dataclass(frozen=True)
+class CubicSchedule:
+    """
+    Gradual pruning, fast at first and slow in the end (Zhu & Gupta 2017, eq. 1).
+
+    `s(t) = target + (initial - target) (1 - x)^3` with `x = (t - begin) / (end - begin)`, `t` rounded down to a change.
+
+    >>> schedule = CubicSchedule(0.8, begin=0, end=40, every=10)
+    >>> [round(schedule(t), 4) for t in (0, 9, 10, 20, 30, 40, 99)]
+    [0.0, 0.0, 0.4625, 0.7, 0.7875, 0.8, 0.8]
+    """
+
+    target: float
+    begin: int
+    end: int
+    every: int = 1
+    initial: float = 0.0
+    unit: Unit = "step"
+
+    def __post_init__(self) -> None:
+        _check("CubicSchedule", self.target, self.begin, self.every, self.unit)
+        _check_ramp("CubicSchedule", self)
+
+    @property
+    def changes(self) -> Sequence[int]:
+        """`begin` (if `initial` is not 0), then every `every` units up to `end`."""
+        return _ramp_changes(self)
+
+    def __call__(self, time: int) -> float:
+        return _ramp(self, time, 3)
+
+
+@dataclass(frozen=True)
+class IMPSchedule:
+    """
+    Rounds of iterative magnitude pruning (Frankle & Carbin 2019): every round removes the same share of what is left.
+
+    After round r of R the kept share is `(1 - target)^(r / R)`, so `s = 1 - (1 - target)^(r / R)`. Round 1, which
+    is dense, ends at `begin` (None: after `every`), each later one `every` units after the one before. Training
+    should go on for another `every` units after the last change. With `Rewind(step=k)` let `begin = T` and
+    `every = T - k`: then every round ends at step T of its own training.
+
+    >>> schedule = IMPSchedule(0.9, rounds=2, every=70, begin=100)
+    >>> [round(schedule(t), 3) for t in (99, 100, 169, 170)]
+    [0.0, 0.684, 0.684, 0.9]
+    >>> schedule.changes
+    (100, 170)
+    """
+
+    target: float
+    rounds: int
+    every: int
+    begin: int | None = None
+    unit: Unit = "step"
+
+    def __post_init__(self) -> None:
+        _check("IMPSchedule", self.target, self._first, self.every, self.unit)
+        if self.rounds < 1:
+            raise ValueError(f"IMPSchedule: rounds must be at least 1, got {self.rounds}")
+
+    @property
+    def _first(self) -> int:
+        return self.every if self.begin is None else self.begin
+
+    @property
+    def changes(self) -> Sequence[int]:
+        """The ends of the rounds."""
+        return tuple(self._first + r * self.every for r in range(self.rounds))
+
+    def __call__(self, time: int) -> float:
+        ended = min(self.rounds, max(0, (time - self._first) // self.every + 1))
+        return self.target if ended == self.rounds else 1 - (1 - self.target) ** (ended / self.rounds)
+
+
+def _ramp(schedule: LinearSchedule | CubicSchedule, time: int, power: int) -> float:
+    begin, end, every = schedule.begin, schedule.end, schedule.every
+    if time < begin:
+        return 0.0
+    if time >= end:
+        return schedule.target
+    done = (time - begin) // every * every / (end - begin)
+    return schedule.target + (schedule.initial - schedule.target) * (1 - done) ** power
+
+
+def _ramp_changes(schedule: LinearSchedule | CubicSchedule) -> Sequence[int]:
+    first = schedule.begin if schedule.initial > 0 else schedule.begin + schedule.every
+    return range(first, schedule.end + 1, schedule.every)
+
+
+def _check(name: str, target: float, begin: int, every: int, unit: str) -> None:
+    if not 0 < target < 1:
+        raise ValueError(
+            f"{name}: target is the fraction of weights removed in the end and must lie in (0, 1), got {target}. "
+            "For 90 % write 0.9."
+        )
+    if begin < 0 or every < 1:
+        raise ValueError(f"{name}: begin must be at least 0 and every at least 1, got {begin} and {every}")
+    if unit not in ("step", "epoch"):
+        raise ValueError(f'{name}: unit must be "step" or "epoch", got {unit!r}')
+
+
+def _check_ramp(name: str, schedule: LinearSchedule | CubicSchedule) -> None:
+    if not 0 <= schedule.initial < schedule.target:
+        raise ValueError(
+            f"{name}: the sparsity must rise, from initial in [0, target) to target; "
+            f"got initial={schedule.initial}, target={schedule.target}"
+        )
+    length = schedule.end - schedule.begin
+    if length < 1 or length % schedule.every:
+        raise ValueError(
+            f"{name}: end must lie a multiple of every={schedule.every} after begin={schedule.begin}, "
+            f"got {schedule.end}"
+        )

@@ -1,0 +1,168 @@
+"""What a recovering model is trained for: the text itself, or the text and a dense teacher."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Losses = dict[str, Tensor]
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A training loss of a causal LM."""
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises ValueError if `model` cannot be trained for it."""
+
+    def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
+        """
+        The terms of the loss, weighted, by name; their sum is what is minimised.
+
+        Args:
+            model: the model that is trained.
+            inputs: its keyword arguments: `input_ids`, maybe `attention_mask`, and `labels` (-100 does not count).
+        """
+
+
+class LanguageModeling:
+    """Mean cross-entropy of the next token."""
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Every causal LM will do."""
+
+    def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
+        return {"task": model(**inputs, use_cache=False).loss}
+
+
+class _Teacher:
+    """A frozen dense model. It is no submodule of anything, so no checkpoint ever holds it."""
+
+    def __init__(self, teacher: PreTrainedModel, dtype: torch.dtype | str | None) -> None:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.model = teacher.requires_grad_(False).eval()  # type: ignore[no-untyped-call]
+        if dtype is not None:
+            self.model.to(dtype=dtype)
+
+    def check(self, student: PreTrainedModel, fields: tuple[str, ...]) -> None:
+        if student is self.model:
+            raise ValueError(
+                "the teacher is the model that is trained; load it a second time, or copy it before pruning"
+            )
+        configs = [model.config.get_text_config(decoder=True) for model in (student, self.model)]
+        for field in fields:
+            ours, theirs = (getattr(config, field) for config in configs)
+            if ours != theirs:
+                raise ValueError(
+                    f"the teacher has {field}={theirs} and the model {ours}: they cannot be compared. Use the dense "
+                    "model that was pruned, or another of the same vocabulary and shape"
+                )
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, Any], **kwargs: Any) -> Any:
+        self.model.to(inputs["input_ids"].device)
+        given = {key: value for key, value in inputs.items() if key != "labels"}
+        return self.model(**given, use_cache=False, **kwargs)
+
+
+class LogitsDistillation:
+    """
+    The teacher's predictions as soft labels (Hinton et al. 2015), beside the text.
+
+    `task_weight * CE + weight * T^2 * KL(softmax(t / T) || softmax(s / T))`, the mean over the predicted tokens, with
+    the logits `t` of the teacher and `s` of the model.
+
+    Args:
+        teacher: the dense model; frozen here, kept out of checkpoints, moved to the device of the batches.
+        temperature: `T`.
+        weight: of the divergence.
+        task_weight: of the cross-entropy.
+        dtype: what to convert the teacher to, e.g. "bfloat16"; None: as it is.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        *,
+        temperature: float = 1.0,
+        weight: float = 1.0,
+        task_weight: float = 1.0,
+        dtype: torch.dtype | str | None = None,
+    ) -> None:
+        if temperature <= 0:
+            raise ValueError(f"LogitsDistillation: temperature must be positive, got {temperature}")
+        _check_weights("LogitsDistillation", weight, task_weight)
+        self.teacher = _Teacher(teacher, dtype)
+        self.temperature = temperature
+        self.weight = weight
+        self.task_weight = task_weight
+
+    def check(self, model: PreTrainedModel) -> None:
+        """The vocabularies must be one."""
+        self.teacher.check(model, ("vocab_size",))
+
+    def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
+        output = model(**inputs, use_cache=False)
+        predicted = inputs["labels"][:, 1:] != -100
+        student = output.logits[:, :-1][predicted].float() / self.temperature
+        teacher = self.teacher(inputs).logits[:, :-1][predicted].float() / self.temperature
+        divergence = nn.functional.kl_div(
+            student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True
+        ) / len(student)
+        return {
+            "task": self.task_weight * output.loss,
+            "logits": self.weight * self.temperature**2 * divergence,
+        }
+
+
+class SquareHead:
+    """
+    The teacher's hidden states as targets, layer by layer (Kurtic et al. 2023), beside the text.
+
+    `task_weight * CE + weight * sum over layers of sum (s - t)^2 / sum t^2`, the inner sums over features and real
+    tokens of the batch, with the hidden states `t` of the teacher and `s` of the model behind every block (behind the
+    last one: after the final norm, as transformers reports them).
+
+    Args:
+        teacher: the dense model, of the same vocabulary, depth and width; frozen here, kept out of checkpoints, moved
+            to the device of the batches.
+        weight: of the sum over layers.
+        task_weight: of the cross-entropy.
+        dtype: what to convert the teacher to, e.g. "bfloat16"; None: as it is.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        *,
+        weight: float = 1.0,
+        task_weight: float = 1.0,
+        dtype: torch.dtype | str | None = None,
+    ) -> None:
+        _check_weights("SquareHead", weight, task_weight)
+        self.teacher = _Teacher(teacher, dtype)
+        self.weight = weight
+        self.task_weight = task_weight
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Vocabulary, depth and width must be the same."""
+        self.teacher.check(model, ("vocab_size", "num_hidden_layers", "hidden_size"))
+
+    def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
+        output = model(**inputs, use_cache=False, output_hidden_states=True)
+        targets = self.teacher(inputs, output_hidden_states=True).hidden_states
+        mask = inputs.get("attention_mask")
+        real = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+        features = output.loss.new_zeros(())
+        for student, teacher in zip(output.hidden_states[1:], targets[1:], strict=True):
+            target = teacher[real].float()
+            features = features + (student[real].float() - target).square().sum() / target.square().sum()
+        return {"task": self.task_weight * output.loss, "features": self.weight * features}
+
+
+def _check_weights(name: str, weight: float, task_weight: float) -> None:
+    if weight <= 0 or task_weight < 0:
+        raise ValueError(
+            f"{name}: weight must be positive and task_weight not negative, got {weight} and {task_weight}"
+        )
