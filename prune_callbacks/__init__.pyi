@@ -1,5 +1,5 @@
 from .calibration import PruneReport, prune_sequentially
-from .callbacks import IterativePrune, MaskEnforcer, OneShotPrune, Rewind, RunReport
+from .callbacks import IterativePrune, LoRARecovery, MaskEnforcer, OneShotPrune, Rewind, RunReport
 from .pruners import ALPS, MRP, Magnitude, Pruned, SparseGPT, Wanda
 from .solvers import Gram, InputNorm
 from .sparsity import (
@@ -31,6 +31,7 @@ __all__ = [
     "IterativePrune",
     "LanguageModeling",
     "LinearSchedule",
+    "LoRARecovery",
     "LogitsDistillation",
     "Magnitude",
     "MaskEnforcer",

@@ -3,18 +3,14 @@
 import shutil
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_callbacks.sparsity import MaskSet
 
 
 def savable(model: nn.Module) -> PreTrainedModel:
-    """The model itself, or ValueError: not of `transformers`, so without a common format, or with adapters in it."""
-    if any(hasattr(module, "base_layer") for module in model.modules()):
-        raise ValueError(
-            "the model has adapters injected (peft); a plain model folder cannot hold them. Merge them first"
-        )
+    """The model itself, or ValueError: not of `transformers`, so without a common format."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"only transformers models can be saved, got {type(model).__name__}; save its state_dict instead"
@@ -28,7 +24,8 @@ def save_sparse_model(
     """
     Writes `dirpath/model` (plain `save_pretrained`, dense with zeros) and `dirpath/masks.safetensors`.
 
-    What was there is replaced only once the new files are complete.
+    Of a model with adapters (peft) it is the base that is written, under its own names. What was there is replaced only
+    once the new files are complete.
 
     Raises:
         ValueError: the model cannot be saved; see `savable`.
@@ -39,7 +36,7 @@ def save_sparse_model(
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=_base_state_dict(model))
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     masks.save(folder / "masks.partial")
@@ -48,3 +45,17 @@ def save_sparse_model(
     partial.rename(final)
     (folder / "masks.partial").replace(folder / "masks.safetensors")
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the model as it is without adapters: peft wraps a layer and keeps it as `base_layer`."""
+    wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    adapters = [f"{name}." for name in wrapped]
+    state: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        wrapper = next((prefix for prefix in adapters if key.startswith(prefix)), None)
+        if wrapper is None:
+            state[key] = value
+        elif key.startswith(f"{wrapper}base_layer."):
+            state[wrapper + key.removeprefix(f"{wrapper}base_layer.")] = value
+    return state

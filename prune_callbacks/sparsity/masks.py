@@ -25,6 +25,11 @@ def _items(named: NamedTensors) -> dict[str, Tensor]:
     return dict(named.items() if isinstance(named, Mapping) else named)
 
 
+def _plain(name: str) -> str:
+    """The name that a parameter has without adapters: peft wraps a layer and keeps it as `base_layer`."""
+    return name.replace(".base_layer.", ".")
+
+
 class MaskSet(Mapping[str, Tensor]):
     """
     An immutable mapping from parameter name to keep mask, True = kept.
@@ -32,7 +37,7 @@ class MaskSet(Mapping[str, Tensor]):
     Masks have the shape of their parameter and are stored packed, one bit per weight; `masks[name]` unpacks
     one into a new bool tensor on the CPU. Names are those of the model that was pruned. Methods that take
     named parameters also accept those of a module that *contains* that model (a LightningModule, a DDP
-    wrapper), whose names carry one common prefix.
+    wrapper), whose names carry one common prefix, and those of layers that peft has wrapped (`base_layer`).
     """
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
@@ -109,9 +114,10 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             ValueError: a mask has no parameter, or one of another shape; the first mismatches are listed.
         """
-        parameters = _items(named_parameters)
+        parameters = {_plain(name): parameter for name, parameter in _items(named_parameters).items()}
         prefix = self._prefix(parameters)
-        found = {name: parameters[prefix + name] for name in self if prefix + name in parameters}
+        places = {name: prefix + _plain(name) for name in self}
+        found = {name: parameters[place] for name, place in places.items() if place in parameters}
         problems = [f"{name}: no such parameter" for name in self if name not in found]
         problems += [
             f"{name}: mask of shape {self._shapes[name]}, parameter of shape {tuple(p.shape)}"
@@ -127,11 +133,11 @@ class MaskSet(Mapping[str, Tensor]):
         return found
 
     def _prefix(self, names: Collection[str]) -> str:
-        if not self or next(iter(self)) in names:
+        ours = [_plain(name) for name in self]
+        if not ours or ours[0] in names:
             return ""
-        first = next(iter(self))
-        prefixes = [name[: -len(first)] for name in names if name.endswith("." + first)]
-        return next((p for p in prefixes if all(p + name in names for name in self)), "")
+        prefixes = [name[: -len(ours[0])] for name in names if name.endswith("." + ours[0])]
+        return next((p for p in prefixes if all(p + name in names for name in ours)), "")
 
     @torch.no_grad()
     def apply_(self, named_parameters: NamedTensors) -> None:

@@ -1,0 +1,222 @@
+"""LoRA on sparse models: masked updates merge exactly and keep every zero; plain ones are not merged in silence."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from prune_callbacks import (
+    NM,
+    CausalLM,
+    LoRARecovery,
+    Magnitude,
+    MaskEnforcer,
+    MaskSet,
+    OneShotPrune,
+    Unstructured,
+    prune_sequentially,
+)
+from prune_callbacks.adapters import MaskedLoraLinear, add_lora, merge_lora
+from prune_callbacks.calibration import save_sparse_model
+from prune_callbacks.evaluation import perplexity
+from prune_callbacks.tasks import tiny_llama
+
+IDS = torch.randint(3, 200, (3, 16), generator=torch.Generator().manual_seed(1))
+
+
+def sparse_llama(pattern=None):
+    model = tiny_llama(hidden_size=32, layers=2)
+    pruner = Magnitude(pattern or NM(2, 4))
+    return model, prune_sequentially(model, None, pruner, progress=False).masks
+
+
+def gpt2():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=259, n_positions=32)).eval()
+    return model, prune_sequentially(model, None, Magnitude(NM(2, 4)), progress=False).masks
+
+
+def names(masks):
+    return [name.removesuffix(".weight") for name in masks]
+
+
+def adapted(model, masks, masked, **settings):
+    """With an update that is not zero, as after training."""
+    wrapper = add_lora(model, names(masks), LoraConfig(r=4, lora_alpha=8, **settings), masked=masked)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    return wrapper
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("make", [sparse_llama, gpt2])
+def test_a_masked_lora_merges_exactly_and_keeps_every_zero(make):
+    model, masks = make()
+    dense_names = set(model.state_dict())
+    unadapted = logits(model)
+    wrapper = adapted(model, masks, masked=True)
+    before = logits(model)
+    assert float((before - unadapted).abs().max()) > 1e-2
+    assert merge_lora(wrapper, masks) is None
+    assert torch.allclose(logits(model), before, atol=1e-5, rtol=1e-5)
+    assert masks.violations(model.named_parameters()) == {}
+    assert set(model.state_dict()) == dense_names
+    assert not hasattr(model, "peft_config")
+    nonzero = MaskSet.from_nonzero(masks.matching(model.named_parameters()))
+    assert nonzero.sparsity() == 0.5
+
+
+def test_control_a_plain_lora_loses_the_zeros_when_it_is_merged():
+    """40 % sparse before; dense after: what other tools do in silence."""
+    model, masks = sparse_llama(Unstructured(0.4))
+    wrapper = adapted(model, masks, masked=False)
+    with pytest.raises(ValueError, match=r"fill the 9834 zeros of 14 layers \(40.0%\). Keep it as an adapter, train"):
+        merge_lora(wrapper, masks)
+    with pytest.raises(ValueError, match=r"reports what the merge costs; give windows="):
+        merge_lora(wrapper, masks, lossy="zeros")
+    before, measured = logits(model), perplexity(model, IDS, progress=False)
+    cost = merge_lora(wrapper, masks, lossy="zeros", windows=IDS)
+    assert torch.allclose(logits(model), before, atol=1e-5, rtol=1e-5)
+    assert cost.sparsity[0] == pytest.approx(0.4, abs=1e-4)
+    assert cost.sparsity[1] < 0.01
+    assert cost.perplexity == pytest.approx((measured, measured), rel=1e-4)
+
+
+def test_a_plain_lora_merged_without_the_part_on_the_zeros_costs_quality():
+    model, masks = sparse_llama()
+    wrapper = adapted(model, masks, masked=False)
+    cost = merge_lora(wrapper, masks, lossy="update", windows=IDS)
+    assert masks.violations(model.named_parameters()) == {}
+    assert cost.sparsity == (0.5, 0.5)
+    assert cost.perplexity[1] == pytest.approx(perplexity(model, IDS, progress=False))
+    assert abs(cost.perplexity[1] / cost.perplexity[0] - 1) > 1e-4
+
+
+def test_a_masked_layer_is_the_linear_layer_that_merging_makes_of_it():
+    """Output and all gradients, against autograd through the written-out formula in float64."""
+    base = nn.Linear(8, 6).double()
+    base.weight.data *= NM(2, 4).keep(base.weight.abs())
+    holder = nn.ModuleDict({"layer": base})
+    layer = MaskedLoraLinear(base, "default", LoraConfig(r=2, lora_alpha=6), r=2, lora_alpha=6).double()
+    assert holder["layer"] is layer.get_base_layer()
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    nn.init.normal_(b)
+    x = torch.randn(5, 3, 8, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(5, 3, 6, dtype=torch.float64)
+    (layer(x) * target).sum().backward()
+    got = [x.grad.clone(), a.grad.clone(), b.grad.clone()]
+    x.grad = a.grad = b.grad = None
+    weight = base.weight.detach() + (base.weight.detach() != 0) * (b @ a) * 3.0
+    expected = x @ weight.T + base.bias.detach()
+    assert torch.allclose(layer(x), expected, atol=1e-12)
+    (expected * target).sum().backward()
+    for mine, theirs in zip(got, [x.grad, a.grad, b.grad], strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-12)
+
+
+def fit(callbacks, tmp_path, model, ckpt_path=None, steps=6, **settings):
+    module = CausalLM(model, lambda p: torch.optim.AdamW(p, lr=2e-2, weight_decay=0.1))
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+        **{"enable_checkpointing": False, **settings},
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(IDS.repeat(8, 1), batch_size=2), ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_masked_recovery_in_a_fit_ends_with_a_plain_sparse_model(tmp_path):
+    model = tiny_llama(hidden_size=32, layers=2)
+    keys, trained = set(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    one_shot, enforcer = OneShotPrune(Magnitude(NM(2, 4)), progress=False), MaskEnforcer()
+    begin = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer = fit([one_shot, LoRARecovery(LoraConfig(r=4)), enforcer], tmp_path, model, log_every_n_steps=1)
+    masks = one_shot.report.masks
+    assert enforcer.masks == masks
+    assert trainer.callback_metrics["violations"] == 0
+    assert set(model.state_dict()) == keys
+    assert [p.requires_grad for p in model.parameters()] == trained
+    assert masks.violations(model.named_parameters()) == {}
+    after = dict(model.named_parameters())
+    assert MaskSet.from_nonzero(masks.matching(after)) == masks
+    changed = {n for n in begin if not torch.equal(after[n], begin[n])}
+    assert changed == {n for n in begin if "proj" in n}  # embeddings and norms are frozen
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert float((after[name] - begin[name] * masks[name]).abs().max()) > 1e-3
+
+
+def test_plain_recovery_keeps_base_and_adapter_apart(tmp_path):
+    model, masks = sparse_llama()
+    save_sparse_model(model, masks, tmp_path)
+    recovery = LoRARecovery(LoraConfig(r=4), masked=False, save_dir=tmp_path)
+    fit([recovery, MaskEnforcer(masks)], tmp_path, model)
+    expected = logits(model)
+    save_sparse_model(model, masks, tmp_path / "again")
+    first, second = (load_file(folder / "model/model.safetensors") for folder in (tmp_path, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert masks.violations(base.named_parameters()) == {}
+    assert not torch.allclose(logits(base), expected, atol=1e-3)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert torch.allclose(logits(loaded), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="fill the 12288 zeros of 14 layers"):
+        merge_lora(loaded, masks)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_killed_recovery_goes_on_to_the_same_bits(tmp_path, masked):
+    def run(folder, model, ckpt_path=None, **settings):
+        lora = LoRARecovery(LoraConfig(r=4), masked=masked)
+        callbacks = [OneShotPrune(Magnitude(NM(2, 4)), progress=False), lora, MaskEnforcer()]
+        if settings:
+            callbacks.append(ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=12))
+        fit(callbacks, tmp_path / folder, model, ckpt_path, steps=16, **settings)
+
+    whole, part = (tiny_llama(hidden_size=32, layers=2) for _ in range(2))
+    torch.manual_seed(3)
+    run("a", whole)
+    torch.manual_seed(3)
+    run("b", part, enable_checkpointing=True)
+    resumed = tiny_llama(5, hidden_size=32, layers=2)
+    run("c", resumed, tmp_path / "step=12.ckpt")  # 12 steps are an epoch
+    state = resumed.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
+
+
+def test_bad_settings_are_refused_before_training(tmp_path):
+    model, masks = sparse_llama()
+    with pytest.raises(
+        ValueError, match=r"LoRA on 1 layers that are not pruned, first lm_head; of 5 targeted layers 4"
+    ):
+        add_lora(model, names(masks), LoraConfig(target_modules=["lm_head", "q_proj", "v_proj"]), masked=True)
+    with pytest.raises(ValueError, match="leave out lora_dropout, use_dora"):
+        add_lora(model, names(masks), LoraConfig(lora_dropout=0.1, use_dora=True), masked=True)
+    dense = tiny_llama(hidden_size=32, layers=2)
+    with pytest.raises(ValueError, match=r"LoRARecovery found no pruned layer: there is no OneShotPrune before it"):
+        fit([LoRARecovery()], tmp_path, dense)
+    one_shot = OneShotPrune(Magnitude(NM(2, 4)), targets="*.mlp.*", progress=False)
+    with pytest.raises(ValueError, match="LoRARecovery must stand after OneShotPrune"):
+        fit([LoRARecovery(), one_shot, MaskEnforcer()], tmp_path, dense)
+    attention = LoRARecovery(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(
+        ValueError, match=r"LoRA on 2 layers that are not pruned, first model.layers.0.self_attn.q_proj"
+    ):
+        fit([one_shot, attention, MaskEnforcer()], tmp_path, dense)
+    add_lora(model, names(masks), LoraConfig(), masked=True)
+    with pytest.raises(ValueError, match="the model has adapters already"):
+        add_lora(model, names(masks), LoraConfig(), masked=True)
