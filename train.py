@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from prune_callbacks.evaluation.report import refuse_existing_run
+from prune_callbacks.evaluation.report import compare, read_report, refuse_existing_run
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -29,16 +29,42 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     return {"trainer": trainer, "module": module, "datamodule": datamodule, "callbacks": callbacks}
 
 
-def shrink(cfg: DictConfig, given: list[str]) -> DictConfig:
-    """The recipe again with `smoke_overrides`, except for keys that were given on the command line."""
-    keys = {override.lstrip("+~").split("=")[0] for override in given}
-    return hydra.compose("train", [o for o in cfg.smoke_overrides if o.split("=")[0] not in keys] + given)
+def key(override: str) -> str:
+    """What an override sets."""
+    return override.lstrip("+~").split("=")[0]
+
+
+def composed(given: list[str]) -> DictConfig:
+    """The recipe; with smoke=true shrunk, except for keys that were given on the command line."""
+    cfg = hydra.compose("train", given)
+    if cfg.smoke:
+        keys = {key(override) for override in given}
+        shrunk = [o for o in [*cfg.smoke_overrides, *cfg.recipe_smoke_overrides] if key(o) not in keys]
+        cfg = hydra.compose("train", shrunk + given)
+    return cfg
+
+
+def run(given: list[str]) -> None:
+    """The recipes `beside` this one, unless they are finished, then this one, and the comparison of them all."""
+    cfg = composed(given)
+    cfg.output_dir = cfg.output_dir  # the time in it is read once
+    folders = {cfg.name: Path(cfg.output_dir)}
+    shared = [override for override in given if key(override) not in ("recipe", "output_dir", "ckpt_path")]
+    for name in cfg.beside:
+        other = composed([*shared, f"recipe={name}"])
+        other.output_dir = str(Path(cfg.output_dir) / name)
+        folders[name] = Path(other.output_dir)
+        if (read_report(folders[name]) or {}).get("stage") != "recovered":
+            train(other)
+    train(cfg)
+    if cfg.beside:
+        compare({name: read_report(folder) for name, folder in folders.items()}, Path(cfg.output_dir) / "compared.png")
 
 
 @hydra.main(version_base="1.3", config_path="recipes", config_name="train")
 def main(cfg: DictConfig) -> None:
     """The command line."""
-    train(shrink(cfg, list(HydraConfig.get().overrides.task)) if cfg.smoke else cfg)
+    run(list(HydraConfig.get().overrides.task))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 from .calibration import PruneReport, prune_sequentially
-from .callbacks import IterativePrune, LoRARecovery, MaskEnforcer, OneShotPrune, Rewind, RunReport
+from .callbacks import IterativePrune, LoRARecovery, MaskEnforcer, OneShotPrune, Rewind, RunReport, SparsityMonitor
 from .pruners import ALPS, MRP, Magnitude, Pruned, SparseGPT, Wanda
 from .solvers import Gram, InputNorm
 from .sparsity import (
@@ -43,6 +43,7 @@ __all__ = [
     "Rows",
     "RunReport",
     "SparseGPT",
+    "SparsityMonitor",
     "SquareHead",
     "TokenDataModule",
     "Unstructured",

@@ -86,7 +86,7 @@ def test_control_a_plain_lora_loses_the_zeros_when_it_is_merged():
     before, measured = logits(model), perplexity(model, IDS, progress=False)
     cost = merge_lora(wrapper, masks, lossy="zeros", windows=IDS)
     assert torch.allclose(logits(model), before, atol=1e-5, rtol=1e-5)
-    assert cost.sparsity[0] == pytest.approx(0.4, abs=1e-4)
+    assert cost.sparsity[0] == pytest.approx(0.4, abs=1e-3)
     assert cost.sparsity[1] < 0.01
     assert cost.perplexity == pytest.approx((measured, measured), rel=1e-4)
 

@@ -14,11 +14,17 @@ from prune_callbacks import (
     MRP,
     NM,
     CausalLM,
+    ConstantSchedule,
+    CubicSchedule,
+    IMPSchedule,
+    IterativePrune,
+    LanguageModeling,
     Magnitude,
     MaskEnforcer,
     OneShotPrune,
     RunReport,
     SparseGPT,
+    SquareHead,
     Unstructured,
     Wanda,
 )
@@ -36,6 +42,13 @@ PRUNERS = {
     "mrp_2of4": MRP(NM(2, 4)),
     "alps_50": ALPS(Unstructured(0.5)),
     "alps_2of4": ALPS(NM(2, 4)),
+    "recover_distill": SparseGPT(NM(2, 4)),
+    "recover_masked_lora": SparseGPT(NM(2, 4)),
+}
+SCHEDULES = {
+    "imp_90": IMPSchedule(0.9, rounds=10, every=270, begin=300),
+    "oneshot_90": IMPSchedule(0.9, rounds=1, every=270, begin=1500),
+    "gradual_cubic_80": CubicSchedule(0.8, begin=0, end=80, every=10),
 }
 
 
@@ -54,24 +67,67 @@ def test_every_recipe_is_instantiated(name, tmp_path):
     cfg = small(name, tmp_path)
     assert cfg.name == name
     callbacks = instantiate(cfg.callbacks)
-    assert list(callbacks)[:3] == ["report", "one_shot", "enforcer"]
+    prunes = "iterative" if name in SCHEDULES else "one_shot"
+    assert list(callbacks)[:3] == ["report", prunes, "enforcer"]
     assert isinstance(callbacks.report, RunReport)
-    assert isinstance(callbacks.one_shot, OneShotPrune)
+    assert isinstance(callbacks[prunes], IterativePrune if name in SCHEDULES else OneShotPrune)
     assert isinstance(callbacks.enforcer, MaskEnforcer)
-    assert isinstance(instantiate(cfg.module), CausalLM)
+    module = instantiate(cfg.module)
+    assert isinstance(module, CausalLM)
+    assert type(module.objective) is (SquareHead if name == "recover_distill" else LanguageModeling)
     trainer = instantiate(
         cfg.trainer, callbacks=list(callbacks.values()), logger=list(instantiate(cfg.logger).values())
     )
     assert isinstance(trainer, Trainer)
     if name in PRUNERS:
         assert callbacks.one_shot.pruner == PRUNERS[name]
+    if name in SCHEDULES:
+        assert callbacks.iterative.schedule == SCHEDULES[name]
+        assert callbacks.iterative.schedule.changes[-1] < trainer.max_steps
     data = instantiate(cfg.data)
     data.setup("fit")
     assert data.calibration_windows.shape[1] == data.evaluation_windows.shape[1] == cfg.data.seq_len
 
 
 def test_the_recipes_of_the_readme_exist():
-    assert set(PRUNERS) | {"demo"} <= set(NAMES)
+    assert set(PRUNERS) | set(SCHEDULES) | {"demo", "recover_lora"} == set(NAMES)
+
+
+def test_imp_and_what_it_is_measured_against_share_all_but_the_method(tmp_path):
+    imp, one_shot = small("imp_90", tmp_path), small("oneshot_90", tmp_path)
+    for key in ("model", "data", "optimizer", "trainer", "pattern", "seed"):
+        assert imp[key] == one_shot[key]
+    assert imp.trainer.max_steps == imp.schedule.begin + imp.schedule.rounds * imp.schedule.every
+    rewind = instantiate(imp.callbacks).iterative.rewind
+    assert rewind.step == imp.schedule.begin - imp.schedule.every == imp.module.scheduler_steps - imp.schedule.every
+    assert instantiate(one_shot.callbacks).iterative.rewind is None
+
+
+def test_lora_recipes(tmp_path):
+    for name, masked in (("recover_lora", False), ("recover_masked_lora", True)):
+        lora = instantiate(small(name, tmp_path).callbacks).lora
+        assert lora.masked is masked
+        assert (lora.config.r, lora.config.lora_alpha) == (16, 32)
+
+
+@pytest.mark.parametrize("objective", ["language_modeling", "logits", "squarehead"])
+def test_every_objective_is_instantiated_with_the_dense_model(tmp_path, objective):
+    module = instantiate(compose("recipe=wanda_50", "model=tiny_llama", f"objective={objective}").module)
+    if objective != "language_modeling":
+        student, teacher = module.model, module.objective.teacher.model
+        assert student is not teacher
+        assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cubic"])
+def test_ramps_are_instantiated(schedule):
+    cfg = compose("recipe=gradual_cubic_80", "model=tiny_llama", f"schedule={schedule}")
+    assert instantiate(cfg.schedule).changes == range(10, 81, 10)
+
+
+def test_a_constant_schedule_is_instantiated():
+    cfg = compose("recipe=wanda_50", "model=tiny_llama", "schedule=constant", "schedule.begin=7")
+    assert instantiate(cfg.schedule) == ConstantSchedule(0.5, begin=7)
 
 
 @pytest.mark.parametrize("name", NAMES)

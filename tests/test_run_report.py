@@ -2,11 +2,26 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 
-from prune_callbacks import NM, CausalLM, Magnitude, MaskEnforcer, MaskSet, OneShotPrune, RunReport, TokenDataModule
+from prune_callbacks import (
+    NM,
+    CausalLM,
+    IMPSchedule,
+    IterativePrune,
+    LinearSchedule,
+    Magnitude,
+    MaskEnforcer,
+    MaskSet,
+    OneShotPrune,
+    Rewind,
+    RunReport,
+    SparsityMonitor,
+    TokenDataModule,
+)
 from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.report import draw_report
+from prune_callbacks.evaluation.report import compare, draw_report
 from prune_callbacks.tasks import PythonDocs
 
 
@@ -78,11 +93,92 @@ def test_a_half_finished_report_is_drawn(tmp_path, tiny, data):
 def test_bad_settings_are_refused_before_work(tmp_path, tiny, data):
     one_shot, report = OneShotPrune(Magnitude(NM(2, 4)), progress=False), RunReport(tmp_path / "run", progress=False)
     for callbacks in ([one_shot, report], [report]):
-        with pytest.raises(ValueError, match="RunReport needs one OneShotPrune after it among the callbacks, found"):
+        with pytest.raises(
+            ValueError, match="RunReport needs one OneShotPrune or IterativePrune, or one of each, after it"
+        ):
             fit(callbacks, tmp_path, CausalLM(tiny), data)
     (tmp_path / "run/model").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"already holds a run \(model\)"):
         fit([report, one_shot], tmp_path, CausalLM(tiny), data)
+
+
+def test_rounds_are_measured_before_every_change(tmp_path, tiny, data):
+    """Every perplexity again, on copies of the weights taken at the same moments by a callback in front."""
+    data.setup("fit")
+    measured = {}
+
+    class Copies(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            measured[trainer.global_step] = perplexity(pl_module.model, data.evaluation_windows, progress=False)
+
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            measured[f"{trainer.global_step} begins"] = perplexity(
+                pl_module.model, data.evaluation_windows, progress=False
+            )
+
+    module = CausalLM(tiny, lambda p: torch.optim.AdamW(p, lr=1e-2))
+    report = RunReport(tmp_path / "run", progress=False)
+    prune = IterativePrune(IMPSchedule(0.8, rounds=2, every=2), rewind=Rewind(1))
+    monitor = SparsityMonitor(tmp_path / "run", every_n_steps=3)
+    fit([Copies(), report, prune, MaskEnforcer(), monitor], tmp_path, module, data)
+    written = json.loads((tmp_path / "run/report.json").read_text())
+    assert [entry["step"] for entry in written["rounds"]] == [2, 4, 6]
+    assert [entry["perplexity"] for entry in written["rounds"]] == pytest.approx([measured[t] for t in (2, 4, 6)])
+    assert written["perplexity"]["dense"] == pytest.approx(measured[2])
+    assert written["perplexity"]["pruned"] == pytest.approx(measured["4 begins"])
+    assert written["perplexity"]["recovered"] == pytest.approx(measured[6])
+    total = sum(m.numel() for m in prune.masks.values())
+    kept = [round((1 - entry["sparsity"]) * total) for entry in written["rounds"]]
+    assert kept == [total, total - round((1 - 0.2**0.5) * total), total - round(0.8 * total)]
+    assert written["sparsity"]["achieved"] == pytest.approx(0.8, abs=1e-4)
+    assert written["violations"] == {}
+    # The monitor: at the start, at both changes, at step 3, at the end.
+    assert [entry["step"] for entry in monitor.history] == [0, 2, 3, 4, 6]
+    assert monitor.history[-1]["sparsity"] == pytest.approx(prune.masks.layer_sparsity())
+    assert not any(any(entry["violations"].values()) for entry in monitor.history)
+    assert (tmp_path / "run/sparsity.png").stat().st_size > 10_000
+
+
+def test_only_the_first_round_is_measured_where_that_is_asked(tmp_path, tiny, data):
+    report = RunReport(tmp_path / "run", every_round=False, progress=False)
+    prune = IterativePrune(LinearSchedule(0.5, 0, 4))
+    fit([report, prune, MaskEnforcer()], tmp_path, CausalLM(tiny), data)
+    assert [entry["step"] for entry in report.record["rounds"]] == [1, 6]
+    compare({"one": report.record, "two": report.record}, tmp_path / "compared.png")
+    assert (tmp_path / "compared.png").stat().st_size > 10_000
+
+
+def test_the_monitor_sees_violations_and_logs_every_layer(tmp_path, tiny, data, monkeypatch):
+    enforcer, logged = MaskEnforcer(), []
+
+    class Spoil(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            pl_module.model.model.layers[0].mlp.up_proj.weight.data[:2] = 1.0
+
+    class Log(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.append((step, metrics))
+
+    monitor = SparsityMonitor(tmp_path, every_n_steps=1)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        callbacks=[OneShotPrune(Magnitude(NM(2, 4)), progress=False), enforcer, Spoil(), monitor],
+        logger=Log(tmp_path),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(CausalLM(tiny), datamodule=data)
+    name = "model.layers.0.mlp.up_proj.weight"
+    counts = [metrics[f"violations/{name}"] for _, metrics in logged if f"violations/{name}" in metrics]
+    assert counts == [0, 32, 32]  # two rows of 32, half of them pruned
+    assert monitor.history[0]["sparsity"][name] == 0.5
+    assert monitor.history[1]["sparsity"][name] < 0.5
+    with pytest.raises(ValueError, match="SparsityMonitor counts what MaskEnforcer holds, and there is none"):
+        fit([SparsityMonitor()], tmp_path, CausalLM(tiny), data)
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+        SparsityMonitor(every_n_steps=0)
 
 
 def test_a_model_that_cannot_be_saved_is_refused_before_pruning(tmp_path, data):

@@ -125,3 +125,73 @@ def test_a_killed_run_resumes_to_the_same_masks(tmp_path):
     assert after["perplexity"]["dense"] == report["perplexity"]["dense"]
     assert after["perplexity"]["pruned"] == report["perplexity"]["pruned"]
     assert after["perplexity"]["recovered"] < report["perplexity"]["pruned"]
+
+
+def test_imp_beside_one_shot(tmp_path):
+    done = run("recipe=imp_90", "smoke=true", f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    imp, one_shot = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path, tmp_path / "oneshot_90"))
+    assert imp["optimizer_steps"] == one_shot["optimizer_steps"] == 36
+    assert [entry["step"] for entry in imp["rounds"]] == [6 + 3 * r for r in range(11)]
+    kept = [1 - entry["sparsity"] for entry in imp["rounds"]]
+    assert kept == pytest.approx([0.1 ** (r / 10) for r in range(11)], abs=1e-5)
+    assert [round(entry["sparsity"], 4) for entry in one_shot["rounds"]] == [0.0, 0.9]
+    assert imp["violations"] == one_shot["violations"] == {}
+    assert imp["rounds"][0]["perplexity"] == imp["perplexity"]["dense"]
+    assert imp["rounds"][-1]["perplexity"] == imp["perplexity"]["recovered"]
+    assert "the trained model at the end of every round" in done.stdout
+    assert "oneshot_90" in done.stdout
+    for picture in ("compared.png", "sparsity.png", "report.png", "oneshot_90/report.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+    # Again: what is finished is not run again, and the run itself is refused.
+    again = run("recipe=imp_90", "smoke=true", f"output_dir={tmp_path}")
+    assert again.returncode == 1
+    assert "already holds a run" in again.stderr
+    assert "round 1 of 1" not in again.stdout + again.stderr
+
+
+def test_imp_killed_in_its_fourth_round_ends_with_the_same_bits(tmp_path):
+    """A real process, a real SIGKILL; rounds of 20 steps, epochs of 8, the checkpoint at step 70 of 120."""
+    arguments = ["recipe=imp_90", "smoke=true", "beside=[]", "trainer.max_steps=120"]
+    arguments += ["schedule.rounds=5", "schedule.begin=20", "schedule.every=20"]
+    arguments += ["module.scheduler_steps=23", "callbacks.checkpoint.every_n_train_steps=70"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run(*arguments, f"output_dir={whole}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.Popen(
+        command(*arguments, f"output_dir={killed}"),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    checkpoint, deadline, size = killed / "checkpoints/step_70.ckpt", time.time() + 120, -1
+    while time.time() < deadline and (not checkpoint.exists() or checkpoint.stat().st_size != size):
+        size = checkpoint.stat().st_size if checkpoint.exists() else -1
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "model").exists()
+    resumed = run(*arguments, f"output_dir={killed}", f"ckpt_path={checkpoint}")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "round 3 of 5" not in resumed.stdout + resumed.stderr
+    assert "round 4 of 5" in resumed.stdout + resumed.stderr
+    for name in ("masks.safetensors", "model/model.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    rounds = [json.loads((folder / "report.json").read_text())["rounds"] for folder in (whole, killed)]
+    assert rounds[0] == rounds[1]
+
+
+@pytest.mark.parametrize("recipe", ["gradual_cubic_80", "recover_distill", "recover_lora", "recover_masked_lora"])
+def test_recovery_recipes_in_small(tmp_path, recipe):
+    done = run(f"recipe={recipe}", "smoke=true", f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    target = 0.8 if recipe == "gradual_cubic_80" else 0.5
+    assert report["sparsity"]["achieved"] == pytest.approx(target, abs=1e-3)
+    assert report["violations"] == {}
+    measured = report["perplexity"]
+    assert measured["recovered"] < measured["pruned"] if recipe != "gradual_cubic_80" else measured["recovered"] > 0
+    masks, weights = MaskSet.load(tmp_path / "masks.safetensors"), load_file(tmp_path / "model/model.safetensors")
+    assert masks.violations(weights) == {}
+    assert not [name for name in weights if "lora" in name or "base_layer" in name]
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists() == (recipe == "recover_lora")

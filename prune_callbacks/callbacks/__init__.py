@@ -5,5 +5,6 @@ from prune_callbacks.callbacks.lora_recovery import LoRARecovery
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.run_report import RunReport
+from prune_callbacks.callbacks.sparsity_monitor import SparsityMonitor
 
-__all__ = ["IterativePrune", "LoRARecovery", "MaskEnforcer", "OneShotPrune", "Rewind", "RunReport"]
+__all__ = ["IterativePrune", "LoRARecovery", "MaskEnforcer", "OneShotPrune", "Rewind", "RunReport", "SparsityMonitor"]

@@ -1,4 +1,4 @@
-"""RunReport: measures a run before and after pruning and after recovery, and writes its folder."""
+"""RunReport: measures a run before and after pruning, round by round and after recovery, and writes its folder."""
 
 import math
 import platform
@@ -12,23 +12,27 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from prune_callbacks.calibration import PruneReport, find_language_model, peak_memory, save_sparse_model
+from prune_callbacks.calibration import find_language_model, peak_memory, save_sparse_model
+from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.evaluation.report import draw_report, refuse_existing_run, summary_table, write_json
 from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.sparsity.schedules import Unit
 
 
 class RunReport(Callback):
     """
     Writes `report.json`, `report.png`, `masks.safetensors` and `model/` into one folder.
 
-    Put it **before** `OneShotPrune`: it measures the dense model in its own `setup`. The model and its masks are
-    saved before the first training step (`OneShotPrune(save_dir=...)` does so earlier) and when training ends.
+    Put it **before** `OneShotPrune` and `IterativePrune`: it measures what they are about to prune. The one-shot
+    pruned model and its masks are saved before the first training step (`OneShotPrune(save_dir=...)` does so earlier),
+    the recovered one when the fit ends.
 
     Perplexity is measured on the data module's `evaluation_windows`, (windows, tokens) of token ids, and reported
-    under its `evaluation_title`.
+    under its `evaluation_title`. With `IterativePrune` "dense" is the model before the first change, "pruned" the one
+    right after the last change (and its rewinding), and `rounds` has the trained model before every change.
 
     Args:
         dirpath: the run's folder; refused if it already holds a run, unless the fit resumes from a checkpoint.
@@ -36,6 +40,7 @@ class RunReport(Callback):
         model: name of the model, for the report.
         tokenizer: saved beside the model, so that the folder is complete.
         batch_size: evaluation windows per forward pass.
+        every_round: measure perplexity before every change of `IterativePrune`, not the first only.
         progress: show progress bars.
 
     Attributes:
@@ -50,39 +55,52 @@ class RunReport(Callback):
         model: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         batch_size: int = 1,
+        every_round: bool = True,
         progress: bool = True,
     ) -> None:
         self.dirpath = Path(dirpath)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.every_round = every_round
         self.progress = progress
         self.record: dict[str, Any] = {
             "recipe": recipe,
             "model": model,
             "stage": "dense",
             "perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None},
+            "rounds": [],
             "seconds": {"prune": None, "recover": 0.0, "evaluate": 0.0},
             "training_loss": [],
         }
         self._train_begin = 0.0
+        self._one_shot: OneShotPrune | None = None
+        self._iterative: IterativePrune | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        names = [
-            type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, RunReport | OneShotPrune)
-        ]
-        if names != ["RunReport", "OneShotPrune"]:
-            raise ValueError(f"RunReport needs one OneShotPrune after it among the callbacks, found {names}")
+        self._find_pruning(trainer)
         if getattr(trainer.datamodule, "evaluation_windows", None) is None:
             raise ValueError("RunReport needs a data module with evaluation_windows, such as TokenDataModule")
         if resumed_checkpoint(trainer) is None:
             refuse_existing_run(self.dirpath)
-            self._evaluate(trainer, pl_module, "dense")
+            if self._one_shot is not None:
+                self._evaluate(trainer, pl_module, "dense")
+
+    def _find_pruning(self, trainer: Trainer) -> None:
+        known = [c for c in trainer.callbacks if isinstance(c, RunReport | OneShotPrune | IterativePrune)]
+        names = [type(callback).__name__ for callback in known]
+        if names[0] != "RunReport" or len(set(names)) != len(names) or len(names) < 2:
+            raise ValueError(
+                f"RunReport needs one OneShotPrune or IterativePrune, or one of each, after it among the callbacks, "
+                f"found {names}"
+            )
+        self._one_shot = next((callback for callback in known if isinstance(callback, OneShotPrune)), None)
+        self._iterative = next((callback for callback in known if isinstance(callback, IterativePrune)), None)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.record["stage"] != "dense":
-            return  # resumed: the checkpoint brought what was measured
+        if self._one_shot is None or self.record["stage"] != "dense":
+            return  # if resumed, the checkpoint brought what was measured
         if not (self.dirpath / "masks.safetensors").exists():  # OneShotPrune(save_dir=...) may have done it
             self._save(trainer, pl_module)
         elif self.tokenizer is not None and trainer.is_global_zero:
@@ -92,6 +110,15 @@ class RunReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._train_begin = time.perf_counter()
+        if trainer.ckpt_path is None and self._iterative is not None:
+            self._before_a_change(trainer, pl_module, self._iterative.schedule.unit, 0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        prune = self._iterative
+        if prune is not None and prune.round == len(prune.schedule.changes) != self.record.get("rounds_seen"):
+            self.record["rounds_seen"] = prune.round
+            self._evaluate(trainer, pl_module, "pruned")
+            self._write(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -100,12 +127,35 @@ class RunReport(Callback):
         curve = self.record["training_loss"]
         if loss is not None and (not curve or curve[-1][0] != trainer.global_step):
             curve.append([trainer.global_step, round(float(loss), 5)])
+        self._before_a_change(trainer, pl_module, "step", trainer.global_step)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before_a_change(trainer, pl_module, "epoch", trainer.current_epoch + 1)
+
+    def _before_a_change(self, trainer: Trainer, pl_module: LightningModule, unit: Unit, now: int) -> None:
+        prune = self._iterative
+        if prune is None or not prune.rises(unit, now):
+            return
+        if self.record["perplexity"]["dense"] is None:
+            self._round(trainer, self._evaluate(trainer, pl_module, "dense"))
+        elif self.every_round:
+            self._round(trainer, self._measure(trainer, pl_module))
+            self._write(trainer, pl_module)
+
+    def _round(self, trainer: Trainer, value: float) -> None:
+        assert self._iterative is not None
+        assert self._iterative.masks is not None
+        sparsity = self._iterative.masks.sparsity()
+        self.record["rounds"].append({"step": trainer.global_step, "sparsity": sparsity, "perplexity": _finite(value)})
+
+    # After the last hook of training: LoRARecovery merges its update in on_train_end.
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.record["seconds"]["recover"] = self._recover_seconds()
         self._train_begin = 0.0
         self._save(trainer, pl_module)
-        self._evaluate(trainer, pl_module, "recovered")
+        value = self._evaluate(trainer, pl_module, "recovered")
+        if self._iterative is not None:
+            self._round(trainer, value)
         self._write(trainer, pl_module)
         if trainer.is_global_zero:
             summary_table(self.record)
@@ -122,54 +172,75 @@ class RunReport(Callback):
         running = time.perf_counter() - self._train_begin if self._train_begin else 0.0
         return float(self.record["seconds"]["recover"]) + running
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> float:
+        value = self._measure(trainer, pl_module)
         windows = trainer.datamodule.evaluation_windows
-        begin = time.perf_counter()
-        model = find_language_model(pl_module)
-        home = next(model.parameters()).device
-        model.to(trainer.strategy.root_device)  # in setup the strategy has not moved it yet
-        value = perplexity(
-            model, windows, batch_size=self.batch_size, progress=self.progress and trainer.is_global_zero
-        )
-        model.to(home)
-        self.record["seconds"]["evaluate"] += time.perf_counter() - begin
-        measured = {"seq_len": windows.shape[1], stage: value if math.isfinite(value) else None}
+        measured = {"seq_len": windows.shape[1], stage: _finite(value)}
         self.record["perplexity"] |= {"dataset": getattr(trainer.datamodule, "evaluation_title", None)} | measured
         self.record["stage"] = stage
         rank_zero_info(f"{stage} perplexity {value:.2f} ({len(windows)} windows of {windows.shape[1]} tokens)")
+        return value
 
-    def _report(self, trainer: Trainer) -> PruneReport:
-        report = next(callback.report for callback in trainer.callbacks if isinstance(callback, OneShotPrune))
-        assert report is not None
-        return report
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        begin = time.perf_counter()
+        model = find_language_model(pl_module)
+        home = next(model.parameters()).device
+        model.to(trainer.strategy.root_device)  # in setup and after the fit it is on the CPU
+        value = perplexity(
+            model,
+            trainer.datamodule.evaluation_windows,
+            batch_size=self.batch_size,
+            progress=self.progress and trainer.is_global_zero,
+        )
+        model.to(home)
+        seconds = time.perf_counter() - begin
+        self.record["seconds"]["evaluate"] += seconds
+        if self._train_begin:
+            self._train_begin += seconds  # it does not count as training
+        return value
+
+    def _masks(self) -> MaskSet:
+        masks = self._iterative.masks if self._iterative is not None else None
+        if masks is None:
+            assert self._one_shot is not None
+            assert self._one_shot.report is not None
+            masks = self._one_shot.report.masks
+        return masks
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            model, masks = find_language_model(pl_module), self._report(trainer).masks
-            save_sparse_model(model, masks, self.dirpath, self.tokenizer)
+            save_sparse_model(find_language_model(pl_module), self._masks(), self.dirpath, self.tokenizer)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        report = self._report(trainer)
-        pruner = next(callback.pruner for callback in trainer.callbacks if isinstance(callback, OneShotPrune))
+        masks = self._masks()
         # Counted in the weights, not in the masks: without an enforcer the two part ways.
-        zeros = MaskSet.from_nonzero(report.masks.matching(pl_module.named_parameters()))
-        self.record["seconds"]["prune"] = report.seconds
+        zeros = MaskSet.from_nonzero(masks.matching(pl_module.named_parameters()))
+        pruning = [c for c in (self._one_shot, self._iterative) if c is not None]
+        report = self._one_shot.report if self._one_shot is not None else None
+        last = self._iterative.schedule.target if self._iterative is not None else pruning[0].pruner.pattern.sparsity
+        self.record["seconds"]["prune"] = (report.seconds if report is not None else 0.0) + (
+            self._iterative.seconds if self._iterative is not None else 0.0
+        )
         self.record |= {
-            "pruner": repr(pruner),
-            "sparsity": {
-                "target": pruner.pattern.sparsity,
-                "achieved": zeros.sparsity(),
-                "layers": zeros.layer_sparsity(),
-            },
-            "violations": report.masks.violations(pl_module.named_parameters()),
-            "reconstruction_loss": {layer.name: layer.relative_loss for layer in report.layers},
-            "skipped": report.skipped,
-            "peak_memory_bytes": max(report.peak_memory_bytes, peak_memory(trainer.strategy.root_device)),
+            "pruner": ", then ".join(repr(callback.pruner) for callback in pruning),
+            "schedule": repr(self._iterative.schedule) if self._iterative is not None else None,
+            "optimizer_steps": trainer.global_step,
+            "sparsity": {"target": last, "achieved": zeros.sparsity(), "layers": zeros.layer_sparsity()},
+            "violations": masks.violations(pl_module.named_parameters()),
+            "reconstruction_loss": {layer.name: layer.relative_loss for layer in report.layers} if report else {},
+            "skipped": report.skipped if report else {},
+            "peak_memory_bytes": max(
+                report.peak_memory_bytes if report else 0, peak_memory(trainer.strategy.root_device)
+            ),
             "versions": {name: version(name) for name in ("prune-callbacks", "torch", "lightning", "transformers")}
             | {"python": platform.python_version()},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         }
         write_json(self.dirpath / "report.json", self.record)
         draw_report(self.record, self.dirpath / "report.png")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

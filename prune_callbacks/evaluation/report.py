@@ -14,7 +14,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -33,9 +33,17 @@ def refuse_existing_run(dirpath: Path) -> None:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes a report; a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     os.replace(partial, path)
+
+
+def read_report(dirpath: Path) -> dict[str, Any] | None:
+    """What the `report.json` of a run's folder holds; None if there is none yet."""
+    path = dirpath / "report.json"
+    record: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return record
 
 
 def summary_table(record: dict[str, Any]) -> None:
@@ -45,19 +53,67 @@ def summary_table(record: dict[str, Any]) -> None:
     table.add_column("")
     table.add_column(f"perplexity on {measured['dataset'] or 'evaluation text'}\n(windows of {measured['seq_len']})")
     for stage in STAGES:
-        table.add_row(stage, "-" if measured[stage] is None else f"{measured[stage]:.2f}")
+        table.add_row(stage, _number(measured[stage]))
     table.add_section()
     table.add_row("zeros in pruned layers", f"{record['sparsity']['achieved']:.2%}")
     table.add_row("weights violating masks", str(sum(record["violations"].values())))
     Console().print(table)
+    if record["rounds"]:
+        Console().print(_rounds_table(record))
+
+
+def _rounds_table(record: dict[str, Any]) -> Table:
+    table = Table(title="the trained model at the end of every round")
+    for column in ("round", "optimizer step", "zeros in pruned layers", "perplexity"):
+        table.add_column(column, justify="right")
+    for number, entry in enumerate(record["rounds"]):
+        table.add_row(str(number), str(entry["step"]), f"{entry['sparsity']:.2%}", _number(entry["perplexity"]))
+    return table
+
+
+def compare(records: dict[str, dict[str, Any]], path: Path) -> None:
+    """
+    Prints the results of several runs side by side and draws perplexity over sparsity, one curve a run.
+
+    Args:
+        records: what the `report.json` of each run holds, by the run's name.
+        path: the picture.
+    """
+    first = next(iter(records.values()))["perplexity"]
+    table = Table(title=f"perplexity on {first['dataset'] or 'evaluation text'} (windows of {first['seq_len']})")
+    for column in ("run", "optimizer steps", "dense", "pruned", "recovered", "zeros", "violations"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for name, record in records.items():
+        stages = [_number(record["perplexity"][stage]) for stage in STAGES]
+        achieved = f"{record['sparsity']['achieved']:.2%}"
+        table.add_row(name, str(record["optimizer_steps"]), *stages, achieved, str(sum(record["violations"].values())))
+    Console().print(table)
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, record in records.items():
+        _draw_rounds(axis, record["rounds"], f"{name}, {record['optimizer_steps']} steps in all")
+    axis.set_title(
+        f"held-out perplexity, {first['dataset'] or 'evaluation text'}, windows of {first['seq_len']} tokens"
+    )
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def draw_report(record: dict[str, Any], path: Path) -> None:
     """Draws perplexities, the training curve, and a heat map of what every layer lost."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), width_ratios=(1, 1.4, 1.6), layout="constrained")
-    figure.suptitle(f"{record['model'] or 'model'}: {record['pruner']}, {record['sparsity']['achieved']:.1%} zeros")
-    _draw_perplexity(axes[0], record["perplexity"])
-    _draw_training(axes[1], record["training_loss"])
+    how = record["schedule"] or record["pruner"]
+    figure.suptitle(f"{record['model'] or 'model'}: {how}, {record['sparsity']['achieved']:.1%} zeros")
+    if record["rounds"]:
+        _draw_rounds(axes[0], record["rounds"], "trained")
+        _title_perplexity(axes[0], record["perplexity"])
+    else:
+        _draw_perplexity(axes[0], record["perplexity"])
+    _draw_training(axes[1], record["training_loss"], [entry["step"] for entry in record["rounds"][:-1]])
     _draw_layers(axes[2], record["reconstruction_loss"], record["sparsity"]["layers"])
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -69,14 +125,32 @@ def _draw_perplexity(axis: Axes, measured: dict[str, Any]) -> None:
         stages, [measured[stage] for stage in stages], color=["#4c78a8", "#e45756", "#54a24b"][: len(stages)]
     )
     axis.bar_label(bars, fmt="%.1f")
+    _title_perplexity(axis, measured)
+
+
+def _draw_rounds(axis: Axes, rounds: list[dict[str, Any]], label: str) -> None:
+    points = [(entry["sparsity"], entry["perplexity"]) for entry in rounds if entry["perplexity"] is not None]
+    if points:
+        axis.plot(*zip(*points, strict=True), marker="o", label=label)
+        axis.annotate(f"{points[-1][1]:.2f}", points[-1], textcoords="offset points", xytext=(6, 0), va="center")
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.set_xlabel("zeros in pruned layers")
+    axis.set_ylabel("perplexity")
+    axis.margins(x=0.12)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _title_perplexity(axis: Axes, measured: dict[str, Any]) -> None:
     dataset = textwrap.fill(measured["dataset"] or "evaluation text", 30)
     axis.set_title(f"perplexity\n{dataset}\nwindows of {measured['seq_len']} tokens", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_training(axis: Axes, curve: list[list[int | float]]) -> None:
-    axis.set_title("training loss with masks held")
+def _draw_training(axis: Axes, curve: list[list[int | float]], changes: list[int]) -> None:
+    axis.set_title("training loss with masks held" + (" (dotted: masks change)" if changes else ""))
     axis.set_xlabel("optimizer step")
+    for step in changes:
+        axis.axvline(step, color="#bbbbbb", linestyle=":", linewidth=1)
     if curve:
         axis.plot(*zip(*curve, strict=True), color="#4c78a8", linewidth=1)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -108,3 +182,26 @@ def _place(parameter: str) -> tuple[int, str]:
     """Block number and layer kind: "model.layers.3.mlp.up_proj.weight" is (3, "up_proj")."""
     number = re.search(r"\.(\d+)\.", parameter)
     return int(number.group(1)) if number else 0, parameter.split(".")[-2]
+
+
+def draw_sparsity(history: list[dict[str, Any]], path: Path) -> None:
+    """Draws the sparsity of all layers over the steps, their mean, and where pruned weights were not zero."""
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    steps = [entry["step"] for entry in history]
+    layers = list(history[-1]["sparsity"])
+    values = np.array([[entry["sparsity"][layer] for layer in layers] for entry in history])
+    axis.step(steps, values, where="post", color="#4c78a8", linewidth=0.5, alpha=0.4)
+    axis.step(steps, values.mean(1), where="post", color="#1f3b57", linewidth=2, label=f"mean of {len(layers)} layers")
+    violated = [(e["step"], m) for e, m in zip(history, values.mean(1), strict=True) if any(e["violations"].values())]
+    if violated:
+        axis.plot(*zip(*violated, strict=True), "x", color="#e45756", label="pruned weights that are not zero")
+    axis.set_title("zeros in every layer" + ("" if violated else "; no mask was ever violated"))
+    axis.set_xlabel("optimizer step")
+    axis.set_ylim(0, 1)
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend()
+    axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

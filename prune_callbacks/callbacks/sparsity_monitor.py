@@ -1,0 +1,75 @@
+"""SparsityMonitor: logs the sparsity and the violations of every layer and draws the curve."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
+from prune_callbacks.evaluation.report import draw_sparsity
+from prune_callbacks.sparsity import MaskSet
+
+
+class SparsityMonitor(Callback):
+    """
+    Counts, in the weights themselves, how sparse every masked layer is and how many pruned weights are not zero.
+
+    Sends `sparsity/LAYER` and `violations/LAYER` to the trainer's loggers when training starts, after every change of
+    the masks, every `every_n_steps` optimizer steps and when training ends; draws `sparsity.png`. Works beside
+    `MaskEnforcer`, in any order.
+
+    Args:
+        dirpath: folder of the picture; None: the trainer's `default_root_dir`.
+        every_n_steps: optimizer steps between two counts.
+
+    Attributes:
+        history: one entry a count: `{"step", "sparsity": {layer: fraction}, "violations": {layer: count}}`.
+    """
+
+    def __init__(self, dirpath: str | Path | None = None, every_n_steps: int = 100) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"SparsityMonitor: every_n_steps must be at least 1, got {every_n_steps}")
+        self.dirpath = dirpath
+        self.every_n_steps = every_n_steps
+        self.history: list[dict[str, Any]] = []
+        self._seen: MaskSet | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not any(isinstance(callback, MaskEnforcer) for callback in trainer.callbacks):
+            raise ValueError("SparsityMonitor counts what MaskEnforcer holds, and there is none among the callbacks")
+        self.history, self._seen = [], None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        last = self.history[-1]["step"] if self.history else None
+        due = last is None or (trainer.global_step % self.every_n_steps == 0 and trainer.global_step != last)
+        if due or self._masks(trainer) is not self._seen:
+            self._count(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._count(trainer, pl_module)
+        if trainer.is_global_zero:
+            draw_sparsity(self.history, Path(self.dirpath or trainer.default_root_dir) / "sparsity.png")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"]
+
+    def _masks(self, trainer: Trainer) -> MaskSet | None:
+        return next(callback.masks for callback in trainer.callbacks if isinstance(callback, MaskEnforcer))
+
+    def _count(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen = self._masks(trainer)
+        assert self._seen is not None  # the enforcer has them once training has started
+        weights = self._seen.matching(pl_module.named_parameters())
+        violations = self._seen.violations(weights)
+        sparsity = MaskSet.from_nonzero(weights).layer_sparsity()
+        counts = {name: violations.get(name, 0) for name in weights}
+        self.history.append({"step": trainer.global_step, "sparsity": sparsity, "violations": counts})
+        metrics: dict[str, float] = {f"sparsity/{name}": value for name, value in sparsity.items()}
+        metrics |= {f"violations/{name}": count for name, count in counts.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, trainer.global_step)
