@@ -9,7 +9,6 @@ are not measured twice.
 """
 
 import argparse
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from prune_callbacks import ALPS, MRP, NM, Magnitude, SparseGPT, Unstructured, Wanda, prune_sequentially
 from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.report import write_json
+from prune_callbacks.evaluation.report import open_results, write_json
 from prune_callbacks.tasks import smollm2_135m
 
 PATTERNS = {"50 %": Unstructured(0.5), "60 %": Unstructured(0.6), "70 %": Unstructured(0.7), "2:4": NM(2, 4)}
@@ -89,11 +88,7 @@ def main() -> None:
         "matmul_precision": arguments.matmul_precision,
         "evaluation": {arguments.evaluation: list(windows[arguments.evaluation].shape)},
     }
-    results: dict[str, Any] = {"setting": setting, "cells": {}}
-    if arguments.results.exists():
-        results = json.loads(arguments.results.read_text())
-        if results["setting"] != setting:
-            parser.error(f"{arguments.results} holds results of another setting: {results['setting']}")
+    results = open_results(arguments.results, setting)
     results["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     cells = [("dense", "")] + [(method, pattern) for pattern in arguments.patterns for method in arguments.methods]
     for method, pattern in cells:

@@ -9,7 +9,6 @@ fresh model is pruned at 50 % and 2:4. Results are written after every cell; run
 """
 
 import argparse
-import json
 import platform
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prune_callbacks import ALPS, MRP, NM, SparseGPT, Unstructured, Wanda, prune_sequentially
-from prune_callbacks.evaluation.report import write_json
+from prune_callbacks.evaluation.report import open_results, write_json
 
 PATTERNS = {"50 %": Unstructured(0.5), "2:4": NM(2, 4)}
 METHODS: dict[str, Any] = {
@@ -80,11 +79,7 @@ def main() -> None:
         "machine": torch.cuda.get_device_name(arguments.device) if cuda else platform.machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    results: dict[str, Any] = {"setting": setting, "cells": {}}
-    if arguments.results.exists():
-        results = json.loads(arguments.results.read_text())
-        if results["setting"] != setting:
-            parser.error(f"{arguments.results} holds results of another setting: {results['setting']}")
+    results = open_results(arguments.results, setting)
     results["command"] = " ".join(["python", "benchmarks/prune_llama7b.py", *sys.argv[1:]])
     for method in arguments.methods:
         for pattern in PATTERNS:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from prune_callbacks import NM, Gram, Unstructured
 from prune_callbacks.solvers.linalg import damp
+from prune_callbacks.tasks import tiny_llama
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -69,3 +71,33 @@ def test_prune_llama7b_prunes_every_layer_and_keeps_what_it_measured(tmp_path, m
         with pytest.raises(SystemExit):
             bench.main()
         assert "no CUDA device was found" in capsys.readouterr().err
+
+
+def test_recovery_trains_every_method_and_goes_on_where_it_stopped(tmp_path, tokenizer, capsys, monkeypatch):
+    bench = load("recovery")
+    # A random model learns next to nothing of its like at the rates for a trained one.
+    faster = {
+        name: (objective, masked, [50 * rate for rate in rates])
+        for name, (objective, masked, rates) in bench.METHODS.items()
+    }
+    monkeypatch.setattr(bench, "METHODS", faster)
+    tiny_llama(hidden_size=32, layers=2).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("".join(f"{n} times {n} is {n * n}\n" for n in range(800)))
+    save_file({"wikitext2": torch.randint(3, 200, (2, 32))}, tmp_path / "windows.safetensors")
+    command = ["recovery.py", "text.txt", "windows.safetensors", "--model", "model", "--rates", "1", "--rank", "4"]
+    command += ["--train-windows", "4", "--seq-len", "32", "--calibration-windows", "8"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", command)
+    bench.main()
+    cells = json.loads((tmp_path / "recovery.json").read_text())["cells"]
+    assert len(cells) == 2 + len(bench.METHODS)
+    trained = [cell for key, cell in cells.items() if "lr" in key]
+    assert all(cell["held_out"] < cells["pruned"]["held_out"] for cell in trained)
+    assert len({cell["held_out"] for cell in trained}) == len(trained)  # no two are the same training
+    assert capsys.readouterr().out.count("| masked LoRA, text |") == 1
+    monkeypatch.setattr(bench, "train", None)  # nothing is left to train
+    bench.main()
+    monkeypatch.setattr(sys, "argv", [*command, "--train-windows", "5"])
+    with pytest.raises(ValueError, match="holds results of another setting"):
+        bench.main()

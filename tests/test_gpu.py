@@ -11,14 +11,19 @@ from prune_callbacks import (
     NM,
     CausalLM,
     Gram,
+    IMPSchedule,
+    IterativePrune,
+    LoRARecovery,
     MaskEnforcer,
     OneShotPrune,
+    Rewind,
     SparseGPT,
+    SquareHead,
     Unstructured,
     Wanda,
     prune_sequentially,
 )
-from prune_callbacks.sparsity.selection import keep_largest
+from prune_callbacks.sparsity.selection import keep_largest, keep_largest_of_all
 from prune_callbacks.tasks import tiny_llama
 
 pytestmark = [
@@ -60,22 +65,61 @@ def test_selection_on_the_device_breaks_ties_as_on_the_cpu():
     assert torch.equal(keep_largest(scores.cuda(), 100).cpu(), keep_largest(scores, 100))
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
-def test_zeros_hold_on_the_device(precision, tmp_path):
+def test_selection_over_tensors_on_the_device_is_that_of_the_cpu():
+    scores = {str(i): torch.randint(0, 50, (64, 32)).float() for i in range(3)}
+    there = keep_largest_of_all({name: values.cuda() for name, values in scores.items()}, 1000)
+    for name, keep in keep_largest_of_all(scores, 1000).items():
+        assert torch.equal(there[name].cpu(), keep)
+
+
+def fit(callbacks, precision, folder, objective=None):
     data = torch.randint(3, 200, (40, 32))
-    module = CausalLM(tiny_llama(hidden_size=64, layers=2), lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1))
-    one_shot, enforcer = OneShotPrune(SparseGPT(NM(2, 4)), data.split(4), progress=False), MaskEnforcer()
+    model = tiny_llama(hidden_size=64, layers=2)
+    module = CausalLM(model, lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1), objective=objective)
     trainer = Trainer(
         accelerator="gpu",
         devices=1,
         precision=precision,
         max_steps=10,
         gradient_clip_val=0.5,
-        callbacks=[one_shot, enforcer],
-        default_root_dir=tmp_path,
+        callbacks=callbacks,
+        default_root_dir=folder,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
     trainer.fit(module, DataLoader(data, 4))
+    return module
+
+
+def one_shot():
+    return OneShotPrune(SparseGPT(NM(2, 4)), torch.randint(3, 200, (40, 32)).split(4), progress=False)
+
+
+PRECISIONS = pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
+
+
+@PRECISIONS
+def test_zeros_hold_on_the_device(precision, tmp_path):
+    enforcer = MaskEnforcer()
+    module = fit([one_shot(), enforcer], precision, tmp_path)
     assert enforcer.masks.violations(module.named_parameters()) == {}
+
+
+@PRECISIONS
+def test_rounds_and_rewinding_on_the_device(precision, tmp_path):
+    enforcer = MaskEnforcer()
+    prune = IterativePrune(IMPSchedule(0.9, rounds=3, every=2), rewind=Rewind(1))
+    module = fit([prune, enforcer], precision, tmp_path)
+    assert enforcer.masks.sparsity() == pytest.approx(0.9, abs=1e-4)
+    assert enforcer.masks.violations(module.named_parameters()) == {}
+
+
+@PRECISIONS
+def test_masked_lora_and_a_teacher_on_the_device(precision, tmp_path):
+    enforcer = MaskEnforcer()
+    teacher = SquareHead(tiny_llama(hidden_size=64, layers=2), dtype="bfloat16")
+    module = fit([one_shot(), LoRARecovery(), enforcer], precision, tmp_path, teacher)
+    assert next(teacher.teacher.model.parameters()).device.type == "cuda"
+    assert enforcer.masks.violations(module.named_parameters()) == {}
+    assert not [name for name in module.state_dict() if "lora" in name]

@@ -46,6 +46,21 @@ def read_report(dirpath: Path) -> dict[str, Any] | None:
     return record
 
 
+def open_results(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
+    """
+    The cells that an earlier measurement of the same setting has written, to go on from; empty if there was none.
+
+    Raises:
+        ValueError: the file holds results of another setting.
+    """
+    results: dict[str, Any] = {"setting": setting, "cells": {}}
+    if path.is_file():
+        results = json.loads(path.read_text())
+        if results["setting"] != setting:
+            raise ValueError(f"{path} holds results of another setting: {results['setting']}")
+    return results
+
+
 def summary_table(record: dict[str, Any]) -> None:
     """Prints a run's result as a table on the terminal."""
     measured = record["perplexity"]
@@ -131,7 +146,8 @@ def _draw_perplexity(axis: Axes, measured: dict[str, Any]) -> None:
 def _draw_rounds(axis: Axes, rounds: list[dict[str, Any]], label: str) -> None:
     points = [(entry["sparsity"], entry["perplexity"]) for entry in rounds if entry["perplexity"] is not None]
     if points:
-        axis.plot(*zip(*points, strict=True), marker="o", label=label)
+        # Of two points nothing is known in between.
+        axis.plot(*zip(*points, strict=True), marker="o", label=label, linestyle="-" if len(points) > 2 else ":")
         axis.annotate(f"{points[-1][1]:.2f}", points[-1], textcoords="offset points", xytext=(6, 0), va="center")
     axis.xaxis.set_major_formatter(PercentFormatter(1))
     axis.set_xlabel("zeros in pruned layers")
