@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from prune_callbacks import (
     NM,
     CausalLM,
+    ConstantSchedule,
+    IterativePrune,
     LoRARecovery,
     Magnitude,
     MaskEnforcer,
@@ -212,6 +214,8 @@ def test_bad_settings_are_refused_before_training(tmp_path):
     one_shot = OneShotPrune(Magnitude(NM(2, 4)), targets="*.mlp.*", progress=False)
     with pytest.raises(ValueError, match="LoRARecovery must stand after OneShotPrune"):
         fit([LoRARecovery(), one_shot, MaskEnforcer()], tmp_path, dense)
+    with pytest.raises(ValueError, match="LoRARecovery freezes the weights that IterativePrune chooses from"):
+        fit([IterativePrune(ConstantSchedule(0.5)), LoRARecovery(), MaskEnforcer()], tmp_path, dense)
     attention = LoRARecovery(LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(
         ValueError, match=r"LoRA on 2 layers that are not pruned, first model.layers.0.self_attn.q_proj"

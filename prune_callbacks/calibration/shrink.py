@@ -1,11 +1,11 @@
 """Choosing which of the weights that are left go next, over all layers or layer by layer."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prune_callbacks.calibration.blocks import oriented
 from prune_callbacks.pruners import Magnitude
@@ -31,18 +31,35 @@ def shrink_masks(
         pruner: gives the scores, and the pattern for `scope="layer"`; the sparsity of its pattern is not used.
         scope: "global": one pool of all layers. "layer": the same sparsity in every layer.
     """
-    scores = {}
-    for name, layer in layers.items():
-        weight = oriented(layer, layer.get_parameter("weight"))
-        removed = ~oriented(layer, masks[f"{name}.weight"]).to(weight.device)
-        scores[name] = pruner.scores(weight).masked_fill(removed, -torch.inf)
+    scores = _Scores(layers, masks, pruner)
     if scope == "global":
-        total = sum(values.numel() for values in scores.values())
+        total = sum(layer.get_parameter("weight").numel() for layer in layers.values())
         chosen = keep_largest_of_all(scores, total - round(sparsity * total))
     else:
         pattern = replace(pruner.pattern, sparsity=sparsity)  # type: ignore[type-var]
         chosen = {name: pattern.keep(values) for name, values in scores.items()}
     return masks & MaskSet({f"{name}.weight": oriented(layers[name], keep) for name, keep in chosen.items()})
+
+
+@dataclass(frozen=True)
+class _Scores(Mapping[str, Tensor]):
+    """The scores of the layers, minus infinity for what is gone; made when asked for, so never all at once."""
+
+    layers: Mapping[str, nn.Module]
+    masks: MaskSet
+    pruner: Magnitude
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = self.layers[name]
+        weight = oriented(layer, layer.get_parameter("weight"))
+        removed = ~oriented(layer, self.masks[f"{name}.weight"]).to(weight.device)
+        return self.pruner.scores(weight).masked_fill(removed, -torch.inf)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
 
 def check_shrinkable(pruner: Magnitude, scope: str, target: float) -> None:

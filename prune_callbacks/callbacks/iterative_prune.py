@@ -121,8 +121,9 @@ class IterativePrune(Callback):
                 self.pruner.pattern.check_shape((weight.shape[0], weight.shape[1]))
             except ValueError as error:
                 raise ValueError(f"layer {name}: {error}") from error
-        everything = {f"{n}.weight": torch.ones(m.get_parameter("weight").shape) > 0 for n, m in layers.items()}
-        self.masks = MaskSet(everything)
+        shapes = {f"{name}.weight": layer.get_parameter("weight").shape for name, layer in layers.items()}
+        everything = (MaskSet({name: torch.ones(shape, dtype=torch.bool)}) for name, shape in shapes.items())
+        self.masks = MaskSet.join(everything)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from prune_callbacks.calibration import find_blocks, find_language_model, find_targets, savable
+from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
 from prune_callbacks.sparsity import MaskSet
@@ -25,7 +26,8 @@ class LoRARecovery(Callback):
     Stands after `OneShotPrune`, if there is one; without one, the model must be sparse already.
 
     - `masked=True`: the update is zero wherever the base is, in every forward pass. It is merged when training ends:
-      the model is a plain sparse model again, with every zero in its place.
+      the model is a plain sparse model again, with every zero in its place. (A checkpoint written after that, such as
+      the `last.ckpt` of the end of training, is one of the merged model.)
     - `masked=False`: plain LoRA. The base stays sparse and the adapter stays an adapter, saved to `save_dir/adapter`;
       merging would fill the zeros (`prune_callbacks.adapters.merge_lora` says what that costs).
 
@@ -56,6 +58,11 @@ class LoRARecovery(Callback):
             return
         from prune_callbacks.adapters import add_lora
 
+        if any(isinstance(callback, IterativePrune) for callback in trainer.callbacks):
+            raise ValueError(
+                "LoRARecovery freezes the weights that IterativePrune chooses from; prune first, and recover in a fit "
+                "of its own"
+            )
         model = savable(find_language_model(pl_module))
         self._trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.peft_model = add_lora(model, self._pruned(trainer, model), self.config, masked=self.masked)
