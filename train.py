@@ -11,6 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from prune_callbacks.evaluation.report import compare, read_report, refuse_existing_run
 
+SHARED = ("smoke", "seed", "model", "data", "optimizer", "trainer", "logger")
+"""What recipes that are compared have in common: overrides of these reach the recipes `beside` one too."""
+
 
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Instantiates what the recipe names, fits it, and returns the objects."""
@@ -49,7 +52,9 @@ def run(given: list[str]) -> None:
     cfg = composed(given)
     cfg.output_dir = cfg.output_dir  # the time in it is read once
     folders = {cfg.name: Path(cfg.output_dir)}
-    shared = [override for override in given if key(override) not in ("recipe", "output_dir", "ckpt_path")]
+    if cfg.beside and cfg.ckpt_path is None:
+        refuse_existing_run(folders[cfg.name])  # now, not after the others
+    shared = [override for override in given if key(override).split(".")[0] in SHARED]
     for name in cfg.beside:
         other = composed([*shared, f"recipe={name}"])
         other.output_dir = str(Path(cfg.output_dir) / name)

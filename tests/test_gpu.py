@@ -67,8 +67,8 @@ def test_selection_on_the_device_breaks_ties_as_on_the_cpu():
 
 def test_selection_over_tensors_on_the_device_is_that_of_the_cpu():
     scores = {str(i): torch.randint(0, 50, (64, 32)).float() for i in range(3)}
-    there = keep_largest_of_all({name: values.cuda() for name, values in scores.items()}, 1000)
-    for name, keep in keep_largest_of_all(scores, 1000).items():
+    there = dict(keep_largest_of_all({name: values.cuda() for name, values in scores.items()}, 1000))
+    for name, keep in keep_largest_of_all(scores, 1000):
         assert torch.equal(there[name].cpu(), keep)
 
 

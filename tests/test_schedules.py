@@ -82,12 +82,14 @@ def test_schedules_that_cannot_be_are_refused(unchecked):
         CubicSchedule(0.5, 0, 10, every=3)
     with pytest.raises(ValueError, match=r"must lie in \(0, 1\), got 90. For 90 % write 0.9"):
         IMPSchedule(90, 10, 5)
-    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="rounds is a whole number, at least 1, got 0"):
         IMPSchedule(0.9, 0, 5)
     with pytest.raises(ValueError, match='unit must be "step" or "epoch", got \'batch\''):
         ConstantSchedule(0.5, unit="batch")
-    with pytest.raises(ValueError, match="begin must be at least 0 and every at least 1, got 3 and 0"):
+    with pytest.raises(ValueError, match="begin and every are whole numbers, at least 0 and 1, got 3 and 0"):
         IMPSchedule(0.9, 2, 0, begin=3)
+    with pytest.raises(ValueError, match="whole numbers, at least 0 and 1, got 1.5 and 1.5"):
+        IMPSchedule(0.9, 2, 1.5)
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -111,7 +113,7 @@ def test_one_selection_over_many_tensors_is_that_of_their_concatenation(data, dt
     order = np.argsort(-(flat.double().numpy() + 0.0), kind="stable")[: max(0, kept)]
     expected = torch.zeros(len(flat), dtype=torch.bool)
     expected[torch.from_numpy(order)] = True
-    masks = keep_largest_of_all(scores, kept)
+    masks = dict(keep_largest_of_all(scores, kept))
     assert torch.equal(torch.cat([masks[name].flatten() for name in scores]), expected)
     assert torch.equal(keep_largest(flat + 0, kept), expected)
     assert {name: keep.shape for name, keep in masks.items()} == {n: v.shape for n, v in scores.items()}
@@ -119,11 +121,11 @@ def test_one_selection_over_many_tensors_is_that_of_their_concatenation(data, dt
 
 def test_tensors_of_different_dtypes_are_compared_as_numbers():
     scores = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([2.0, 1.0 + 2**-40], dtype=torch.float64)}
-    masks = keep_largest_of_all(scores, 3)
+    masks = dict(keep_largest_of_all(scores, 3))
     assert masks["a"].tolist() == [False, True]
     assert masks["b"].tolist() == [True, True]
 
 
 def test_nan_is_refused_by_name():
     with pytest.raises(ValueError, match="bad: scores contain NaN"):
-        keep_largest_of_all({"good": torch.ones(3), "bad": torch.tensor([torch.nan])}, 1)
+        list(keep_largest_of_all({"good": torch.ones(3), "bad": torch.tensor([torch.nan])}, 1))

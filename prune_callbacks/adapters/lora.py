@@ -1,8 +1,8 @@
 """LoRA on a sparse base (Hu et al. 2022), plain or with the update under the base's own mask; needs peft."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from jaxtyping import Int
@@ -16,6 +16,25 @@ from transformers.pytorch_utils import Conv1D
 
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.sparsity import MaskSet
+
+OPTIONS = {
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "init_lora_weights",
+    "task_type",
+    "peft_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+}
+"""Of peft's LoraConfig, those that neither train nor rewrite anything but the update."""
 
 
 class MaskedLoraLinear(LoraLinear):
@@ -43,7 +62,7 @@ class MaskedLoraLinear(LoraLinear):
         if self.disable_adapters or self.merged:
             result = self.base_layer(x, *args, **kwargs)
         else:
-            result = checkpoint(self._merged_forward, x, use_reentrant=False)
+            result = checkpoint(self._merged_forward, x, use_reentrant=False, preserve_rng_state=False)
         return result
 
     def _merged_forward(self, x: Tensor) -> Tensor:
@@ -86,35 +105,52 @@ def add_lora(model: PreTrainedModel, pruned: Collection[str], config: LoraConfig
         peft's wrapper around the model, for saving the adapter.
 
     Raises:
-        ValueError: the model has adapters already, a target is not pruned, or `masked` is asked together with
-            options that change the update (dropout, DoRA and other variants).
+        ValueError: the model has adapters already, a target is not pruned, or an option of the config would train or
+            change something else than a low-rank update (`modules_to_save`, biases, PiSSA, DoRA and others).
     """
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("the model has adapters already; merge or unload them first")
-    config = deepcopy(config)
+    config = _plain_values(config)
+    _check_options(config, masked)
     if config.target_modules is None or config.target_modules == "all-linear":
         config.target_modules = list(pruned)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    targeted = [name for name in linear if check_target_module_exists(config, name)]
+    targeted = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
     if dense := [name for name in targeted if name not in set(pruned)]:
         raise ValueError(
             f"LoRA on {len(dense)} layers that are not pruned, first {dense[0]}; of {len(targeted)} targeted layers "
             f"{len(targeted) - len(dense)} are pruned. Leave target_modules out for all pruned layers"
         )
     if masked:
-        _check_maskable(config)
+        # peft calls this dispatch of layer types experimental, hence the bounds on its version.
         config._register_custom_module({nn.Linear: MaskedLoraLinear, Conv1D: MaskedLoraLinear})
     wrapper = get_peft_model(model, config)
     assert isinstance(wrapper, PeftModel)
     return wrapper
 
 
-def _check_maskable(config: LoraConfig) -> None:
-    variants = [name for name in ("use_dora", "lora_bias", "use_bdlora", "arrow_config") if getattr(config, name, None)]
-    if config.lora_dropout or variants or config.bias != "none":
+def _plain_values(config: LoraConfig) -> LoraConfig:
+    """A copy without the list and mapping types of configuration libraries, which peft cannot write as JSON."""
+    config = deepcopy(config)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Mapping) and type(value) is not dict and field.name.endswith("_pattern"):
+            setattr(config, field.name, dict(value))
+        elif isinstance(value, Sequence) and not isinstance(value, str | list | tuple):
+            setattr(config, field.name, list(value))
+    return config
+
+
+def _check_options(config: LoraConfig, masked: bool) -> None:
+    allowed = OPTIONS if masked else OPTIONS | {"lora_dropout"}
+    default = LoraConfig()
+    other = [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
+    refused = [name for name in other if name not in allowed]
+    if config.init_lora_weights not in (True, "gaussian"):
+        refused.append(f"init_lora_weights={config.init_lora_weights!r}")
+    if refused:
         raise ValueError(
-            "a masked LoRA is a plain low-rank update under a mask: leave out "
-            + ", ".join((["lora_dropout"] if config.lora_dropout else []) + variants or ["bias"])
+            f"LoRA on a sparse model is a low-rank update{' under its mask' if masked else ''} and nothing else: leave "
+            f"out {', '.join(refused)}. What may be set: {', '.join(sorted(allowed))}"
         )
 
 
@@ -133,7 +169,7 @@ def merge_lora(
     `lossy` names which of the two is meant.
 
     Args:
-        wrapper: what `add_lora` returned, or `PeftModel.from_pretrained(model, folder)`.
+        wrapper: what `add_lora` returned, or `PeftModel.from_pretrained(model, folder)`, whose layers are plain LoRA.
         masks: the masks of the sparse base.
         lossy: None: exact or not at all. "zeros": give up the zeros. "update": give up the update on them.
         windows: token ids to measure a lossy merge on.

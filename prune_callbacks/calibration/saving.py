@@ -33,6 +33,8 @@ def save_sparse_model(
     model = savable(model)
     folder = Path(dirpath)
     final, partial, old = folder / "model", folder / "model.partial", folder / "model.old"
+    if old.exists() and not final.exists():
+        old.rename(final)  # an earlier call was interrupted between its two renames
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)

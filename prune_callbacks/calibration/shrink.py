@@ -1,6 +1,6 @@
 """Choosing which of the weights that are left go next, over all layers or layer by layer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,8 +21,7 @@ def shrink_masks(
     """
     The masks of a higher sparsity: what `masks` removes stays removed, the survivors of lowest score go.
 
-    Equivalent to pruning the masked weights with scores of minus infinity at the places already removed. The count is
-    exact: `round(sparsity * weights)` removed over all layers (global), or by the pattern in every layer.
+    Equivalent to pruning the masked weights, what is already removed going first. The count is exact: `round(sparsity * weights)` removed over all layers (global), or by the pattern in every layer.
 
     Args:
         layers: the layers, by name; their `weight` parameters are read.
@@ -32,18 +31,23 @@ def shrink_masks(
         scope: "global": one pool of all layers. "layer": the same sparsity in every layer.
     """
     scores = _Scores(layers, masks, pruner)
+    chosen: Iterable[tuple[str, Tensor]]
     if scope == "global":
         total = sum(layer.get_parameter("weight").numel() for layer in layers.values())
         chosen = keep_largest_of_all(scores, total - round(sparsity * total))
     else:
         pattern = replace(pruner.pattern, sparsity=sparsity)  # type: ignore[type-var]
-        chosen = {name: pattern.keep(values) for name, values in scores.items()}
-    return masks & MaskSet({f"{name}.weight": oriented(layers[name], keep) for name, keep in chosen.items()})
+        chosen = ((name, pattern.keep(values)) for name, values in scores.items())
+    return masks & MaskSet.join(MaskSet({f"{name}.weight": oriented(layers[name], keep)}) for name, keep in chosen)
 
 
 @dataclass(frozen=True)
 class _Scores(Mapping[str, Tensor]):
-    """The scores of the layers, minus infinity for what is gone; made when asked for, so never all at once."""
+    """
+    The scores of the layers; made when asked for, so never all at once.
+
+    What is gone has minus infinity, below survivors that happen to be zero; in the sum over a structure it has zero.
+    """
 
     layers: Mapping[str, nn.Module]
     masks: MaskSet
@@ -53,7 +57,8 @@ class _Scores(Mapping[str, Tensor]):
         layer = self.layers[name]
         weight = oriented(layer, layer.get_parameter("weight"))
         removed = ~oriented(layer, self.masks[f"{name}.weight"]).to(weight.device)
-        return self.pruner.scores(weight).masked_fill(removed, -torch.inf)
+        lowest = -torch.inf if isinstance(self.pruner.pattern, Unstructured) else 0.0
+        return self.pruner.scores(weight).masked_fill(removed, lowest)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)

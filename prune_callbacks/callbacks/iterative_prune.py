@@ -1,5 +1,6 @@
 """IterativePrune: raises the sparsity during a fit, by a schedule, with or without rewinding."""
 
+import math
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -7,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from prune_callbacks.calibration import (
     PruneReport,
@@ -21,7 +22,8 @@ from prune_callbacks.calibration import (
     shrink_masks,
 )
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
-from prune_callbacks.parallel import load_snapshot, refuse_unserved, save_snapshot, snapshot_digest
+from prune_callbacks.callbacks.trainer_state import random_state, restore_random_state
+from prune_callbacks.parallel import check_snapshot, load_snapshot, refuse_unserved, save_snapshot
 from prune_callbacks.pruners import Magnitude
 from prune_callbacks.sparsity import MaskSet, Schedule, Unstructured
 from prune_callbacks.sparsity.schedules import Unit
@@ -53,11 +55,11 @@ class IterativePrune(Callback):
     Prunes during training: whenever the schedule rises, the smallest survivors go.
 
     Stands before `MaskEnforcer()` among the callbacks, which holds the masks between the changes and zeroes the
-    optimizer's moments at newly pruned places. A removed weight never returns. With a `OneShotPrune` before it the
-    masks begin with those of that one.
+    optimizer's moments at newly pruned places. A removed weight never returns. The masks begin with those of a
+    `OneShotPrune` in front of it, else with those given to `MaskEnforcer`, else with the zeros of a sparse model.
 
-    Changes happen after an optimizer step or an epoch, before checkpoints are written there. Round, sparsity, masks
-    and the place of the rewind file are part of the checkpoint.
+    Changes happen after an optimizer step or an epoch, before checkpoints are written there. Round, sparsity, masks,
+    the place of the rewind file and torch's random state are part of the checkpoint.
 
     Args:
         schedule: the sparsity as a function of time, e.g. `IMPSchedule(0.9, rounds=10, every=500)`.
@@ -106,7 +108,8 @@ class IterativePrune(Callback):
         self.seconds = 0.0
         self._snapshot: Path | None = None
         self._digest = ""
-        self._restored = False
+        self._restored: dict[str, Any] | None = None
+        self._random_state: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -114,61 +117,71 @@ class IterativePrune(Callback):
         refuse_unserved(trainer.strategy)
         self._begin()
         self._enforcer(trainer)
-        layers = self._layers(pl_module)
-        for name, layer in layers.items():
-            weight = layer.get_parameter("weight")
+        shapes = {name: layer.get_parameter("weight").shape for name, layer in self._layers(pl_module).items()}
+        for name, shape in shapes.items():
             try:
-                self.pruner.pattern.check_shape((weight.shape[0], weight.shape[1]))
+                self.pruner.pattern.check_shape((shape[0], shape[1]))
             except ValueError as error:
                 raise ValueError(f"layer {name}: {error}") from error
-        shapes = {f"{name}.weight": layer.get_parameter("weight").shape for name, layer in layers.items()}
-        everything = (MaskSet({name: torch.ones(shape, dtype=torch.bool)}) for name, shape in shapes.items())
-        self.masks = MaskSet.join(everything)
+        self.masks = MaskSet.all_kept({f"{name}.weight": shape for name, shape in shapes.items()})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:
             return
-        first, last, unit = self.schedule.changes[0], self.schedule.changes[-1], self.schedule.unit
         steps = trainer.estimated_stepping_batches
-        length = steps if unit == "step" else trainer.max_epochs or 0
-        if 0 < length <= last:
+        unit = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) if self._epochs else 1
+        first, last = self.schedule.changes[0] * unit, self.schedule.changes[-1] * unit
+        if last >= steps:
             raise ValueError(
-                f"IterativePrune: the schedule reaches {self.schedule.target} after {last} {unit}s, and training ends "
-                f"after {length:g}. Train for longer (max_steps, max_epochs), or end the schedule earlier"
+                f"IterativePrune: the schedule reaches {self.schedule.target} after {last} optimizer steps, and "
+                f"training ends after {steps:g}. Train for longer (max_steps, max_epochs), or end the schedule earlier"
             )
-        first_step = first if unit == "step" else first * steps / max(1, length)
-        if self.rewind is not None and self.rewind.step >= first_step:
+        if self.rewind is not None and self.rewind.step >= first:
             raise ValueError(
                 f"IterativePrune: Rewind(step={self.rewind.step}) lies beyond the first round, which ends after "
-                f"{first_step:g} of {steps:g} optimizer steps; rewind to an earlier step"
+                f"{first} of {steps:g} optimizer steps; rewind to an earlier step"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._restored:
-            self._check_snapshot(trainer)
-            return
         if trainer.ckpt_path is not None:
-            raise ValueError(
-                f"the checkpoint {trainer.ckpt_path} holds no state of IterativePrune. To prune its model, load it and "
-                "start a new fit without ckpt_path"
-            )
-        for report in [getattr(callback, "report", None) for callback in trainer.callbacks]:
-            if isinstance(report, PruneReport):
-                assert self.masks is not None
-                self.masks = self.masks & report.masks
+            self._check_restored(trainer)
+            return
+        assert self.masks is not None
+        self.masks = self.masks & self._masks_so_far(trainer)
         self._save_at_its_step(trainer)
         self._change(trainer, 0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._random_state is not None:
+            restore_random_state(self._random_state)
+            self._random_state = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._save_at_its_step(trainer)
-        if self.schedule.unit == "step":
+        if not self._epochs:
             self._change(trainer, trainer.global_step)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning does not repeat on_train_epoch_end where a checkpoint was written by the epoch's last step.
+        if self._epochs:
+            self._change(trainer, trainer.current_epoch)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.schedule.unit == "epoch":
+        if self._epochs:
             self._change(trainer, trainer.current_epoch + 1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.target < self.schedule.target and not trainer.fast_dev_run:
+            rank_zero_warn(
+                f"IterativePrune: training ended after {trainer.global_step} optimizer steps, at a sparsity of "
+                f"{self.target} where the schedule goes to {self.schedule.target}"
+            )
+
+    @property
+    def _epochs(self) -> bool:
+        return self.schedule.unit == "epoch"
 
     def rises(self, unit: Unit, time: int) -> bool:
         """Whether the masks change once `time` steps or epochs are finished."""
@@ -178,20 +191,21 @@ class IterativePrune(Callback):
         if not self.rises(self.schedule.unit, now):
             return
         begin = time.perf_counter()
-        assert self.masks is not None
-        self.round = bisect_right(self.schedule.changes, now)
-        self.target = self.schedule(now)
+        target, masks = self.schedule(now), self.masks
+        assert masks is not None
         if trainer.is_global_zero:
             layers = self._layers(trainer.lightning_module)
-            self.masks = shrink_masks(layers, self.masks, self.target, self.pruner, self.scope)
-        self.masks = trainer.strategy.broadcast(self.masks)
+            masks = shrink_masks(layers, masks, target, self.pruner, self.scope)
+        masks = trainer.strategy.broadcast(masks)
         if self.rewind is not None:
             assert self._snapshot is not None
-            load_snapshot(trainer, self._snapshot, optimizer=self.rewind.optimizer)
-        self._enforcer(trainer).hold(self.masks, trainer)
+            load_snapshot(trainer, self._snapshot, self._digest, optimizer=self.rewind.optimizer)
+        self._enforcer(trainer).hold(masks, trainer)
+        # Last, so that an interrupted change is not taken for one that was made.
+        self.round, self.target, self.masks = bisect_right(self.schedule.changes, now), target, masks
         self.seconds += time.perf_counter() - begin
         rank_zero_info(
-            f"round {self.round} of {len(self.schedule.changes)}: {self.masks.sparsity():.2%} zeros after {now} "
+            f"round {self.round} of {len(self.schedule.changes)}: {masks.sparsity():.2%} zeros after {now} "
             f"{self.schedule.unit}s" + (f", back to step {self.rewind.step}" if self.rewind is not None else "")
         )
 
@@ -203,48 +217,75 @@ class IterativePrune(Callback):
         self._digest = save_snapshot(trainer, path)
         self._snapshot = path
 
-    def _check_snapshot(self, trainer: Trainer) -> None:
-        if self.rewind is None or (self._snapshot is None and trainer.global_step <= self.rewind.step):
-            return
-        if self._snapshot is None or not self._snapshot.is_file():
+    def _masks_so_far(self, trainer: Trainer) -> MaskSet:
+        """Those of OneShotPrune, those given to MaskEnforcer, or the zeros of a model that is sparse already."""
+        for report in [getattr(callback, "report", None) for callback in trainer.callbacks]:
+            if isinstance(report, PruneReport):
+                return report.masks
+        given = self._enforcer(trainer).given
+        if isinstance(given, MaskSet):
+            return given
+        assert self.masks is not None
+        zeros = MaskSet.from_nonzero(self.masks.matching(trainer.lightning_module.named_parameters()))
+        if zeros.sparsity() < 0.01:
+            return MaskSet({})
+        rank_zero_info(f"IterativePrune begins with the zeros that the model has: {zeros.sparsity():.2%}")
+        return zeros
+
+    def _check_restored(self, trainer: Trainer) -> None:
+        if self._restored is None:
             raise ValueError(
-                f"IterativePrune: the checkpoint {trainer.ckpt_path} needs its rewind file to go on, and there is none "
-                f"at {self._snapshot}. Put it back, or name its folder with Rewind(dirpath=)"
+                f"the checkpoint {trainer.ckpt_path} holds no state of IterativePrune. To prune its model, load it and "
+                "start a new fit without ckpt_path"
             )
-        if snapshot_digest(self._snapshot) != self._digest:
-            raise ValueError(
-                f"IterativePrune: {self._snapshot} is not the rewind file of the checkpoint {trainer.ckpt_path}: "
-                "another run has written over it. Give every run a folder of its own with Rewind(dirpath=)"
-            )
+        settings = self._settings()
+        for name in ("targets", "rewind"):
+            if self._restored[name] != settings[name]:
+                raise ValueError(
+                    f"the checkpoint {trainer.ckpt_path} was written with {name}={self._restored[name]}, and "
+                    f"IterativePrune has {name}={settings[name]}; go on with the same"
+                )
+        for name in ("schedule", "pruner", "scope"):
+            if self._restored[name] != settings[name]:
+                rank_zero_warn(f"the checkpoint was trained by {self._restored[name]}; it goes on by {settings[name]}")
+        if self._snapshot is not None:
+            check_snapshot(self._snapshot, self._digest)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "schedule": repr(self.schedule),
+            "pruner": repr(self.pruner),
+            "scope": self.scope,
+            "targets": self.targets if isinstance(self.targets, str) or self.targets is None else list(self.targets),
+            "rewind": None if self.rewind is None else f"Rewind({self.rewind.step}, {self.rewind.optimizer})",
+        }
 
     def state_dict(self) -> dict[str, Any]:
         if self.masks is None:
             return {}
-        return {
-            "schedule": repr(self.schedule),
+        return self._settings() | {
             "round": self.round,
             "target": self.target,
             "seconds": self.seconds,
             "masks": self.masks.state_dict(),
             "snapshot": None if self._snapshot is None else str(self._snapshot),
             "digest": self._digest,
+            "random_state": random_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
             return
-        self._restored = True
+        self._restored = state_dict
         self.round, self.target, self.seconds = (state_dict[key] for key in ("round", "target", "seconds"))
         self.masks = MaskSet.from_state_dict(state_dict["masks"])
-        self._digest = state_dict["digest"]
+        self._digest, self._random_state = state_dict["digest"], state_dict["random_state"]
         if state_dict["snapshot"] is not None:
             self._snapshot = Path(state_dict["snapshot"])
             if self.rewind is not None and self.rewind.dirpath is not None:
                 self._snapshot = Path(self.rewind.dirpath).resolve() / self._snapshot.name
-        if state_dict["schedule"] != repr(self.schedule):
-            rank_zero_warn(f"the checkpoint was trained by {state_dict['schedule']}; it goes on by {self.schedule!r}")
 
-    def _layers(self, pl_module: LightningModule) -> dict[str, torch.nn.Module]:
+    def _layers(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         return find_targets(find_blocks(find_language_model(pl_module), self.blocks), self.targets)
 
     def _enforcer(self, trainer: Trainer) -> MaskEnforcer:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
+from transformers import PreTrainedModel
 
-from prune_callbacks.calibration import find_blocks, find_language_model, find_targets, savable
+from prune_callbacks.calibration import find_blocks, find_language_model, find_targets
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
@@ -52,6 +53,7 @@ class LoRARecovery(Callback):
         self.save_dir = save_dir
         self.peft_model: PeftModel | None = None
         self._trained: dict[str, bool] = {}
+        self._unfinished = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -63,7 +65,12 @@ class LoRARecovery(Callback):
                 "LoRARecovery freezes the weights that IterativePrune chooses from; prune first, and recover in a fit "
                 "of its own"
             )
-        model = savable(find_language_model(pl_module))
+        model = find_language_model(pl_module)
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"LoRARecovery adapts models of transformers, got {type(model).__name__}")
+        if self.peft_model is not None and self._unfinished:  # a fit that failed; Lightning calls no teardown then
+            self.peft_model.unload()
+        self._unfinished = True
         self._trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.peft_model = add_lora(model, self._pruned(trainer, model), self.config, masked=self.masked)
         trained, total = self.peft_model.get_nb_trainable_parameters()
@@ -71,6 +78,7 @@ class LoRARecovery(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.peft_model is not None
+        self._unfinished = False
         if self.masked:
             from prune_callbacks.adapters import merge_lora
 
@@ -90,16 +98,20 @@ class LoRARecovery(Callback):
             raise ValueError(
                 "LoRARecovery must stand after OneShotPrune among the callbacks: it adapts what was pruned"
             )
-        if one_shot is not None and one_shot.report is not None:
+        checkpoint = resumed_checkpoint(trainer)
+        if checkpoint is not None:  # which brings the weights, and with them the zeros, later
+            saved = trainer.strategy.load_checkpoint(checkpoint)["state_dict"]
+            adapted = {name.partition(".lora_A.")[0] for name in saved if ".lora_A." in name}
+            return [n for n, _ in model.named_modules() if any(a == n or a.endswith(f".{n}") for a in adapted)]
+        if one_shot is not None:
+            assert one_shot.report is not None
             return [name.removesuffix(".weight") for name in one_shot.report.masks]
-        if one_shot is not None and resumed_checkpoint(trainer) is not None:
-            # Weights, and with them the zeros, come with the checkpoint.
-            return list(find_targets(find_blocks(model, one_shot.blocks), one_shot.targets))
         layers = find_targets(find_blocks(model))
-        sparse = [name for name, layer in layers.items() if (layer.get_parameter("weight") == 0).any()]
+        weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
+        sparse = [name for name, zeros in MaskSet.from_nonzero(weights).layer_sparsity().items() if zeros >= 0.01]
         if not sparse:
             raise ValueError(
-                f"LoRARecovery found no pruned layer: there is no OneShotPrune before it among the callbacks, and none "
-                f"of the {len(layers)} linear layers in the decoder blocks holds a zero"
+                "LoRARecovery found no pruned layer: there is no OneShotPrune before it among the callbacks, and none "
+                f"of the {len(layers)} linear layers in the decoder blocks has 1 % of zeros"
             )
         return sparse

@@ -31,10 +31,11 @@ class MaskEnforcer(Callback):
 
     Attributes:
         masks: the `MaskSet` in force, once training has started.
+        given: the argument; once a fit has begun, the masks of the file.
     """
 
     def __init__(self, masks: MaskSet | str | Path | None = None) -> None:
-        self._given = masks
+        self.given = masks
         self.masks: MaskSet | None = None
         self._restored: MaskSet | None = None
         self._access: PlainAccess | None = None
@@ -45,14 +46,17 @@ class MaskEnforcer(Callback):
             return
         self._release()  # Lightning calls no teardown after a fit that failed
         refuse_unserved(trainer.strategy)
-        if isinstance(self._given, str | Path):
-            self._given = MaskSet.load(self._given)
-        if self._given is not None:
-            self._given.matching(pl_module.named_parameters())
+        if isinstance(self.given, str | Path):
+            self.given = MaskSet.load(self.given)
+        if self.given is not None:
+            self.given.matching(pl_module.named_parameters())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not earlier: some strategies load a checkpoint (and with it these masks) after on_fit_start.
-        self.hold(self._find_masks(trainer, pl_module) if self._restored is None else self._restored, trainer)
+        # IterativePrune, which stands before us, has the last word, after a resume too.
+        masks = [getattr(callback, "masks", None) for callback in trainer.callbacks if callback is not self]
+        decided = next((found for found in masks if isinstance(found, MaskSet)), None) or self._restored
+        self.hold(decided or self._find_masks(trainer, pl_module), trainer)
         self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
 
     def hold(self, masks: MaskSet, trainer: Trainer) -> None:
@@ -102,19 +106,15 @@ class MaskEnforcer(Callback):
         self._restored = None
 
     def _find_masks(self, trainer: Trainer, pl_module: LightningModule) -> MaskSet:
-        for callback in trainer.callbacks:  # IterativePrune, which begins with those of OneShotPrune, stands before us
-            masks = getattr(callback, "masks", None)
-            if callback is not self and isinstance(masks, MaskSet):
-                return masks
         reports = [getattr(callback, "report", None) for callback in trainer.callbacks]
         pruned = next((report for report in reports if isinstance(report, PruneReport)), None)
         if pruned is not None:
-            if self._given is not None:
+            if self.given is not None:
                 rank_zero_warn("MaskEnforcer takes the masks of OneShotPrune; those given to it are not used")
             return pruned.masks
-        if self._given is not None:
-            assert isinstance(self._given, MaskSet)
-            return self._given
+        if self.given is not None:
+            assert isinstance(self.given, MaskSet)
+            return self.given
         model = find_language_model(pl_module)
         layers = find_targets(find_blocks(model))
         weights = {f"{name}.weight": layer.get_parameter("weight") for name, layer in layers.items()}

@@ -73,6 +73,7 @@ class RunReport(Callback):
             "training_loss": [],
         }
         self._train_begin = 0.0
+        self._saw_the_last = False
         self._one_shot: OneShotPrune | None = None
         self._iterative: IterativePrune | None = None
 
@@ -115,8 +116,8 @@ class RunReport(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         prune = self._iterative
-        if prune is not None and prune.round == len(prune.schedule.changes) != self.record.get("rounds_seen"):
-            self.record["rounds_seen"] = prune.round
+        if prune is not None and prune.round == len(prune.schedule.changes) and not self._saw_the_last:
+            self._saw_the_last = True
             self._evaluate(trainer, pl_module, "pruned")
             self._write(trainer, pl_module)
 
@@ -126,8 +127,12 @@ class RunReport(Callback):
         loss = trainer.callback_metrics.get("train_loss")
         curve = self.record["training_loss"]
         if loss is not None and (not curve or curve[-1][0] != trainer.global_step):
-            curve.append([trainer.global_step, round(float(loss), 5)])
+            value = _finite(float(loss))
+            curve.append([trainer.global_step, None if value is None else round(value, 5)])
         self._before_a_change(trainer, pl_module, "step", trainer.global_step)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before_a_change(trainer, pl_module, "epoch", trainer.current_epoch)  # as IterativePrune does
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._before_a_change(trainer, pl_module, "epoch", trainer.current_epoch + 1)
@@ -163,10 +168,11 @@ class RunReport(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         seconds = self.record["seconds"] | {"recover": self._recover_seconds()}
-        return {"record": self.record | {"seconds": seconds}}
+        return {"record": self.record | {"seconds": seconds}, "saw_the_last": self._saw_the_last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.record = state_dict["record"]
+        self._saw_the_last = state_dict["saw_the_last"]
 
     def _recover_seconds(self) -> float:
         running = time.perf_counter() - self._train_begin if self._train_begin else 0.0

@@ -43,6 +43,10 @@ class SparsityMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         last = self.history[-1]["step"] if self.history else None
+        if self._seen is None and self.history:  # resumed: were these masks counted before the checkpoint?
+            masks = self._masks(trainer)
+            assert masks is not None
+            self._seen = masks if masks.layer_sparsity() == self.history[-1]["sparsity"] else None
         due = last is None or (trainer.global_step % self.every_n_steps == 0 and trainer.global_step != last)
         if due or self._masks(trainer) is not self._seen:
             self._count(trainer, pl_module)

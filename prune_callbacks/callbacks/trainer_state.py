@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 
 
@@ -20,6 +21,19 @@ def resumed_checkpoint(trainer: Trainer) -> Any:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
             return frame.f_locals.get("ckpt_path")
     return None
+
+
+def random_state() -> dict[str, Any]:
+    """The state of torch's generators, on the CPU and on every CUDA device, for a checkpoint."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"cpu": torch.get_rng_state(), "cuda": devices}
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """The inverse of `random_state`; devices that are not there any more are left out."""
+    torch.set_rng_state(state["cpu"].cpu())
+    for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(value.cpu(), device)
 
 
 def logs_now(trainer: Trainer) -> bool:

@@ -162,13 +162,14 @@ def _title_perplexity(axis: Axes, measured: dict[str, Any]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_training(axis: Axes, curve: list[list[int | float]], changes: list[int]) -> None:
+def _draw_training(axis: Axes, curve: list[list[int | float | None]], changes: list[int]) -> None:
     axis.set_title("training loss with masks held" + (" (dotted: masks change)" if changes else ""))
     axis.set_xlabel("optimizer step")
     for step in changes:
         axis.axvline(step, color="#bbbbbb", linestyle=":", linewidth=1)
     if curve:
-        axis.plot(*zip(*curve, strict=True), color="#4c78a8", linewidth=1)
+        steps, losses = zip(*curve, strict=True)
+        axis.plot(steps, [np.nan if loss is None else loss for loss in losses], color="#4c78a8", linewidth=1)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:
         axis.text(0.5, 0.5, "not trained yet", ha="center", va="center", transform=axis.transAxes)

@@ -1,7 +1,7 @@
 """MaskSet: the masks of a model, one bit per weight at rest."""
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,12 @@ class MaskSet(Mapping[str, Tensor]):
     @classmethod
     def from_nonzero(cls, named_parameters: NamedTensors) -> "MaskSet":
         """The masks of an already sparse model: kept is what is not zero, for every tensor given."""
-        return cls({name: tensor.detach() != 0 for name, tensor in _items(named_parameters).items()})
+        return cls.join(cls({name: tensor.detach() != 0}) for name, tensor in _items(named_parameters).items())
+
+    @classmethod
+    def all_kept(cls, shapes: Mapping[str, Sequence[int]]) -> "MaskSet":
+        """Masks of these shapes that remove nothing."""
+        return cls.join(cls({name: torch.ones(*shape, dtype=torch.bool)}) for name, shape in shapes.items())
 
     def __getitem__(self, name: str) -> Bool[Tensor, "..."]:
         shape = self._shapes[name]
@@ -88,12 +93,14 @@ class MaskSet(Mapping[str, Tensor]):
 
     def __and__(self, other: "MaskSet") -> "MaskSet":
         """Kept in both; a name that only one of the two has keeps that one's mask."""
-        merged = {**other, **self}
+        merged = MaskSet({})
+        merged._bits = {**other._bits, **self._bits}
+        merged._shapes = {**other._shapes, **self._shapes}
         for name in self.keys() & other.keys():
             if self._shapes[name] != other._shapes[name]:
                 raise ValueError(f"mask {name!r} has shape {self._shapes[name]} here and {other._shapes[name]} there")
-            merged[name] = self[name] & other[name]
-        return MaskSet(merged)
+            merged._bits[name] = self._bits[name] & other._bits[name]
+        return merged
 
     def sparsity(self) -> float:
         """The fraction removed over all masks, in [0, 1]; 0 for an empty set."""

@@ -146,8 +146,8 @@ class IMPSchedule:
 
     def __post_init__(self) -> None:
         _check("IMPSchedule", self.target, self._first, self.every, self.unit)
-        if self.rounds < 1:
-            raise ValueError(f"IMPSchedule: rounds must be at least 1, got {self.rounds}")
+        if not isinstance(self.rounds, int) or self.rounds < 1:
+            raise ValueError(f"IMPSchedule: rounds is a whole number, at least 1, got {self.rounds}")
 
     @property
     def _first(self) -> int:
@@ -184,8 +184,8 @@ def _check(name: str, target: float, begin: int, every: int, unit: str) -> None:
             f"{name}: target is the fraction of weights removed in the end and must lie in (0, 1), got {target}. "
             "For 90 % write 0.9."
         )
-    if begin < 0 or every < 1:
-        raise ValueError(f"{name}: begin must be at least 0 and every at least 1, got {begin} and {every}")
+    if not isinstance(begin, int) or not isinstance(every, int) or begin < 0 or every < 1:
+        raise ValueError(f"{name}: begin and every are whole numbers, at least 0 and 1, got {begin} and {every}")
     if unit not in ("step", "epoch"):
         raise ValueError(f'{name}: unit must be "step" or "epoch", got {unit!r}')
 

@@ -1,6 +1,6 @@
 """Exact-count, stable selection of the largest scores."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -59,28 +59,34 @@ def refuse_nan(scores: Tensor) -> None:
         )
 
 
-def keep_largest_of_all(scores: Mapping[str, Float[Tensor, "..."]], kept: int) -> dict[str, Bool[Tensor, "..."]]:
+def keep_largest_of_all(
+    scores: Mapping[str, Float[Tensor, "..."]], kept: int
+) -> Iterator[tuple[str, Bool[Tensor, "..."]]]:
     """
-    Marks the `kept` largest scores of all tensors together.
+    Marks the `kept` largest scores of all tensors together; one mask after another, by name.
 
     Equivalent to `keep_largest` on one flat tensor of all scores in the mapping's order (so among equal scores the
     first are kept), which is never made: a radix selection finds the threshold from histograms of 16 bits of the
     scores at a time, and those are sums over the tensors.
 
     Args:
-        scores: tensors of any shapes and floating dtypes, on any devices; no NaN, infinities are allowed.
+        scores: tensors of any shapes and floating dtypes, on any devices; no NaN, infinities are allowed. Each is asked
+            for four times, never two at once, so a mapping may make them when they are asked for.
         kept: how many to keep in all.
     """
+    total, double = 0, False
     for name, values in scores.items():
         try:
             refuse_nan(values)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    if kept <= 0 or kept >= sum(values.numel() for values in scores.values()):
-        return {name: torch.full_like(values, kept > 0, dtype=torch.bool) for name, values in scores.items()}
-    double = any(values.dtype == torch.float64 for values in scores.values())
+        total += values.numel()
+        double |= values.dtype == torch.float64
+    if kept <= 0 or kept >= total:
+        for name, values in scores.items():
+            yield name, torch.full_like(values, kept > 0, dtype=torch.bool)
+        return
     threshold, tied = _threshold(scores, kept, double)
-    masks = {}
     for name, values in scores.items():
         keys = _ordered(values, double)
         equal = keys == threshold
@@ -88,8 +94,7 @@ def keep_largest_of_all(scores: Mapping[str, Float[Tensor, "..."]], kept: int) -
         if tied < count:
             equal &= (equal.flatten().cumsum(0) <= tied).view(equal.shape)
         tied -= min(tied, count)
-        masks[name] = (keys > threshold) | equal
-    return masks
+        yield name, (keys > threshold) | equal
 
 
 def _threshold(scores: Mapping[str, Tensor], kept: int, double: bool) -> tuple[int, int]:

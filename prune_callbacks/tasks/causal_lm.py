@@ -42,8 +42,10 @@ class CausalLM(LightningModule):
         scheduler_steps: int | None = None,
     ) -> None:
         super().__init__()
+        if scheduler_steps is not None and scheduler_steps < 1:
+            raise ValueError(f"CausalLM: scheduler_steps must be at least 1, or None, got {scheduler_steps}")
         self.objective = LanguageModeling() if objective is None else objective
-        self.objective.check(model)
+        self.objective.prepare(model)
         self.model = model.train()  # from_pretrained returns models in evaluation mode, which Lightning keeps
         self._optimizer = optimizer
         self._scheduler = scheduler

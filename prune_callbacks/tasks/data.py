@@ -50,25 +50,30 @@ class _ResumableLoader(DataLoader[Any]):
     """
     A loader that goes on where a checkpoint left it, in the middle of an epoch.
 
-    Lightning puts `state_dict()` into its checkpoints. (torchdata's StatefulDataLoader is exact to the end of the
-    epoch, but the epochs after it draw another order than in a run that was not interrupted.)
+    (torchdata's StatefulDataLoader is exact to the end of the epoch, but the epochs after it draw another order than
+    in a run that was not interrupted.)
     """
 
     _given = 0
-    _skipped = 0
+    _left_at: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        skipped, self._skipped = self._skipped, 0
-        self._given = skipped
-        for batch in islice(super().__iter__(), skipped, None):
+        # All of this runs when the first batch is asked for: Lightning has named the epoch by then.
+        left_at, self._left_at = self._left_at or {}, None
+        self._given = left_at["given"] if left_at.get("epoch") == self._epoch else 0
+        for batch in islice(super().__iter__(), self._given, None):
             self._given += 1
             yield batch
 
+    @property
+    def _epoch(self) -> int:
+        return getattr(self.sampler, "epoch", 0)
+
     def state_dict(self) -> dict[str, int]:
-        return {"given": self._given}
+        return {"given": self._given, "epoch": self._epoch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._skipped = state_dict["given"] % len(self)  # after a whole epoch Lightning begins the next one
+        self._left_at = state_dict
 
 
 class TokenDataModule(LightningDataModule):
@@ -76,8 +81,11 @@ class TokenDataModule(LightningDataModule):
     Cuts corpora into windows of `seq_len` tokens; batches are `{"input_ids": (batch, seq_len)}`.
 
     Training and evaluation windows are contiguous, the evaluation text in order; calibration windows are drawn at
-    random (the papers' protocols). No special tokens are added. Training resumed from a checkpoint in the middle of
-    an epoch goes on with the batches that were to come.
+    random (the papers' protocols). No special tokens are added.
+
+    Training resumed from a checkpoint, in the middle of an epoch too, goes on with the batches that were to come.
+    (Lightning 2.6 itself repeats a batch where a fit that is limited by `max_steps` alone resumes from a checkpoint
+    written at the end of an epoch; let `ModelCheckpoint` count steps there.)
 
     Args:
         tokenizer: of the model.
@@ -126,6 +134,8 @@ class TokenDataModule(LightningDataModule):
         self.calibration_batch_size = calibration_batch_size
         self.seed = seed
         self._limits = {"train": train_windows, "calibration": calibration_windows, "evaluation": evaluation_windows}
+        self._loader: _ResumableLoader | None = None
+        self._left_at: dict[str, int] | None = None
         self.train_windows: Int[Tensor, "windows tokens"] | None = None
         self.calibration_windows: Int[Tensor, "windows tokens"] | None = None
         self.evaluation_windows: Int[Tensor, "windows tokens"] | None = None
@@ -149,8 +159,23 @@ class TokenDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.train_windows is not None
-        sampler = _Shuffled(len(self.train_windows), self.seed)
-        return _ResumableLoader(_Windows(self.train_windows), self.batch_size, sampler=sampler)
+        self._loader = _ResumableLoader(
+            _Windows(self.train_windows),
+            self.batch_size,
+            sampler=_Shuffled(len(self.train_windows), self.seed),
+            generator=torch.Generator(),  # else every epoch takes a number from the generator that dropout uses
+        )
+        if self._left_at is not None:
+            self._loader.load_state_dict(self._left_at)
+        return self._loader
+
+    # Lightning restores loaders only if none was made before the checkpoint is read, and the length of the training
+    # cannot be estimated without one. A data module's state comes early enough.
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._loader is None else self._loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._left_at = state_dict or None
 
     def calibration_dataloader(self) -> DataLoader[Any]:
         """What `OneShotPrune` calibrates on."""

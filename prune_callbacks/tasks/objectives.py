@@ -13,8 +13,8 @@ Losses = dict[str, Tensor]
 class Objective(Protocol):
     """A training loss of a causal LM."""
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Raises ValueError if `model` cannot be trained for it."""
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Called once, before training. Raises ValueError if `model` cannot be trained for it."""
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
         """
@@ -29,7 +29,7 @@ class Objective(Protocol):
 class LanguageModeling:
     """Mean cross-entropy of the next token."""
 
-    def check(self, model: PreTrainedModel) -> None:
+    def prepare(self, model: PreTrainedModel) -> None:
         """Every causal LM will do."""
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
@@ -40,13 +40,13 @@ class _Teacher:
     """A frozen dense model. It is no submodule of anything, so no checkpoint ever holds it."""
 
     def __init__(self, teacher: PreTrainedModel, dtype: torch.dtype | str | None) -> None:
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        self.model = teacher.requires_grad_(False).eval()  # type: ignore[no-untyped-call]
-        if dtype is not None:
-            self.model.to(dtype=dtype)
+        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.model = teacher
 
-    def check(self, student: PreTrainedModel, fields: tuple[str, ...]) -> None:
-        if student is self.model:
+    def prepare(self, student: PreTrainedModel, fields: tuple[str, ...]) -> None:
+        """Freezes and converts the teacher, once it is clear that it fits."""
+        shared = {id(p) for p in student.parameters()} & {id(p) for p in self.model.parameters()}
+        if shared:
             raise ValueError(
                 "the teacher is the model that is trained; load it a second time, or copy it before pruning"
             )
@@ -58,12 +58,17 @@ class _Teacher:
                     f"the teacher has {field}={theirs} and the model {ours}: they cannot be compared. Use the dense "
                     "model that was pruned, or another of the same vocabulary and shape"
                 )
+        self.model.requires_grad_(False).eval()  # type: ignore[no-untyped-call]
+        if self.dtype is not None:
+            self.model.to(dtype=self.dtype)  # type: ignore[call-arg]
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any], **kwargs: Any) -> Any:
-        self.model.to(inputs["input_ids"].device)
+        device = inputs["input_ids"].device
+        self.model.to(device)
         given = {key: value for key, value in inputs.items() if key != "labels"}
-        return self.model(**given, use_cache=False, **kwargs)
+        with torch.autocast(device.type, enabled=False):  # the precision asked for, not that of the training
+            return self.model(**given, use_cache=False, **kwargs)
 
 
 class LogitsDistillation:
@@ -98,9 +103,9 @@ class LogitsDistillation:
         self.weight = weight
         self.task_weight = task_weight
 
-    def check(self, model: PreTrainedModel) -> None:
+    def prepare(self, model: PreTrainedModel) -> None:
         """The vocabularies must be one."""
-        self.teacher.check(model, ("vocab_size",))
+        self.teacher.prepare(model, ("vocab_size",))
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
         output = model(**inputs, use_cache=False)
@@ -145,9 +150,9 @@ class SquareHead:
         self.weight = weight
         self.task_weight = task_weight
 
-    def check(self, model: PreTrainedModel) -> None:
+    def prepare(self, model: PreTrainedModel) -> None:
         """Vocabulary, depth and width must be the same."""
-        self.teacher.check(model, ("vocab_size", "num_hidden_layers", "hidden_size"))
+        self.teacher.prepare(model, ("vocab_size", "num_hidden_layers", "hidden_size"))
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
         output = model(**inputs, use_cache=False, output_hidden_states=True)
