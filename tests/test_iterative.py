@@ -23,6 +23,7 @@ from prune_callbacks import (
     MaskSet,
     OneShotPrune,
     Rewind,
+    Rows,
     SparseGPT,
     TokenDataModule,
     Unstructured,
@@ -243,29 +244,54 @@ def test_it_goes_on_from_a_one_shot_pruned_model(tmp_path):
     assert enforcer.masks.violations(module.named_parameters()) == {}
 
 
-@pytest.mark.parametrize("rewind", [None, Rewind(2)])
-@pytest.mark.parametrize("stop", [2, 8, 9, 11])
-def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, tokenizer, rewind, stop):
-    """From before the first round, the end of an epoch (8), the middle of a round and right behind a change."""
+def dropping():
+    from transformers import GPT2Config, GPT2LMHeadModel
 
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=259, n_positions=16))
+
+
+STEPS = IMPSchedule(0.9, 3, every=3, begin=5)
+EPOCHS = IMPSchedule(0.9, 2, every=1, unit="epoch")
+RESUMED = {
+    "before the first round": (STEPS, 2, {"max_steps": 20}),
+    "at the end of an epoch": (STEPS, 8, {"max_steps": 20}),
+    "in a round": (STEPS, 9, {"max_steps": 20}),
+    "right behind a change": (STEPS, 11, {"max_steps": 20}),
+    "where the length must be estimated": (STEPS, 9, {"max_steps": -1, "max_epochs": 3}),
+    "by epochs, in one": (EPOCHS, 11, {"max_steps": -1, "max_epochs": 3}),
+    "by epochs, with an epoch's last step": (EPOCHS, 8, {"max_steps": -1, "max_epochs": 3}),
+    "with short epochs": (STEPS, 6, {"max_steps": 20, "limit_train_batches": 12}),
+}
+
+
+@pytest.mark.parametrize("rewind", [None, Rewind(2)], ids=["", "rewinding"])
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, tokenizer, rewind, case):
+    """Epochs of 16 batches, two batches a step."""
+    schedule, stop, settings = RESUMED[case]
     (tmp_path / "text.txt").write_text("".join(f"{n} times {n} is {n * n}\n" for n in range(40)))
 
-    def run(module, folder, *more, ckpt_path=None):
+    def run(model, folder, *more, ckpt_path=None):
+        module = CausalLM(model, optimizer, warmup)
         text = [TextFile(str(tmp_path / "text.txt"))] * 3
         data = TokenDataModule(tokenizer, *text, seq_len=16, batch_size=2, train_windows=32, calibration_windows=1)
-        callbacks = [IterativePrune(IMPSchedule(0.9, 3, every=3, begin=5), rewind=rewind), MaskEnforcer(), *more]
-        trainer = trainer_of(callbacks, tmp_path / folder, enable_checkpointing=bool(more))
+        callbacks = [IterativePrune(schedule, rewind=rewind), MaskEnforcer(), *more]
+        trainer = trainer_of(callbacks, tmp_path / folder, enable_checkpointing=bool(more), **settings)
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
         return callbacks
 
-    module, again = module_of(warmup), module_of(warmup, seed=9)
-    whole = run(module, "whole")
+    whole, part, again = dropping(), dropping(), dropping()
+    part.load_state_dict(whole.state_dict())
+    torch.manual_seed(1)  # of the dropout
+    first = run(whole, "whole")
+    torch.manual_seed(1)
     checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="at_{step}", every_n_train_steps=stop, save_top_k=-1)
-    run(module_of(warmup), "part", checkpoint)
+    run(part, "part", checkpoint)
+    torch.manual_seed(2)
     resumed = run(again, "part", ckpt_path=tmp_path / f"at_step={stop}.ckpt")
-    assert resumed[0].masks == whole[0].masks == resumed[1].masks
-    assert resumed[0].round == 3
-    for (name, a), b in zip(module.named_parameters(), again.parameters(), strict=True):
+    assert resumed[0].masks == first[0].masks == resumed[1].masks
+    assert resumed[0].round == len(schedule.changes)
+    for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
@@ -372,3 +398,94 @@ def test_the_rewind_file_lies_with_the_logs(tmp_path):
     assert [p.relative_to(tmp_path) for p in tmp_path.rglob("rewind*")] == [
         Path("logs/lightning_logs/version_0/rewind_step_1.pt")
     ]
+
+
+def test_it_goes_on_from_masks_given_to_the_enforcer_and_from_a_sparse_model(tmp_path):
+    module = module_of()
+    weights = {n: p for n, p in module.model.named_parameters() if "proj" in n}
+    masks = MaskSet({n: NM(2, 4).keep(p.detach().abs()) for n, p in weights.items()})
+    for enforcer in (MaskEnforcer(masks), MaskEnforcer()):
+        spy, prune = Spy(), IterativePrune(ConstantSchedule(0.7, begin=4))
+        fit([prune, enforcer, spy], tmp_path, module, max_steps=6)  # the second fit: of the model that is sparse now
+        assert spy.after[0]["masks"].sparsity() >= 0.5
+        assert masks.violations(module.named_parameters()) == {}
+        assert prune.masks.sparsity() == pytest.approx(0.7, abs=1e-4)
+        assert all(bool((prune.masks[n] <= masks[n]).all()) for n in masks)
+
+
+def test_a_change_that_was_interrupted_was_not_made(tmp_path, monkeypatch):
+    """Ctrl-C while masks are put in force, a checkpoint written on the way out, and the fit resumed from it."""
+    enforcer, prune = MaskEnforcer(), IterativePrune(LinearSchedule(0.8, 0, 8, every=4))
+    hold, calls = enforcer.hold, []
+
+    def interrupted(masks, trainer):
+        calls.append(masks)
+        if len(calls) == 2:  # the first is that of the start
+            raise KeyboardInterrupt
+        hold(masks, trainer)
+
+    monkeypatch.setattr(enforcer, "hold", interrupted)
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="out", every_n_train_steps=99, save_on_exception=True)
+    with pytest.raises(SystemExit):
+        fit([prune, enforcer, checkpoint], tmp_path, max_steps=10, enable_checkpointing=True)
+    again, held = IterativePrune(LinearSchedule(0.8, 0, 8, every=4)), MaskEnforcer()
+    _, module = fit([again, held], tmp_path, ckpt_path=tmp_path / "out.ckpt", max_steps=10)
+    assert held.masks == again.masks
+    assert again.masks.sparsity() == pytest.approx(0.8, abs=1e-4)
+    assert again.masks.violations(module.named_parameters()) == {}
+
+
+def test_a_rewind_file_that_another_run_wrote_over_is_noticed_when_it_is_read(tmp_path):
+    class Overwrite(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 2:
+                (tmp_path / "rewind_step_1.pt").write_bytes(b"something else")
+
+    with pytest.raises(ValueError, match="is not the rewind file that this training wrote: another run has written"):
+        fit([imp(rewind=Rewind(1)), MaskEnforcer(), Overwrite()], tmp_path)
+
+
+def test_a_scheduler_that_cannot_be_read_back_is_refused_when_it_is_saved(tmp_path):
+    class Odd(LambdaLR):
+        def state_dict(self):
+            return super().state_dict() | {"odd": Path("x")}
+
+    module = module_of(lambda optimizer, num_training_steps: Odd(optimizer, lambda step: 1.0))
+    with pytest.raises(ValueError, match="learning-rate scheduler holds objects that cannot be read back safely"):
+        fit([imp(rewind=Rewind(1)), MaskEnforcer()], tmp_path, module)
+
+
+def test_rows_after_an_unstructured_pruning_go_by_what_is_left_of_them(tmp_path):
+    one_shot = OneShotPrune(Magnitude(NM(2, 4)), progress=False)
+    prune = IterativePrune(ConstantSchedule(0.75), scope="layer", pruner=Magnitude(Rows(0.75)))
+    module = module_of()
+    dense = {n: p.detach().clone() for n, p in module.model.named_parameters() if "proj" in n}
+    fit([one_shot, prune, MaskEnforcer()], tmp_path, module, max_steps=1)
+    for name, weight in dense.items():
+        left = (weight.abs() * one_shot.report.masks[name]).sum(1)
+        kept = set(torch.sort(left, descending=True, stable=True).indices[: len(left) // 4].tolist())
+        assert set(prune.masks[name].any(1).nonzero().flatten().tolist()) == kept
+
+
+def test_resuming_with_other_targets_is_refused(tmp_path):
+    path = checkpointed(tmp_path, imp())
+    with pytest.raises(ValueError, match=r"was written with targets=None, and IterativePrune has targets=\*.mlp.\*"):
+        fit([imp(targets="*.mlp.*"), MaskEnforcer()], tmp_path, ckpt_path=path)
+
+
+def test_lengths_in_epochs_are_checked_in_steps(tmp_path):
+    schedule = IMPSchedule(0.9, 2, every=1, unit="epoch")  # of 20 steps
+    with pytest.raises(ValueError, match="reaches 0.9 after 40 optimizer steps, and training ends after 30"):
+        fit([IterativePrune(schedule), MaskEnforcer()], tmp_path, max_steps=30)
+    prune = IterativePrune(schedule, rewind=Rewind(4))
+    fit([prune, MaskEnforcer()], tmp_path, max_steps=42, max_epochs=10)
+    assert prune.masks.sparsity() == pytest.approx(0.9, abs=1e-4)
+
+
+def test_training_that_ends_early_says_so(tmp_path):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 4
+
+    with pytest.warns(UserWarning, match="training ended after 4 optimizer steps, at a sparsity of 0.29"):
+        fit([imp(), MaskEnforcer(), Stop()], tmp_path)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ from prune_callbacks import (
     MaskSet,
     OneShotPrune,
     Unstructured,
+    Wanda,
     prune_sequentially,
 )
 from prune_callbacks.adapters import MaskedLoraLinear, add_lora, merge_lora
@@ -200,14 +202,77 @@ def test_a_killed_recovery_goes_on_to_the_same_bits(tmp_path, masked):
     assert all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
 
 
+def test_a_resumed_recovery_adapts_what_the_checkpoint_has(tmp_path):
+    """A layer that calibration never reached was skipped; without OneShotPrune the resumed model may be dense yet."""
+
+    def model():
+        llama = tiny_llama(hidden_size=32, layers=2)
+        llama.model.layers[0].unused = nn.Linear(8, 8)
+        return llama
+
+    def run(callbacks, made, **settings):
+        checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=12)
+        callbacks = [*callbacks, LoRARecovery(LoraConfig(r=4)), MaskEnforcer(), checkpoint]
+        fit(callbacks, tmp_path, made, steps=14, enable_checkpointing=True, **settings)
+        return made
+
+    one_shot = OneShotPrune(Wanda(NM(2, 4)), [IDS], progress=False)
+    with pytest.warns(UserWarning, match="unused stays dense"):
+        whole = run([one_shot], model())
+    resumed = run([one_shot], model(), ckpt_path=tmp_path / "step=12.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    sparse, _ = sparse_llama()
+    run([], sparse)
+    run([], tiny_llama(hidden_size=32, layers=2), ckpt_path=tmp_path / "step=12-v1.ckpt")
+
+
+def test_a_fit_that_failed_leaves_no_adapters_for_the_next(tmp_path):
+    class Fails(Callback):
+        def on_train_batch_end(self, *_):
+            raise RuntimeError("on purpose")
+
+    model, masks = sparse_llama()
+    recovery = LoRARecovery(LoraConfig(r=4))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit([recovery, MaskEnforcer(), Fails()], tmp_path, model)
+    fit([recovery, MaskEnforcer()], tmp_path, model)
+    assert masks.violations(model.named_parameters()) == {}
+
+
+def test_lists_of_a_configuration_library_are_written_too(tmp_path):
+    config = instantiate({"_target_": "peft.LoraConfig", "r": 4, "target_modules": ["q_proj", "v_proj"]})
+    model, _ = sparse_llama()
+    fit([LoRARecovery(config, masked=False, save_dir=tmp_path), MaskEnforcer()], tmp_path, model)
+    assert sorted(LoraConfig.from_pretrained(tmp_path / "adapter").target_modules) == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_masked_recovery_in_half_precision(tmp_path, precision):
+    model, masks = sparse_llama()
+    fit([LoRARecovery(LoraConfig(r=4)), MaskEnforcer()], tmp_path, model, precision=precision)
+    assert masks.violations(model.named_parameters()) == {}
+    assert MaskSet.from_nonzero(masks.matching(model.named_parameters())).sparsity() == pytest.approx(0.5, abs=1e-3)
+
+
 def test_bad_settings_are_refused_before_training(tmp_path):
     model, masks = sparse_llama()
     with pytest.raises(
         ValueError, match=r"LoRA on 1 layers that are not pruned, first lm_head; of 5 targeted layers 4"
     ):
         add_lora(model, names(masks), LoraConfig(target_modules=["lm_head", "q_proj", "v_proj"]), masked=True)
-    with pytest.raises(ValueError, match="leave out lora_dropout, use_dora"):
-        add_lora(model, names(masks), LoraConfig(lora_dropout=0.1, use_dora=True), masked=True)
+    with pytest.raises(ValueError, match=r"LoRA on 1 layers that are not pruned, first model.embed_tokens"):
+        add_lora(model, names(masks), LoraConfig(target_modules=["embed_tokens", "q_proj"]), masked=False)
+    for masked in (True, False):
+        for option in (
+            {"use_dora": True},
+            {"modules_to_save": ["lm_head"]},
+            {"init_lora_weights": "pissa"},
+            {"bias": "all"},
+        ):
+            with pytest.raises(ValueError, match=f"and nothing else: leave out {next(iter(option))}"):
+                add_lora(model, names(masks), LoraConfig(**option), masked=masked)
+    with pytest.raises(ValueError, match="a low-rank update under its mask and nothing else: leave out lora_dropout"):
+        add_lora(model, names(masks), LoraConfig(lora_dropout=0.1), masked=True)
     dense = tiny_llama(hidden_size=32, layers=2)
     with pytest.raises(ValueError, match=r"LoRARecovery found no pruned layer: there is no OneShotPrune before it"):
         fit([LoRARecovery()], tmp_path, dense)

@@ -107,6 +107,15 @@ def test_the_teacher_is_frozen_in_its_precision_and_in_no_checkpoint(tmp_path, k
     assert float(trainer.callback_metrics["train_loss"]) == pytest.approx(float(sum(terms.values())))
 
 
+def test_mixed_precision_is_the_students_not_the_teachers():
+    inputs, objective = batch(), LogitsDistillation(llama(1))
+    exact = objective.teacher(inputs).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = objective.teacher(inputs).logits
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, exact)
+
+
 @pytest.mark.parametrize(("kind", "term"), [(LogitsDistillation, "logits"), (SquareHead, "features")])
 def test_training_brings_the_student_to_its_teacher(kind, term):
     student, inputs = llama(0), batch()
@@ -132,6 +141,13 @@ def test_teachers_that_do_not_fit_are_refused_before_training():
     model = llama()
     with pytest.raises(ValueError, match="the teacher is the model that is trained"):
         CausalLM(model, objective=LogitsDistillation(model))
+    assert all(p.requires_grad for p in model.parameters())
+    sharing = llama(1)
+    sharing.set_input_embeddings(model.get_input_embeddings())
+    with pytest.raises(ValueError, match="the teacher is the model that is trained"):
+        CausalLM(model, objective=SquareHead(sharing))
+    with pytest.raises(ValueError, match="scheduler_steps must be at least 1, or None, got 0"):
+        CausalLM(llama(), scheduler_steps=0)
     CausalLM(llama(), objective=LogitsDistillation(llama(hidden_size=64)))  # logits only need the vocabulary
     with pytest.raises(ValueError, match=r"temperature must be positive, got 0.0"):
         LogitsDistillation(llama(), temperature=0.0)

@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import CSVLogger
 from prune_callbacks import (
     NM,
     CausalLM,
+    ConstantSchedule,
     IMPSchedule,
     IterativePrune,
     LinearSchedule,
@@ -20,6 +21,7 @@ from prune_callbacks import (
     SparsityMonitor,
     TokenDataModule,
 )
+from prune_callbacks.calibration import save_sparse_model
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.evaluation.report import compare, draw_report
 from prune_callbacks.tasks import PythonDocs
@@ -146,6 +148,33 @@ def test_only_the_first_round_is_measured_where_that_is_asked(tmp_path, tiny, da
     assert [entry["step"] for entry in report.record["rounds"]] == [1, 6]
     compare({"one": report.record, "two": report.record}, tmp_path / "compared.png")
     assert (tmp_path / "compared.png").stat().st_size > 10_000
+
+
+def test_a_loss_that_is_no_number_is_reported_as_none(tmp_path, tiny, data):
+    class Nan(CausalLM):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * float("nan")
+
+    report = RunReport(tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="."):  # weights of NaN are violations, and magnitudes cannot be compared
+        fit([report, IterativePrune(ConstantSchedule(0.5, begin=2)), MaskEnforcer()], tmp_path, Nan(tiny), data)
+    broken = RunReport(tmp_path / "run2", progress=False)
+    one_shot = OneShotPrune(Magnitude(NM(2, 4)), progress=False)
+    fit([broken, one_shot, MaskEnforcer()], tmp_path, Nan(type(tiny)(tiny.config)), data)
+    written = json.loads((tmp_path / "run2/report.json").read_text())
+    assert written["perplexity"]["recovered"] is None
+    assert (tmp_path / "run2/report.png").stat().st_size > 10_000
+
+
+def test_an_interrupted_save_is_taken_back(tmp_path, tiny):
+    masks = MaskSet.from_nonzero({})
+    save_sparse_model(tiny, masks, tmp_path)
+    (tmp_path / "model").rename(tmp_path / "model.old")  # killed between the two renames
+    broken = type(tiny)(tiny.config)
+    broken.save_pretrained = None
+    with pytest.raises(TypeError):
+        save_sparse_model(broken, masks, tmp_path)
+    assert (tmp_path / "model/model.safetensors").exists()
 
 
 def test_the_monitor_sees_violations_and_logs_every_layer(tmp_path, tiny, data, monkeypatch):

@@ -21,7 +21,8 @@ def shrink_masks(
     """
     The masks of a higher sparsity: what `masks` removes stays removed, the survivors of lowest score go.
 
-    Equivalent to pruning the masked weights, what is already removed going first. The count is exact: `round(sparsity * weights)` removed over all layers (global), or by the pattern in every layer.
+    Equivalent to pruning the masked weights, what is already removed going first. The count is exact:
+    `round(sparsity * weights)` removed over all layers (global), or by the pattern in every layer.
 
     Args:
         layers: the layers, by name; their `weight` parameters are read.

@@ -128,8 +128,12 @@ class IterativePrune(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:
             return
-        steps = trainer.estimated_stepping_batches
-        unit = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) if self._epochs else 1
+        steps, unit = trainer.estimated_stepping_batches, 1
+        if self._epochs:
+            trainer.fit_loop.setup_data()
+            if math.isinf(trainer.num_training_batches):
+                return  # nobody knows how long an epoch is
+            unit = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         first, last = self.schedule.changes[0] * unit, self.schedule.changes[-1] * unit
         if last >= steps:
             raise ValueError(
@@ -155,6 +159,9 @@ class IterativePrune(Callback):
         if self._random_state is not None:
             restore_random_state(self._random_state)
             self._random_state = None
+        # Lightning does not repeat on_train_epoch_end where a checkpoint was written by the epoch's last step.
+        if self._epochs:
+            self._change(trainer, trainer.current_epoch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -162,11 +169,6 @@ class IterativePrune(Callback):
         self._save_at_its_step(trainer)
         if not self._epochs:
             self._change(trainer, trainer.global_step)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning does not repeat on_train_epoch_end where a checkpoint was written by the epoch's last step.
-        if self._epochs:
-            self._change(trainer, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._epochs:

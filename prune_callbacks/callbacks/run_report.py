@@ -115,6 +115,7 @@ class RunReport(Callback):
             self._before_a_change(trainer, pl_module, self._iterative.schedule.unit, 0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._before_a_change(trainer, pl_module, "epoch", trainer.current_epoch)  # where IterativePrune catches up
         prune = self._iterative
         if prune is not None and prune.round == len(prune.schedule.changes) and not self._saw_the_last:
             self._saw_the_last = True
@@ -130,9 +131,6 @@ class RunReport(Callback):
             value = _finite(float(loss))
             curve.append([trainer.global_step, None if value is None else round(value, 5)])
         self._before_a_change(trainer, pl_module, "step", trainer.global_step)
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._before_a_change(trainer, pl_module, "epoch", trainer.current_epoch)  # as IterativePrune does
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._before_a_change(trainer, pl_module, "epoch", trainer.current_epoch + 1)

@@ -163,7 +163,7 @@ class TokenDataModule(LightningDataModule):
             _Windows(self.train_windows),
             self.batch_size,
             sampler=_Shuffled(len(self.train_windows), self.seed),
-            generator=torch.Generator(),  # else every epoch takes a number from the generator that dropout uses
+            generator=torch.Generator(),
         )
         if self._left_at is not None:
             self._loader.load_state_dict(self._left_at)
@@ -180,11 +180,15 @@ class TokenDataModule(LightningDataModule):
     def calibration_dataloader(self) -> DataLoader[Any]:
         """What `OneShotPrune` calibrates on."""
         assert self.calibration_windows is not None
-        return DataLoader(_Windows(self.calibration_windows), self.calibration_batch_size)
+        return self._in_order(self.calibration_windows)
 
     def val_dataloader(self) -> DataLoader[Any]:
         assert self.evaluation_windows is not None
-        return DataLoader(_Windows(self.evaluation_windows), self.calibration_batch_size)
+        return self._in_order(self.evaluation_windows)
+
+    def _in_order(self, windows: Tensor) -> DataLoader[Any]:
+        # A loader without a generator of its own takes a number from the one that dropout uses.
+        return DataLoader(_Windows(windows), self.calibration_batch_size, generator=torch.Generator())
 
     def _contiguous(self, part: str) -> Tensor:
         return self._cut(part, contiguous_windows, self.seq_len, self._limits[part])
