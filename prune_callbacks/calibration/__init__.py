@@ -1,6 +1,6 @@
 """Running a model block by block over calibration windows, and pruning it on the way."""
 
-from prune_callbacks.calibration.blocks import find_blocks, find_language_model, find_targets
+from prune_callbacks.calibration.blocks import find_blocks, find_language_model, find_targets, oriented
 from prune_callbacks.calibration.engine import prune_sequentially
 from prune_callbacks.calibration.prune_report import LayerReport, PruneReport, peak_memory
 from prune_callbacks.calibration.saving import savable, save_sparse_model
@@ -14,6 +14,7 @@ __all__ = [
     "find_blocks",
     "find_language_model",
     "find_targets",
+    "oriented",
     "peak_memory",
     "prune_sequentially",
     "savable",

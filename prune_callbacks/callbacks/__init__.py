@@ -1,9 +1,10 @@
 """Lightning callbacks: they decide when. What is done lies in the packages below."""
 
-from prune_callbacks.callbacks.iterative_prune import IterativePrune, Rewind
+from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
+from prune_callbacks.callbacks.rewind import Rewind
 from prune_callbacks.callbacks.run_report import RunReport
 from prune_callbacks.callbacks.sparsity_monitor import SparsityMonitor
 

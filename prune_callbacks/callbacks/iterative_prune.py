@@ -4,8 +4,6 @@ import math
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,35 +17,16 @@ from prune_callbacks.calibration import (
     find_blocks,
     find_language_model,
     find_targets,
+    oriented,
     shrink_masks,
 )
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
+from prune_callbacks.callbacks.rewind import Rewind, RewindFile
 from prune_callbacks.callbacks.trainer_state import random_state, restore_random_state
-from prune_callbacks.parallel import check_snapshot, load_snapshot, refuse_unserved, save_snapshot
+from prune_callbacks.parallel import refuse_unserved
 from prune_callbacks.pruners import Magnitude
 from prune_callbacks.sparsity import MaskSet, Schedule, Unstructured
 from prune_callbacks.sparsity.schedules import Unit
-
-
-@dataclass(frozen=True)
-class Rewind:
-    """
-    Where every round of `IterativePrune` starts again (Frankle & Carbin 2019; Renda et al. 2020).
-
-    Args:
-        step: the finished optimizer steps after which weights and training state are written to a file; 0, the
-            initial weights, is the lottery ticket's.
-        optimizer: restore the optimizers' and the learning-rate schedulers' state as well; else they go on.
-        dirpath: folder of the file; None: the logger's folder, else the trainer's `default_root_dir`.
-    """
-
-    step: int
-    optimizer: bool = True
-    dirpath: str | Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.step < 0:
-            raise ValueError(f"Rewind: step is a number of finished optimizer steps, at least 0, got {self.step}")
 
 
 class IterativePrune(Callback):
@@ -106,8 +85,7 @@ class IterativePrune(Callback):
         self.round = 0
         self.target = 0.0
         self.seconds = 0.0
-        self._snapshot: Path | None = None
-        self._digest = ""
+        self._file = None if self.rewind is None else RewindFile(self.rewind)
         self._restored: dict[str, Any] | None = None
         self._random_state: dict[str, Any] | None = None
 
@@ -117,13 +95,13 @@ class IterativePrune(Callback):
         refuse_unserved(trainer.strategy)
         self._begin()
         self._enforcer(trainer)
-        shapes = {name: layer.get_parameter("weight").shape for name, layer in self._layers(pl_module).items()}
-        for name, shape in shapes.items():
+        weights = {name: (layer, layer.get_parameter("weight")) for name, layer in self._layers(pl_module).items()}
+        for name, (layer, weight) in weights.items():
             try:
-                self.pruner.pattern.check_shape((shape[0], shape[1]))
+                self.pruner.pattern.check_shape((oriented(layer, weight).shape[0], oriented(layer, weight).shape[1]))
             except ValueError as error:
                 raise ValueError(f"layer {name}: {error}") from error
-        self.masks = MaskSet.all_kept({f"{name}.weight": shape for name, shape in shapes.items()})
+        self.masks = MaskSet.all_kept({f"{name}.weight": weight.shape for name, (_, weight) in weights.items()})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:
@@ -152,7 +130,8 @@ class IterativePrune(Callback):
             return
         assert self.masks is not None
         self.masks = self.masks & self._masks_so_far(trainer)
-        self._save_at_its_step(trainer)
+        if self._file is not None:
+            self._file.write_at_its_step(trainer)
         self._change(trainer, 0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -166,7 +145,8 @@ class IterativePrune(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._save_at_its_step(trainer)
+        if self._file is not None:
+            self._file.write_at_its_step(trainer)
         if not self._epochs:
             self._change(trainer, trainer.global_step)
 
@@ -199,9 +179,8 @@ class IterativePrune(Callback):
             layers = self._layers(trainer.lightning_module)
             masks = shrink_masks(layers, masks, target, self.pruner, self.scope)
         masks = trainer.strategy.broadcast(masks)
-        if self.rewind is not None:
-            assert self._snapshot is not None
-            load_snapshot(trainer, self._snapshot, self._digest, optimizer=self.rewind.optimizer)
+        if self._file is not None:
+            self._file.go_back(trainer)
         self._enforcer(trainer).hold(masks, trainer)
         # Last, so that an interrupted change is not taken for one that was made.
         self.round, self.target, self.masks = bisect_right(self.schedule.changes, now), target, masks
@@ -210,14 +189,6 @@ class IterativePrune(Callback):
             f"round {self.round} of {len(self.schedule.changes)}: {masks.sparsity():.2%} zeros after {now} "
             f"{self.schedule.unit}s" + (f", back to step {self.rewind.step}" if self.rewind is not None else "")
         )
-
-    def _save_at_its_step(self, trainer: Trainer) -> None:
-        if self.rewind is None or self._snapshot is not None or trainer.global_step < self.rewind.step:
-            return
-        folder = Path(self.rewind.dirpath or trainer.log_dir or trainer.default_root_dir)
-        path = folder.resolve() / f"rewind_step_{self.rewind.step}.pt"
-        self._digest = save_snapshot(trainer, path)
-        self._snapshot = path
 
     def _masks_so_far(self, trainer: Trainer) -> MaskSet:
         """Those of OneShotPrune, those given to MaskEnforcer, or the zeros of a model that is sparse already."""
@@ -250,8 +221,8 @@ class IterativePrune(Callback):
         for name in ("schedule", "pruner", "scope"):
             if self._restored[name] != settings[name]:
                 rank_zero_warn(f"the checkpoint was trained by {self._restored[name]}; it goes on by {settings[name]}")
-        if self._snapshot is not None:
-            check_snapshot(self._snapshot, self._digest)
+        if self._file is not None:
+            self._file.check()
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -270,8 +241,7 @@ class IterativePrune(Callback):
             "target": self.target,
             "seconds": self.seconds,
             "masks": self.masks.state_dict(),
-            "snapshot": None if self._snapshot is None else str(self._snapshot),
-            "digest": self._digest,
+            "rewind_file": None if self._file is None else self._file.state_dict(),
             "random_state": random_state(),
         }
 
@@ -281,11 +251,9 @@ class IterativePrune(Callback):
         self._restored = state_dict
         self.round, self.target, self.seconds = (state_dict[key] for key in ("round", "target", "seconds"))
         self.masks = MaskSet.from_state_dict(state_dict["masks"])
-        self._digest, self._random_state = state_dict["digest"], state_dict["random_state"]
-        if state_dict["snapshot"] is not None:
-            self._snapshot = Path(state_dict["snapshot"])
-            if self.rewind is not None and self.rewind.dirpath is not None:
-                self._snapshot = Path(self.rewind.dirpath).resolve() / self._snapshot.name
+        self._random_state = state_dict["random_state"]
+        if self._file is not None and state_dict["rewind_file"] is not None:
+            self._file.load_state_dict(state_dict["rewind_file"])
 
     def _layers(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         return find_targets(find_blocks(find_language_model(pl_module), self.blocks), self.targets)
