@@ -11,8 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from prune_callbacks.evaluation.report import compare, read_report, refuse_existing_run
 
-SHARED = ("smoke", "seed", "model", "data", "optimizer", "trainer", "logger")
+SHARED = ("smoke", "seed", "model", "data", "pattern", "objective", "optimizer", "trainer", "logger")
 """What recipes that are compared have in common: overrides of these reach the recipes `beside` one too."""
+
+OmegaConf.register_new_resolver("half", lambda number: number // 2, replace=True)
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -47,20 +49,40 @@ def composed(given: list[str]) -> DictConfig:
     return cfg
 
 
+def run_beside(cfg: DictConfig) -> None:
+    """A recipe beside another: from its newest checkpoint, if it was interrupted; not at all, if it is finished."""
+    folder = Path(cfg.output_dir)
+    checkpoints = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if checkpoints or read_report(folder) is not None:
+        before = OmegaConf.load(folder / "config.yaml")
+        if OmegaConf.merge(before, {"ckpt_path": None}) != cfg:
+            raise ValueError(f"{folder} holds a {cfg.name} of another configuration. Choose another output_dir")
+        if (read_report(folder) or {}).get("stage") == "recovered":
+            return
+    try:
+        cfg.ckpt_path = str(checkpoints[-1]) if checkpoints else None
+        train(cfg)
+    except ValueError as error:
+        raise ValueError(f"{cfg.name}, which runs beside: {error}") from error
+
+
 def run(given: list[str]) -> None:
     """The recipes `beside` this one, unless they are finished, then this one, and the comparison of them all."""
     cfg = composed(given)
     cfg.output_dir = cfg.output_dir  # the time in it is read once
     folders = {cfg.name: Path(cfg.output_dir)}
-    if cfg.beside and cfg.ckpt_path is None:
-        refuse_existing_run(folders[cfg.name])  # now, not after the others
+    if cfg.beside:  # what is wrong is to be said now, not after the others
+        instantiate(cfg.callbacks)
+        if cfg.ckpt_path is None:
+            refuse_existing_run(folders[cfg.name])
+        elif not Path(cfg.ckpt_path).is_file():
+            raise ValueError(f"no checkpoint at {cfg.ckpt_path}")
     shared = [override for override in given if key(override).split(".")[0] in SHARED]
     for name in cfg.beside:
         other = composed([*shared, f"recipe={name}"])
         other.output_dir = str(Path(cfg.output_dir) / name)
         folders[name] = Path(other.output_dir)
-        if (read_report(folders[name]) or {}).get("stage") != "recovered":
-            train(other)
+        run_beside(other)
     train(cfg)
     if cfg.beside:
         compare({name: read_report(folder) for name, folder in folders.items()}, Path(cfg.output_dir) / "compared.png")

@@ -5,7 +5,7 @@ What every way of recovering brings back, for the same number of training tokens
 
 TEXT is a .txt or .jsonl file, cut into parts that do not overlap: one calibrates SparseGPT at 2:4, one is trained on,
 one (held out) chooses the learning rate. WINDOWS is a safetensors file with a tensor of token windows to report on
-(`wikitext2`). Every method starts from the same pruned model and sees the same tokens in the same order, with two
+(`wikitext2`). Every method starts from the same pruned model and sees the same tokens in the same order, with three
 learning rates; the table has the best one's perplexities. Results are written after every run; start again, and what
 is finished is not measured twice.
 """
@@ -48,14 +48,12 @@ Teacher = transformers.PreTrainedModel
 OBJECTIVES: dict[str, Callable[[Teacher], Objective]] = {
     "text": lambda _: LanguageModeling(),
     "text and logits": LogitsDistillation,
-    "logits alone": lambda teacher: LogitsDistillation(teacher, task_weight=0.0),
     "text and SquareHead": SquareHead,
 }
-FULL, LORA = [1e-4, 2e-4], [1e-3, 2e-3]
+FULL, LORA = [1e-4, 2e-4, 4e-4], [1e-3, 2e-3, 4e-3]
 METHODS: dict[str, tuple[str, bool | None, list[float]]] = {
     "full, text": ("text", None, FULL),
     "full, text and logits": ("text and logits", None, FULL),
-    "full, logits alone": ("logits alone", None, FULL),
     "full, text and SquareHead": ("text and SquareHead", None, FULL),
     "masked LoRA, text": ("text", True, LORA),
     "plain LoRA (not merged), text": ("text", False, LORA),
@@ -137,14 +135,14 @@ def main() -> None:
     parser.add_argument("--calibration-windows", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--rates", type=int, default=2, help="how many of the learning rates to try")
+    parser.add_argument("--rates", type=int, default=3, help="how many of the learning rates to try")
     parser.add_argument("--results", type=Path, default=Path("recovery.json"))
-    parser.add_argument("--pruned", type=Path, default=Path("recovery_pruned"), help="folder of the pruned model")
     parser.add_argument("--matmul-precision", default="highest", choices=("highest", "high", "medium"))
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision(arguments.matmul_precision)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     dense = arguments.model or smollm2_135m()
+    folder = arguments.results.with_suffix("")  # of the pruned model
     windows = load_file(arguments.windows)[arguments.evaluation]
     kept = ("train_windows", "batch_size", "seq_len", "calibration_windows", "rank", "matmul_precision", "evaluation")
     setting = {
@@ -171,14 +169,14 @@ def main() -> None:
         results["cells"]["dense"] = measure(model, data, windows)
         assert data.calibration_windows is not None
         report = prune_sequentially(model, data.calibration_windows.split(4), SparseGPT(NM(2, 4)))
-        save_sparse_model(model, report.masks, arguments.pruned)
+        save_sparse_model(model, report.masks, folder)
         results["cells"]["pruned"] = measure(model, data, windows)
         write_json(arguments.results, results)
     for method in arguments.methods:
         for lr in METHODS[method][2][: arguments.rates]:
             key = f"{method}, lr {lr:g}"
             if key not in results["cells"]:
-                model, seconds = train(arguments.pruned, dense, data, method, lr, arguments.rank)
+                model, seconds = train(folder, dense, data, method, lr, arguments.rank)
                 results["cells"][key] = {"lr": lr, "seconds": round(seconds, 1)} | measure(model, data, windows)
                 print(key, results["cells"][key], flush=True)
                 write_json(arguments.results, results)

@@ -1,6 +1,7 @@
 """IterativePrune in real fits: what every hook does, exact counts, rewinding from a file, resuming."""
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -357,6 +358,8 @@ def test_bad_settings_are_refused_before_training(tmp_path, unchecked):
         imp(pruner=Magnitude(Unstructured(0.9)))
     with pytest.raises(ValueError, match='scope must be "global" or "layer", got \'model\''):
         imp(scope="model")
+    with pytest.raises(ValueError, match=r"rewind is None or Rewind\(step=...\), got 3"):
+        imp(rewind=3)
     with pytest.raises(ValueError, match="at least 0, got -1"):
         Rewind(-1)
     for callbacks in ([imp()], [MaskEnforcer(), imp()]):
@@ -465,6 +468,18 @@ def test_rows_after_an_unstructured_pruning_go_by_what_is_left_of_them(tmp_path)
         left = (weight.abs() * one_shot.report.masks[name]).sum(1)
         kept = set(torch.sort(left, descending=True, stable=True).indices[: len(left) // 4].tolist())
         assert set(prune.masks[name].any(1).nonzero().flatten().tolist()) == kept
+
+
+def test_a_checkpoint_that_lightning_cannot_resume_exactly_is_warned_of(tmp_path):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)  # at the end of every epoch
+    settings = {"enable_checkpointing": True, "limit_train_batches": 8}
+    fit([imp(), MaskEnforcer(), checkpoint], tmp_path, max_steps=10, **settings)
+    with pytest.warns(UserWarning, match="where Lightning 2.6 repeats a batch"):
+        fit([imp(), MaskEnforcer()], tmp_path, ckpt_path=tmp_path / "epoch=1.ckpt", max_steps=10, limit_train_batches=8)
+    fit([imp(), MaskEnforcer(), checkpoint], tmp_path / "b", max_steps=-1, max_epochs=3, **settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the checkpoint .* was written at the end of an epoch")
+        fit([imp(), MaskEnforcer()], tmp_path, ckpt_path=tmp_path / "epoch=1-v1.ckpt", max_steps=-1, max_epochs=3)
 
 
 def test_resuming_with_other_targets_is_refused(tmp_path):

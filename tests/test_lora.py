@@ -1,5 +1,7 @@
 """LoRA on sparse models: masked updates merge exactly and keep every zero; plain ones are not merged in silence."""
 
+import shutil
+
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -239,6 +241,26 @@ def test_a_fit_that_failed_leaves_no_adapters_for_the_next(tmp_path):
     assert masks.violations(model.named_parameters()) == {}
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_fit_resumed_at_its_last_step_merges_and_saves_too(tmp_path, masked):
+    def run(model, **settings):
+        lora = LoRARecovery(LoraConfig(r=4), masked=masked, save_dir=None if masked else tmp_path)
+        checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=6)
+        fit([lora, MaskEnforcer(), checkpoint], tmp_path, model, enable_checkpointing=True, **settings)
+
+    whole, masks = sparse_llama()
+    run(whole)
+    shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
+    again, _ = sparse_llama()
+    run(again, ckpt_path=tmp_path / "step=6.ckpt")  # 6 steps are all there are
+    assert torch.equal(logits(again), logits(whole))
+    assert masks.violations(again.named_parameters()) == {}
+    assert (tmp_path / "adapter/adapter_config.json").exists() != masked
+    other = LoRARecovery(LoraConfig(r=4), masked=not masked)
+    with pytest.raises(ValueError, match=rf"was trained by LoRARecovery\(masked={masked}\); go on with the same"):
+        fit([other, MaskEnforcer()], tmp_path, sparse_llama()[0], ckpt_path=tmp_path / "step=6.ckpt")
+
+
 def test_lists_of_a_configuration_library_are_written_too(tmp_path):
     config = instantiate({"_target_": "peft.LoraConfig", "r": 4, "target_modules": ["q_proj", "v_proj"]})
     model, _ = sparse_llama()
@@ -254,7 +276,7 @@ def test_masked_recovery_in_half_precision(tmp_path, precision):
     assert MaskSet.from_nonzero(masks.matching(model.named_parameters())).sparsity() == pytest.approx(0.5, abs=1e-3)
 
 
-def test_bad_settings_are_refused_before_training(tmp_path):
+def test_bad_settings_are_refused_before_training(tmp_path, unchecked):
     model, masks = sparse_llama()
     with pytest.raises(
         ValueError, match=r"LoRA on 1 layers that are not pruned, first lm_head; of 5 targeted layers 4"
@@ -286,6 +308,16 @@ def test_bad_settings_are_refused_before_training(tmp_path):
         ValueError, match=r"LoRA on 2 layers that are not pruned, first model.layers.0.self_attn.q_proj"
     ):
         fit([one_shot, attention, MaskEnforcer()], tmp_path, dense)
-    add_lora(model, names(masks), LoraConfig(), masked=True)
+    with pytest.raises(ValueError, match="LoRARecovery: config is a peft.LoraConfig, got {'r': 4}"):
+        LoRARecovery({"r": 4})
+    with pytest.raises(ValueError, match="save_dir is for the adapter of masked=False"):
+        LoRARecovery(save_dir=tmp_path)
+    with pytest.raises(ValueError, match="nothing else: leave out modules_to_save"):
+        LoRARecovery(LoraConfig(modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="takes peft's wrapper around the model, got LlamaForCausalLM"):
+        merge_lora(model, masks)
+    wrapper = add_lora(model, names(masks), LoraConfig(), masked=True)
+    with pytest.raises(ValueError, match="lossy must be None"):
+        merge_lora(wrapper, masks, lossy="foo")
     with pytest.raises(ValueError, match="the model has adapters already"):
         add_lora(model, names(masks), LoraConfig(), masked=True)

@@ -131,7 +131,7 @@ def test_training_brings_the_student_to_its_teacher(kind, term):
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_teachers_that_do_not_fit_are_refused_before_training():
+def test_teachers_that_do_not_fit_are_refused_before_training(unchecked):
     with pytest.raises(ValueError, match="the teacher has vocab_size=300 and the model 259"):
         CausalLM(llama(), objective=LogitsDistillation(llama(vocab_size=300)))
     with pytest.raises(ValueError, match="the teacher has num_hidden_layers=3 and the model 2"):
@@ -149,6 +149,14 @@ def test_teachers_that_do_not_fit_are_refused_before_training():
     with pytest.raises(ValueError, match="scheduler_steps must be at least 1, or None, got 0"):
         CausalLM(llama(), scheduler_steps=0)
     CausalLM(llama(), objective=LogitsDistillation(llama(hidden_size=64)))  # logits only need the vocabulary
+    with pytest.raises(ValueError, match="a teacher is a model of transformers, got 'gpt2'"):
+        LogitsDistillation("gpt2")
+    with pytest.raises(
+        ValueError, match=r'a teacher\'s dtype is a torch.dtype or its name, such as "bfloat16", got \'bf16\''
+    ):
+        SquareHead(llama(), dtype="bf16")
+    with pytest.raises(ValueError, match="objective is one such as SquareHead"):
+        CausalLM(llama(), objective="logits")
     with pytest.raises(ValueError, match=r"temperature must be positive, got 0.0"):
         LogitsDistillation(llama(), temperature=0.0)
     with pytest.raises(ValueError, match=r"weight must be positive and task_weight not negative, got 0.0 and 1.0"):

@@ -1,5 +1,6 @@
 """Every recipe is composed and instantiated; every file says how it is run."""
 
+import importlib.util
 from pathlib import Path
 
 import hydra
@@ -31,6 +32,8 @@ from prune_callbacks import (
 from prune_callbacks.tasks import HubText, tiny_llama
 
 ROOT = Path(__file__).parent.parent
+train = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+train.loader.exec_module(importlib.util.module_from_spec(train))  # the resolvers that recipes use
 NAMES = sorted(path.stem for path in (ROOT / "recipes/recipe").glob("*.yaml"))
 PRUNERS = {
     "magnitude_50": Magnitude(Unstructured(0.5)),

@@ -146,6 +146,7 @@ def test_only_the_first_round_is_measured_where_that_is_asked(tmp_path, tiny, da
     prune = IterativePrune(LinearSchedule(0.5, 0, 4))
     fit([report, prune, MaskEnforcer()], tmp_path, CausalLM(tiny), data)
     assert [entry["step"] for entry in report.record["rounds"]] == [1, 6]
+    assert report.record["changes"] == [1, 2, 3, 4]
     compare({"one": report.record, "two": report.record}, tmp_path / "compared.png")
     assert (tmp_path / "compared.png").stat().st_size > 10_000
 

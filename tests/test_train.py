@@ -143,11 +143,31 @@ def test_imp_beside_one_shot(tmp_path):
     assert "oneshot_90" in done.stdout
     for picture in ("compared.png", "sparsity.png", "report.png", "oneshot_90/report.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
-    # Again: what is finished is not run again, and the run itself is refused.
+    # Again: the run itself is refused. Without it, what is finished beside it is not run again, and not for other data.
     again = run("recipe=imp_90", "smoke=true", f"output_dir={tmp_path}")
     assert again.returncode == 1
     assert "already holds a run" in again.stderr
+    for name in ("report.json", "masks.safetensors"):
+        (tmp_path / name).unlink()
+    shutil.rmtree(tmp_path / "model")
+    other = run("recipe=imp_90", "smoke=true", f"output_dir={tmp_path}", "seed=1")
+    assert "holds a oneshot_90 of another configuration. Choose another output_dir" in other.stderr
+    again = run("recipe=imp_90", "smoke=true", f"output_dir={tmp_path}")
+    assert again.returncode == 0, again.stderr[-3000:]
     assert "round 1 of 1" not in again.stdout + again.stderr
+    # Its checkpoint is not one of imp_90; what is wrong with imp_90 is said before anything runs.
+    foreign = run(
+        "recipe=oneshot_90", "smoke=true", f"output_dir={tmp_path}/c", "callbacks.checkpoint.every_n_train_steps=9"
+    )
+    assert foreign.returncode == 0, foreign.stderr[-3000:]
+    arguments = ["recipe=imp_90", "smoke=true", "beside=[]", f"output_dir={tmp_path}/d"]
+    assert (
+        "the checkpoint is one of recipe oneshot_90"
+        in run(*arguments, f"ckpt_path={tmp_path}/c/checkpoints/step_36.ckpt").stderr
+    )
+    bad = run("recipe=imp_90", "smoke=true", f"output_dir={tmp_path}/e", "pruner=wanda")
+    assert "IterativePrune chooses among the weights as they are trained, by Magnitude" in bad.stderr
+    assert not (tmp_path / "e").exists()
 
 
 def test_imp_killed_in_its_fourth_round_ends_with_the_same_bits(tmp_path):

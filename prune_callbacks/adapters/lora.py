@@ -111,7 +111,7 @@ def add_lora(model: PreTrainedModel, pruned: Collection[str], config: LoraConfig
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("the model has adapters already; merge or unload them first")
     config = _plain_values(config)
-    _check_options(config, masked)
+    check_options(config, masked)
     if config.target_modules is None or config.target_modules == "all-linear":
         config.target_modules = list(pruned)
     targeted = [name for name, _ in model.named_modules() if check_target_module_exists(config, name)]
@@ -140,7 +140,8 @@ def _plain_values(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def _check_options(config: LoraConfig, masked: bool) -> None:
+def check_options(config: LoraConfig, masked: bool) -> None:
+    """Raises ValueError for options that would train or change something else than a low-rank update."""
     allowed = OPTIONS if masked else OPTIONS | {"lora_dropout"}
     default = LoraConfig()
     other = [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
@@ -177,6 +178,10 @@ def merge_lora(
     Returns:
         What a lossy merge cost; None for an exact one.
     """
+    if not isinstance(wrapper, PeftModel):
+        raise ValueError(f"merge_lora takes peft's wrapper around the model, got {type(wrapper).__name__}")
+    if lossy not in (None, "zeros", "update"):
+        raise ValueError(f'merge_lora: lossy must be None, "zeros" or "update", got {lossy!r}')
     model = wrapper.get_base_model()
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     if all(isinstance(layer, MaskedLoraLinear) for layer in layers):
@@ -184,7 +189,7 @@ def merge_lora(
         if violations := masks.violations(model.named_parameters()):
             raise ValueError(f"the base had weights outside the masks before the merge: {violations}")
         return None
-    if lossy not in ("zeros", "update"):
+    if lossy is None:
         weights = [layer.get_base_layer().get_parameter("weight") for layer in layers]
         total = sum(weight.numel() for weight in weights)
         zeros = total - sum(int(weight.count_nonzero()) for weight in weights)

@@ -68,6 +68,8 @@ class IterativePrune(Callback):
     ) -> None:
         if not isinstance(schedule, Schedule):
             raise ValueError(f"IterativePrune takes a schedule such as CubicSchedule(0.8, 0, 1000), got {schedule!r}")
+        if rewind is not None and not isinstance(rewind, Rewind):
+            raise ValueError(f"IterativePrune: rewind is None or Rewind(step=...), got {rewind!r}")
         sparsities = [schedule(time) for time in schedule.changes]
         if sparsities != sorted(set(sparsities)) or not sparsities:
             raise ValueError(f"IterativePrune: the sparsity must rise at every change, {schedule!r} has {sparsities}")
@@ -210,6 +212,13 @@ class IterativePrune(Callback):
             raise ValueError(
                 f"the checkpoint {trainer.ckpt_path} holds no state of IterativePrune. To prune its model, load it and "
                 "start a new fit without ckpt_path"
+            )
+        epochs = trainer.fit_loop.epoch_progress.current
+        if epochs.processed > epochs.completed:  # Lightning evens them out where max_epochs limits the fit
+            rank_zero_warn(
+                f"the checkpoint {trainer.ckpt_path} was written at the end of an epoch of a fit limited by max_steps "
+                "alone, where Lightning 2.6 repeats a batch: the resumed training will not be the same to the bit. "
+                "ModelCheckpoint(every_n_train_steps=) writes checkpoints that can be resumed exactly"
             )
         settings = self._settings()
         for name in ("targets", "rewind"):

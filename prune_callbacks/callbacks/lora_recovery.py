@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -48,7 +48,14 @@ class LoRARecovery(Callback):
             from peft import LoraConfig
         except ImportError as error:
             raise ValueError("LoRARecovery needs peft: pip install prune-callbacks[lora]") from error
+        if config is not None and not isinstance(config, LoraConfig):
+            raise ValueError(f"LoRARecovery: config is a peft.LoraConfig, got {config!r}")
+        if masked and save_dir is not None:
+            raise ValueError("LoRARecovery: save_dir is for the adapter of masked=False; a masked one is merged")
+        from prune_callbacks.adapters import check_options
+
         self.config = LoraConfig() if config is None else config
+        check_options(self.config, masked)
         self.masked = masked
         self.save_dir = save_dir
         self.peft_model: PeftModel | None = None
@@ -77,6 +84,15 @@ class LoRARecovery(Callback):
         rank_zero_info(f"LoRA{' under the mask' if self.masked else ''}: {trained:,} of {total:,} weights are trained")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.finish(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.finish(trainer)  # of a fit resumed at its last step Lightning calls no on_train_end
+
+    def finish(self, trainer: Trainer) -> None:
+        """Merges the masked update, or saves the plain adapter; once a fit."""
+        if not self._unfinished:
+            return
         assert self.peft_model is not None
         self._unfinished = False
         if self.masked:
@@ -88,8 +104,22 @@ class LoRARecovery(Callback):
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(self._trained[name])
             self.peft_model = None
-        elif self.save_dir is not None and trainer.is_global_zero:
+        elif self.save_dir is None:
+            rank_zero_warn("LoRARecovery(masked=False) without save_dir: the adapter is in the model only, not saved")
+        elif trainer.is_global_zero:
+            base = Path(self.save_dir) / "model"
+            if base.exists():
+                self.peft_model.peft_config["default"].base_model_name_or_path = str(base)
             self.peft_model.save_pretrained(str(Path(self.save_dir) / "adapter"))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"masked": self.masked}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["masked"] != self.masked:
+            raise ValueError(
+                f"the checkpoint was trained by LoRARecovery(masked={state_dict['masked']}); go on with the same"
+            )
 
     def _pruned(self, trainer: Trainer, model: nn.Module) -> list[str]:
         one_shot = next((c for c in trainer.callbacks if isinstance(c, OneShotPrune)), None)

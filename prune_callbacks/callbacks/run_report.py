@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.calibration import find_language_model, peak_memory, save_sparse_model
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
+from prune_callbacks.callbacks.lora_recovery import LoRARecovery
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
 from prune_callbacks.evaluation import perplexity
@@ -69,6 +70,7 @@ class RunReport(Callback):
             "stage": "dense",
             "perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None},
             "rounds": [],
+            "changes": [],
             "seconds": {"prune": None, "recover": 0.0, "evaluate": 0.0},
             "training_loss": [],
         }
@@ -139,6 +141,7 @@ class RunReport(Callback):
         prune = self._iterative
         if prune is None or not prune.rises(unit, now):
             return
+        self.record["changes"].append(trainer.global_step)
         if self.record["perplexity"]["dense"] is None:
             self._round(trainer, self._evaluate(trainer, pl_module, "dense"))
         elif self.every_round:
@@ -151,8 +154,11 @@ class RunReport(Callback):
         sparsity = self._iterative.masks.sparsity()
         self.record["rounds"].append({"step": trainer.global_step, "sparsity": sparsity, "perplexity": _finite(value)})
 
-    # After the last hook of training: LoRARecovery merges its update in on_train_end.
+    # Not on_train_end, where LoRARecovery, which stands behind, merges its update.
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for callback in trainer.callbacks:
+            if isinstance(callback, LoRARecovery):
+                callback.finish(trainer)
         self.record["seconds"]["recover"] = self._recover_seconds()
         self._train_begin = 0.0
         self._save(trainer, pl_module)
@@ -169,6 +175,11 @@ class RunReport(Callback):
         return {"record": self.record | {"seconds": seconds}, "saw_the_last": self._saw_the_last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        recipe, ours = state_dict["record"]["recipe"], self.record["recipe"]
+        if recipe != ours:
+            raise ValueError(
+                f"the checkpoint is one of recipe {recipe}, and this is {ours}; go on with the same recipe"
+            )
         self.record = state_dict["record"]
         self._saw_the_last = state_dict["saw_the_last"]
 
@@ -231,6 +242,7 @@ class RunReport(Callback):
             "pruner": ", then ".join(repr(callback.pruner) for callback in pruning),
             "schedule": repr(self._iterative.schedule) if self._iterative is not None else None,
             "optimizer_steps": trainer.global_step,
+            "adapter": "adapter" if (self.dirpath / "adapter").is_dir() else None,
             "sparsity": {"target": last, "achieved": zeros.sparsity(), "layers": zeros.layer_sparsity()},
             "violations": masks.violations(pl_module.named_parameters()),
             "reconstruction_loss": {layer.name: layer.relative_loss for layer in report.layers} if report else {},

@@ -68,9 +68,11 @@ def summary_table(record: dict[str, Any]) -> None:
     table.add_column("")
     table.add_column(f"perplexity on {measured['dataset'] or 'evaluation text'}\n(windows of {measured['seq_len']})")
     for stage in STAGES:
-        table.add_row(stage, _number(measured[stage]))
+        note = " (model/ with adapter/)" if stage == "recovered" and record["adapter"] else ""
+        table.add_row(stage, _number(measured[stage]) + note)
     table.add_section()
-    table.add_row("zeros in pruned layers", f"{record['sparsity']['achieved']:.2%}")
+    base = " (base; the adapter is dense)" if record["adapter"] else ""
+    table.add_row("zeros in pruned layers", f"{record['sparsity']['achieved']:.2%}{base}")
     table.add_row("weights violating masks", str(sum(record["violations"].values())))
     Console().print(table)
     if record["rounds"]:
@@ -128,7 +130,7 @@ def draw_report(record: dict[str, Any], path: Path) -> None:
         _title_perplexity(axes[0], record["perplexity"])
     else:
         _draw_perplexity(axes[0], record["perplexity"])
-    _draw_training(axes[1], record["training_loss"], [entry["step"] for entry in record["rounds"][:-1]])
+    _draw_training(axes[1], record["training_loss"], record["changes"])
     _draw_layers(axes[2], record["reconstruction_loss"], record["sparsity"]["layers"])
     figure.savefig(path, dpi=110)
     plt.close(figure)

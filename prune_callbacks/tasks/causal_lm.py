@@ -45,6 +45,8 @@ class CausalLM(LightningModule):
         if scheduler_steps is not None and scheduler_steps < 1:
             raise ValueError(f"CausalLM: scheduler_steps must be at least 1, or None, got {scheduler_steps}")
         self.objective = LanguageModeling() if objective is None else objective
+        if not isinstance(self.objective, Objective):
+            raise ValueError(f"CausalLM: objective is one such as SquareHead(teacher), got {objective!r}")
         self.objective.prepare(model)
         self.model = model.train()  # from_pretrained returns models in evaluation mode, which Lightning keeps
         self._optimizer = optimizer

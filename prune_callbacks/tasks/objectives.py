@@ -40,7 +40,11 @@ class _Teacher:
     """A frozen dense model. It is no submodule of anything, so no checkpoint ever holds it."""
 
     def __init__(self, teacher: PreTrainedModel, dtype: torch.dtype | str | None) -> None:
-        self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        if not isinstance(teacher, PreTrainedModel):
+            raise ValueError(f"a teacher is a model of transformers, got {teacher!r}")
+        self.dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not isinstance(self.dtype, torch.dtype):
+            raise ValueError(f'a teacher\'s dtype is a torch.dtype or its name, such as "bfloat16", got {dtype!r}')
         self.model = teacher
 
     def prepare(self, student: PreTrainedModel, fields: tuple[str, ...]) -> None:
