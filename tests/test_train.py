@@ -154,7 +154,7 @@ def test_imp_beside_one_shot(tmp_path):
     assert "holds a oneshot_90 of another configuration. Choose another output_dir" in other.stderr
     again = run("recipe=imp_90", "smoke=true", f"output_dir={tmp_path}")
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "round 1 of 1" not in again.stdout + again.stderr
+    assert "round 1 of 1:" not in again.stdout + again.stderr
     # Its checkpoint is not one of imp_90; what is wrong with imp_90 is said before anything runs.
     foreign = run(
         "recipe=oneshot_90", "smoke=true", f"output_dir={tmp_path}/c", "callbacks.checkpoint.every_n_train_steps=9"
