@@ -22,6 +22,14 @@ def test_masks_rest_at_one_bit_per_weight_and_come_back(tmp_path):
     assert loaded != MaskSet({"a": keep["a"]})
 
 
+def test_equal_masks_are_equal_files(tmp_path):
+    masks = masks_of((4, 8), (3, 5))
+    files = [tmp_path / str(number) for number in range(20)]  # several metadata keys would come in any order
+    for file in files:
+        MaskSet.from_state_dict(masks.state_dict()).save(file)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_a_mask_cannot_be_changed_from_outside():
     masks = masks_of((4, 8))
     before = masks["layer0.weight"].clone()

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from prune_callbacks.sparsity.patterns import Pattern
 
+METADATA = "prune_callbacks.masks"
+"""The key under which a masks file has its shapes."""
+
 NamedTensors = Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
 
 
@@ -191,7 +194,8 @@ class MaskSet(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file: one bit per weight, the shapes in its metadata."""
-        save_file(self._bits, path, metadata={"format": "prune_callbacks.masks", "shapes": json.dumps(self._shapes)})
+        # One key: safetensors writes several in any order, and equal masks are to be equal files.
+        save_file(self._bits, path, metadata={METADATA: json.dumps(self._shapes)})
 
     @classmethod
     def load(cls, path: str | Path) -> "MaskSet":
@@ -209,7 +213,7 @@ class MaskSet(Mapping[str, Tensor]):
                 bits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-        if metadata.get("format") != "prune_callbacks.masks":
+        if METADATA not in metadata:
             raise ValueError(f"{path} is a safetensors file but not one that MaskSet.save wrote")
-        shapes = json.loads(metadata["shapes"])
+        shapes = json.loads(metadata[METADATA])
         return cls.from_state_dict({"bits": {name: bits[name] for name in shapes}, "shapes": shapes})
