@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from fits import optimizer, trainer_of
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
@@ -52,10 +53,6 @@ class Watch(Callback):
                     self.worst_moment = max(self.worst_moment, float(value[gone].abs().max()))
 
 
-def optimizer(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
-
-
 def batches(count=STEPS * 2, size=2):
     generator = torch.Generator().manual_seed(5)
     return torch.randint(3, 200, (count * size, 16), generator=generator).split(size)
@@ -63,21 +60,6 @@ def batches(count=STEPS * 2, size=2):
 
 def loader():
     return torch.utils.data.DataLoader(torch.cat(list(batches())), batch_size=2)
-
-
-def trainer_of(callbacks, tmp_path, **settings):
-    defaults = {
-        "max_steps": STEPS,
-        "gradient_clip_val": 0.5,
-        "accumulate_grad_batches": 2,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "logger": False,
-        "accelerator": "cpu",
-        "log_every_n_steps": 1,
-    }
-    return Trainer(default_root_dir=tmp_path, callbacks=callbacks, **(defaults | settings))
 
 
 def fit(callbacks, tmp_path, module=None, **settings):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from fits import optimizer, trainer_of
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -35,10 +36,6 @@ from prune_callbacks.parallel import PlainAccess
 from prune_callbacks.tasks import TextFile, tiny_llama
 
 
-def optimizer(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
-
-
 def warmup(optimizer, num_training_steps):
     return LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
@@ -46,21 +43,6 @@ def warmup(optimizer, num_training_steps):
 def loader(count=80):
     generator = torch.Generator().manual_seed(5)
     return torch.utils.data.DataLoader(torch.randint(3, 200, (count, 16), generator=generator), batch_size=2)
-
-
-def trainer_of(callbacks, tmp_path, **settings):
-    defaults = {
-        "max_steps": 20,
-        "gradient_clip_val": 0.5,
-        "accumulate_grad_batches": 2,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "logger": False,
-        "accelerator": "cpu",
-        "log_every_n_steps": 1,
-    }
-    return Trainer(default_root_dir=tmp_path, callbacks=callbacks, **(defaults | settings))
 
 
 def module_of(scheduler=None, seed=0):

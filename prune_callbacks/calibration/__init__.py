@@ -1,6 +1,6 @@
 """Running a model block by block over calibration windows, and pruning it on the way."""
 
-from prune_callbacks.calibration.blocks import find_blocks, find_language_model, find_targets, oriented
+from prune_callbacks.calibration.blocks import find_blocks, find_language_model, find_targets, naming, weight_shape
 from prune_callbacks.calibration.engine import prune_sequentially
 from prune_callbacks.calibration.prune_report import LayerReport, PruneReport, peak_memory
 from prune_callbacks.calibration.saving import savable, save_sparse_model
@@ -14,10 +14,11 @@ __all__ = [
     "find_blocks",
     "find_language_model",
     "find_targets",
-    "oriented",
+    "naming",
     "peak_memory",
     "prune_sequentially",
     "savable",
     "save_sparse_model",
     "shrink_masks",
+    "weight_shape",
 ]

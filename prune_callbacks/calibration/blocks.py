@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -136,3 +137,22 @@ def _matches(name: str, pattern: str) -> bool:
 def oriented(layer: nn.Module, tensor: Tensor) -> Tensor:
     """A view of a layer's weight or mask as (out, in), and back: its own inverse."""
     return tensor.T if isinstance(layer, Conv1D) else tensor
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a layer's weight."""
+    out, size = oriented(layer, layer.get_parameter("weight")).shape
+    return out, size
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Puts the layer's name in front of what is raised or warned of inside."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    except ValueError as error:
+        raise type(error)(f"layer {layer}: {error}") from error
+    for warning in caught:
+        warnings.warn(f"layer {layer}: {warning.message}", warning.category, stacklevel=4)

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from prune_callbacks.calibration.blocks import find_blocks, find_targets, oriented
+from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, oriented, weight_shape
 from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_inputs, run_block
 from prune_callbacks.calibration.prune_report import LayerReport, PruneReport, peak_memory
 from prune_callbacks.pruners import JointPruner, Pruned, Pruner, check_weight
@@ -66,9 +66,9 @@ def prune_sequentially(
         _refuse_compiled(block_name, block)
     chosen = find_targets(found, targets)
     for name, layer in chosen.items():
-        with _naming(name):
+        with naming(name):
             _check_weight(layer.get_parameter("weight"))
-            pruner.pattern.check_shape(_shape(layer))
+            pruner.pattern.check_shape(weight_shape(layer))
     forced = None if device is None else torch.device(device)
     calibrated = pruner.statistic(1) is not None
     if calibrated and batches is None:
@@ -192,19 +192,19 @@ class _Run:
             self.skipped[f"{name}.weight"] = reason
             warnings.warn(f"{name} stays dense: {reason}. Leave it out of `targets` to silence this.", stacklevel=3)
             return
-        if statistic is not None and statistic.tokens < _shape(first)[1] and not self.few_tokens:
+        if statistic is not None and statistic.tokens < weight_shape(first)[1] and not self.few_tokens:
             self.few_tokens = True
             warnings.warn(
-                f"{statistic.tokens} calibration tokens for the {_shape(first)[1]} input features of {name}: too few "
-                "to tell features apart, and slow to solve for. Use several times as many tokens as features",
+                f"{statistic.tokens} calibration tokens for the {weight_shape(first)[1]} input features of {name}: too "
+                "few to tell features apart, and slow to solve for. Use several times as many tokens as features",
                 stacklevel=3,
             )
         begin = time.perf_counter()
         weights = [oriented(layer, layer.get_parameter("weight").detach()) for layer in layers.values()]
         for name, weight in zip(layers, weights, strict=True):
-            with _naming(name):
+            with naming(name):
                 check_weight(weight, self.pruner.pattern)
-        with _naming(", ".join(layers)):
+        with naming(", ".join(layers)):
             if isinstance(self.pruner, JointPruner):
                 results = self.pruner.prune_together(weights, statistic)
             else:
@@ -230,7 +230,7 @@ class _Run:
         if oriented(layer, parameter) is not parameter:
             self.input_first.add(parameter_name)
         sparsity = 1 - float(pruned.keep.float().mean())
-        self.layers.append(LayerReport(parameter_name, _shape(layer), sparsity, pruned.loss, relative, seconds))
+        self.layers.append(LayerReport(parameter_name, weight_shape(layer), sparsity, pruned.loss, relative, seconds))
 
 
 def _sharing_an_input(
@@ -271,23 +271,6 @@ def _refuse_compiled(name: str, block: nn.Module) -> None:
 
 def _inside(name: str, block: str) -> bool:
     return name == block or name.startswith(block + ".")
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    out, size = oriented(layer, layer.get_parameter("weight")).shape
-    return out, size
-
-
-@contextmanager
-def _naming(layer: str) -> Iterator[None]:
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-    except ValueError as error:
-        raise type(error)(f"layer {layer}: {error}") from error
-    for warning in caught:
-        warnings.warn(f"layer {layer}: {warning.message}", warning.category, stacklevel=4)
 
 
 @contextmanager

@@ -11,18 +11,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from prune_callbacks.calibration import (
-    PruneReport,
     Scope,
     check_shrinkable,
     find_blocks,
     find_language_model,
     find_targets,
-    oriented,
+    naming,
     shrink_masks,
+    weight_shape,
 )
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
-from prune_callbacks.callbacks.trainer_state import random_state, restore_random_state
+from prune_callbacks.callbacks.trainer_state import one_shot_report, random_state, restore_random_state
 from prune_callbacks.parallel import refuse_unserved
 from prune_callbacks.pruners import Magnitude
 from prune_callbacks.sparsity import MaskSet, Schedule, Unstructured
@@ -97,13 +97,12 @@ class IterativePrune(Callback):
         refuse_unserved(trainer.strategy)
         self._begin()
         self._enforcer(trainer)
-        weights = {name: (layer, layer.get_parameter("weight")) for name, layer in self._layers(pl_module).items()}
-        for name, (layer, weight) in weights.items():
-            try:
-                self.pruner.pattern.check_shape((oriented(layer, weight).shape[0], oriented(layer, weight).shape[1]))
-            except ValueError as error:
-                raise ValueError(f"layer {name}: {error}") from error
-        self.masks = MaskSet.all_kept({f"{name}.weight": weight.shape for name, (_, weight) in weights.items()})
+        layers = self._layers(pl_module)
+        for name, layer in layers.items():
+            with naming(name):
+                self.pruner.pattern.check_shape(weight_shape(layer))
+        shapes = {f"{name}.weight": layer.get_parameter("weight").shape for name, layer in layers.items()}
+        self.masks = MaskSet.all_kept(shapes)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:
@@ -194,9 +193,9 @@ class IterativePrune(Callback):
 
     def _masks_so_far(self, trainer: Trainer) -> MaskSet:
         """Those of OneShotPrune, those given to MaskEnforcer, or the zeros of a model that is sparse already."""
-        for report in [getattr(callback, "report", None) for callback in trainer.callbacks]:
-            if isinstance(report, PruneReport):
-                return report.masks
+        pruned = one_shot_report(trainer)
+        if pruned is not None:
+            return pruned.masks
         given = self._enforcer(trainer).given
         if isinstance(given, MaskSet):
             return given

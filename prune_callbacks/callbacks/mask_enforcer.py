@@ -8,8 +8,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prune_callbacks.calibration import PruneReport, find_blocks, find_language_model, find_targets
-from prune_callbacks.callbacks.trainer_state import logs_now
+from prune_callbacks.calibration import find_blocks, find_language_model, find_targets
+from prune_callbacks.callbacks.trainer_state import logs_now, one_shot_report
 from prune_callbacks.parallel import PlainAccess, param_access, refuse_unserved
 from prune_callbacks.sparsity import MaskSet
 
@@ -106,8 +106,7 @@ class MaskEnforcer(Callback):
         self._restored = None
 
     def _find_masks(self, trainer: Trainer, pl_module: LightningModule) -> MaskSet:
-        reports = [getattr(callback, "report", None) for callback in trainer.callbacks]
-        pruned = next((report for report in reports if isinstance(report, PruneReport)), None)
+        pruned = one_shot_report(trainer)
         if pruned is not None:
             if self.given is not None:
                 rank_zero_warn("MaskEnforcer takes the masks of OneShotPrune; those given to it are not used")

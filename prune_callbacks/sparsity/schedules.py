@@ -7,7 +7,7 @@ removed, absolute: a target does not depend on what was removed before.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 Unit = Literal["step", "epoch"]
 
@@ -58,7 +58,49 @@ class ConstantSchedule:
 
 
 @dataclass(frozen=True)
-class LinearSchedule:
+class _Ramp:
+    """From `initial` at `begin` to `target` at `end`; how it bends is all that its kinds differ in."""
+
+    target: float
+    begin: int
+    end: int
+    every: int = 1
+    initial: float = 0.0
+    unit: Unit = "step"
+
+    _power: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        _check(name, self.target, self.begin, self.every, self.unit)
+        if not 0 <= self.initial < self.target:
+            raise ValueError(
+                f"{name}: the sparsity must rise, from initial in [0, target) to target; "
+                f"got initial={self.initial}, target={self.target}"
+            )
+        length = self.end - self.begin
+        if length < 1 or length % self.every:
+            raise ValueError(
+                f"{name}: end must lie a multiple of every={self.every} after begin={self.begin}, got {self.end}"
+            )
+
+    @property
+    def changes(self) -> Sequence[int]:
+        """`begin` (if `initial` is not 0), then every `every` units up to `end`."""
+        first = self.begin if self.initial > 0 else self.begin + self.every
+        return range(first, self.end + 1, self.every)
+
+    def __call__(self, time: int) -> float:
+        if time < self.begin:
+            return 0.0
+        if time >= self.end:
+            return self.target
+        done = (time - self.begin) // self.every * self.every / (self.end - self.begin)
+        return self.target + (self.initial - self.target) * (1 - done) ** self._power
+
+
+@dataclass(frozen=True)
+class LinearSchedule(_Ramp):
     """
     From `initial` at `begin` to `target` at `end` in equal steps, one every `every` units.
 
@@ -69,28 +111,11 @@ class LinearSchedule:
     [0.0, 0.0, 0.2, 0.2, 0.4, 0.8, 0.8]
     """
 
-    target: float
-    begin: int
-    end: int
-    every: int = 1
-    initial: float = 0.0
-    unit: Unit = "step"
-
-    def __post_init__(self) -> None:
-        _check("LinearSchedule", self.target, self.begin, self.every, self.unit)
-        _check_ramp("LinearSchedule", self)
-
-    @property
-    def changes(self) -> Sequence[int]:
-        """`begin` (if `initial` is not 0), then every `every` units up to `end`."""
-        return _ramp_changes(self)
-
-    def __call__(self, time: int) -> float:
-        return _ramp(self, time, 1)
+    _power = 1
 
 
 @dataclass(frozen=True)
-class CubicSchedule:
+class CubicSchedule(_Ramp):
     """
     Gradual pruning, fast at first and slow in the end (Zhu & Gupta 2017, eq. 1).
 
@@ -101,24 +126,7 @@ class CubicSchedule:
     [0.0, 0.0, 0.4625, 0.7, 0.7875, 0.8, 0.8]
     """
 
-    target: float
-    begin: int
-    end: int
-    every: int = 1
-    initial: float = 0.0
-    unit: Unit = "step"
-
-    def __post_init__(self) -> None:
-        _check("CubicSchedule", self.target, self.begin, self.every, self.unit)
-        _check_ramp("CubicSchedule", self)
-
-    @property
-    def changes(self) -> Sequence[int]:
-        """`begin` (if `initial` is not 0), then every `every` units up to `end`."""
-        return _ramp_changes(self)
-
-    def __call__(self, time: int) -> float:
-        return _ramp(self, time, 3)
+    _power = 3
 
 
 @dataclass(frozen=True)
@@ -163,21 +171,6 @@ class IMPSchedule:
         return self.target if ended == self.rounds else 1 - (1 - self.target) ** (ended / self.rounds)
 
 
-def _ramp(schedule: LinearSchedule | CubicSchedule, time: int, power: int) -> float:
-    begin, end, every = schedule.begin, schedule.end, schedule.every
-    if time < begin:
-        return 0.0
-    if time >= end:
-        return schedule.target
-    done = (time - begin) // every * every / (end - begin)
-    return schedule.target + (schedule.initial - schedule.target) * (1 - done) ** power
-
-
-def _ramp_changes(schedule: LinearSchedule | CubicSchedule) -> Sequence[int]:
-    first = schedule.begin if schedule.initial > 0 else schedule.begin + schedule.every
-    return range(first, schedule.end + 1, schedule.every)
-
-
 def _check(name: str, target: float, begin: int, every: int, unit: str) -> None:
     if not 0 < target < 1:
         raise ValueError(
@@ -188,17 +181,3 @@ def _check(name: str, target: float, begin: int, every: int, unit: str) -> None:
         raise ValueError(f"{name}: begin and every are whole numbers, at least 0 and 1, got {begin} and {every}")
     if unit not in ("step", "epoch"):
         raise ValueError(f'{name}: unit must be "step" or "epoch", got {unit!r}')
-
-
-def _check_ramp(name: str, schedule: LinearSchedule | CubicSchedule) -> None:
-    if not 0 <= schedule.initial < schedule.target:
-        raise ValueError(
-            f"{name}: the sparsity must rise, from initial in [0, target) to target; "
-            f"got initial={schedule.initial}, target={schedule.target}"
-        )
-    length = schedule.end - schedule.begin
-    if length < 1 or length % schedule.every:
-        raise ValueError(
-            f"{name}: end must lie a multiple of every={schedule.every} after begin={schedule.begin}, "
-            f"got {schedule.end}"
-        )
