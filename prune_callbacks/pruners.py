@@ -83,8 +83,8 @@ class Magnitude:
         """None: magnitudes need no calibration."""
         return
 
-    def scores(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """`|W|`, in float32 or float64."""
+    def scores(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """`|W|`, in float32 or float64; of any part of a weight, too."""
         return _working(weight, None).abs()
 
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None = None) -> Pruned:

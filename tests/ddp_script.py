@@ -17,7 +17,6 @@ from prune_callbacks import (
     SparseGPT,
     Unstructured,
 )
-from prune_callbacks.callbacks import iterative_prune
 from prune_callbacks.tasks import tiny_llama
 
 if __name__ == "__main__":
@@ -40,8 +39,6 @@ if __name__ == "__main__":
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    if trainer.global_rank != 0:  # it is rank 0 that decides
-        iterative_prune.shrink_masks = None
     trainer.fit(module, DataLoader(data, 4))
     state = {
         "weights": {name: p.detach() for name, p in module.named_parameters()},

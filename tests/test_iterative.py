@@ -186,7 +186,7 @@ def test_rewinding_to_the_ticket_and_weights_only(tmp_path):
 
 
 def test_control_without_zeroed_moments_they_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(PlainAccess, "zero_moments", lambda *_: None)
+    monkeypatch.setattr(PlainAccess, "_moments", lambda *_: iter(()))
     spy = Spy()
     fit([IterativePrune(ConstantSchedule(0.5, begin=5)), MaskEnforcer(), spy], tmp_path, max_steps=9)
     assert spy.after[5]["moment"] > 1e-4
@@ -195,7 +195,7 @@ def test_control_without_zeroed_moments_they_stay(tmp_path, monkeypatch):
 
 def test_control_a_weight_without_its_moments_zeroed_would_move(tmp_path, monkeypatch):
     """Neither moments zeroed nor weights projected: momentum brings pruned weights back although gradients are held."""
-    monkeypatch.setattr(PlainAccess, "zero_moments", lambda *_: None)
+    monkeypatch.setattr(PlainAccess, "_moments", lambda *_: iter(()))
     enforcer, spy = MaskEnforcer(), Spy()
     monkeypatch.setattr(enforcer, "_after_step", lambda *_: None)
     fit([IterativePrune(ConstantSchedule(0.5, begin=5)), enforcer, spy], tmp_path, max_steps=7)
@@ -370,7 +370,8 @@ def test_shrinking_reads_conv1d_the_other_way_round():
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=16))
     layers = find_targets(find_blocks(model))
     whole = MaskSet({f"{n}.weight": torch.ones(m.weight.shape) > 0 for n, m in layers.items()})
-    masks = shrink_masks(layers, whole, 0.5, Magnitude(Unstructured(0.5, per="row")), "layer")
+    conv1d = [f"{name}.weight" for name in layers]
+    masks = shrink_masks(PlainAccess(model, whole), 0.5, Magnitude(Unstructured(0.5, per="row")), "layer", conv1d)
     assert {n: m.shape for n, m in masks.items()} == {f"{n}.weight": m.weight.shape for n, m in layers.items()}
     for name, layer in layers.items():  # rows are outputs: columns of a Conv1D's weight
         assert bool((masks[f"{name}.weight"].sum(0) == layer.weight.shape[0] // 2).all())

@@ -1,6 +1,13 @@
 """Running a model block by block over calibration windows, and pruning it on the way."""
 
-from prune_callbacks.calibration.blocks import find_blocks, find_language_model, find_targets, naming, weight_shape
+from prune_callbacks.calibration.blocks import (
+    find_blocks,
+    find_language_model,
+    find_targets,
+    naming,
+    stored_input_first,
+    weight_shape,
+)
 from prune_callbacks.calibration.engine import prune_sequentially
 from prune_callbacks.calibration.prune_report import LayerReport, PruneReport, peak_memory
 from prune_callbacks.calibration.saving import savable, save_sparse_model
@@ -20,5 +27,6 @@ __all__ = [
     "savable",
     "save_sparse_model",
     "shrink_masks",
+    "stored_input_first",
     "weight_shape",
 ]

@@ -134,9 +134,14 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name.rsplit(".", 1)[-1], pattern)
 
 
+def stored_input_first(layer: nn.Module) -> bool:
+    """Whether the layer's weight is (in, out)."""
+    return isinstance(layer, Conv1D)
+
+
 def oriented(layer: nn.Module, tensor: Tensor) -> Tensor:
     """A view of a layer's weight or mask as (out, in), and back: its own inverse."""
-    return tensor.T if isinstance(layer, Conv1D) else tensor
+    return tensor.T if stored_input_first(layer) else tensor
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, int]:

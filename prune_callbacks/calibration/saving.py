@@ -1,6 +1,7 @@
 """Writing a sparse model and its masks into a folder that every tool can read."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -19,13 +20,24 @@ def savable(model: nn.Module) -> PreTrainedModel:
 
 
 def save_sparse_model(
-    model: nn.Module, masks: MaskSet, dirpath: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+    model: nn.Module,
+    masks: MaskSet,
+    dirpath: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """
     Writes `dirpath/model` (plain `save_pretrained`, dense with zeros) and `dirpath/masks.safetensors`.
 
     Of a model with adapters (peft) it is the base that is written, under its own names. What was there is replaced only
     once the new files are complete.
+
+    Args:
+        model: of `transformers`.
+        masks: its masks.
+        dirpath: the folder.
+        tokenizer: saved beside the model.
+        state_dict: the model's, where it does not hold whole weights itself; None: its own.
 
     Raises:
         ValueError: the model cannot be saved; see `savable`.
@@ -38,7 +50,9 @@ def save_sparse_model(
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial, state_dict=_base_state_dict(model))
+    model.save_pretrained(
+        partial, state_dict=_base_state_dict(model, model.state_dict() if state_dict is None else state_dict)
+    )
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     masks.save(folder / "masks.partial")
@@ -49,12 +63,12 @@ def save_sparse_model(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def _base_state_dict(model: nn.Module, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state of the model as it is without adapters: peft wraps a layer and keeps it as `base_layer`."""
     wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
     adapters = [f"{name}." for name in wrapped]
     state: dict[str, Tensor] = {}
-    for key, value in model.state_dict().items():
+    for key, value in whole.items():
         wrapper = next((prefix for prefix in adapters if key.startswith(prefix)), None)
         if wrapper is None:
             state[key] = value

@@ -1,71 +1,96 @@
 """Choosing which of the weights that are left go next, over all layers or layer by layer."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from prune_callbacks.calibration.blocks import oriented
+from prune_callbacks.calibration.blocks import naming
 from prune_callbacks.pruners import Magnitude
-from prune_callbacks.sparsity import NM, MaskSet, Unstructured, keep_largest_of_all
+from prune_callbacks.ranks import Ranks
+from prune_callbacks.sparsity import NM, MaskSet, Pattern, Unstructured, keep_largest_of_all
 
 Scope = Literal["global", "layer"]
 
 
+@runtime_checkable
+class SharedWeights(Protocol):
+    """Masked weights that are spread over ranks; `prune_callbacks.parallel.ParamAccess` says what the methods do."""
+
+    masks: MaskSet
+    ranks: Ranks
+
+    def own(self, name: str) -> Tensor: ...
+
+    def own_keep(self, name: str) -> Tensor: ...
+
+    def joined(self, own: Iterable[tuple[str, Tensor]]) -> MaskSet: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
 @torch.no_grad()
 def shrink_masks(
-    layers: Mapping[str, nn.Module], masks: MaskSet, sparsity: float, pruner: Magnitude, scope: Scope
+    weights: SharedWeights, sparsity: float, pruner: Magnitude, scope: Scope, input_first: Collection[str] = ()
 ) -> MaskSet:
     """
-    The masks of a higher sparsity: what `masks` removes stays removed, the survivors of lowest score go.
+    The masks of a higher sparsity: what is removed stays removed, the survivors of lowest score go.
 
     Equivalent to pruning the masked weights, what is already removed going first. The count is exact:
-    `round(sparsity * weights)` removed over all layers (global), or by the pattern in every layer.
+    `round(sparsity * weights)` removed over all layers (global), or by the pattern in every layer. The model is never
+    gathered: the global threshold comes from histograms, and of a layer's structure one layer at a time is whole.
 
     Args:
-        layers: the layers, by name; their `weight` parameters are read.
-        masks: the masks in force, by parameter name.
-        sparsity: fraction of the weights of these layers that is removed in the end.
+        weights: the weights, and the masks in force. Every rank gets the same result.
+        sparsity: fraction of these weights that is removed in the end.
         pruner: gives the scores, and the pattern for `scope="layer"`; the sparsity of its pattern is not used.
         scope: "global": one pool of all layers. "layer": the same sparsity in every layer.
+        input_first: names of weights stored as (in, out), those of GPT-2's `Conv1D`.
     """
-    scores = _Scores(layers, masks, pruner)
-    chosen: Iterable[tuple[str, Tensor]]
     if scope == "global":
-        total = sum(layer.get_parameter("weight").numel() for layer in layers.values())
-        chosen = keep_largest_of_all(scores, total - round(sparsity * total))
+        total = sum(torch.Size(weights.masks.shape(name)).numel() for name in weights.masks)
+        kept = total - round(sparsity * total)
+        chosen = weights.joined(keep_largest_of_all(_OwnScores(weights, pruner), kept, weights.ranks))
     else:
         pattern = replace(pruner.pattern, sparsity=sparsity)  # type: ignore[type-var]
-        chosen = ((name, pattern.keep(values)) for name, values in scores.items())
-    return masks & MaskSet.join(MaskSet({f"{name}.weight": oriented(layers[name], keep)}) for name, keep in chosen)
+        chosen = MaskSet.join(
+            MaskSet({name: _keep_in_layer(weights, name, pruner, pattern, name in input_first)})
+            for name in weights.masks
+        )
+    return weights.masks & chosen
+
+
+def _keep_in_layer(weights: SharedWeights, name: str, pruner: Magnitude, pattern: Pattern, input_first: bool) -> Tensor:
+    # In the sum over a structure what is gone has zero; of single weights it goes below survivors that happen to be so.
+    lowest = -torch.inf if isinstance(pattern, Unstructured) else 0.0
+    weight = weights.read(name)
+
+    def choose() -> Tensor:
+        removed = ~weights.masks[name].to(weight.device)
+        scores = pruner.scores(weight).masked_fill(removed, lowest)
+        return (pattern.keep(scores.T).T if input_first else pattern.keep(scores)).cpu()
+
+    with naming(name):
+        return weights.ranks.share(weights.ranks.attempt(choose))
 
 
 @dataclass(frozen=True)
-class _Scores(Mapping[str, Tensor]):
-    """
-    The scores of the layers; made when asked for, so never all at once.
+class _OwnScores(Mapping[str, Tensor]):
+    """The scores of this rank's parts, made when asked for, so never all at once; of what is gone, minus infinity."""
 
-    What is gone has minus infinity, below survivors that happen to be zero; in the sum over a structure it has zero.
-    """
-
-    layers: Mapping[str, nn.Module]
-    masks: MaskSet
+    weights: SharedWeights
     pruner: Magnitude
 
     def __getitem__(self, name: str) -> Tensor:
-        layer = self.layers[name]
-        weight = oriented(layer, layer.get_parameter("weight"))
-        removed = ~oriented(layer, self.masks[f"{name}.weight"]).to(weight.device)
-        lowest = -torch.inf if isinstance(self.pruner.pattern, Unstructured) else 0.0
-        return self.pruner.scores(weight).masked_fill(removed, lowest)
+        return self.pruner.scores(self.weights.own(name)).masked_fill(~self.weights.own_keep(name), -torch.inf)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
+        return iter(self.weights.masks)
 
     def __len__(self) -> int:
-        return len(self.layers)
+        return len(self.weights.masks)
 
 
 def check_shrinkable(pruner: Magnitude, scope: str, target: float) -> None:

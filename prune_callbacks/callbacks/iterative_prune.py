@@ -18,12 +18,13 @@ from prune_callbacks.calibration import (
     find_targets,
     naming,
     shrink_masks,
+    stored_input_first,
     weight_shape,
 )
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
 from prune_callbacks.callbacks.trainer_state import one_shot_report, random_state, restore_random_state
-from prune_callbacks.parallel import refuse_unserved
+from prune_callbacks.parallel import masks_of_zeros, param_access, refuse_unserved
 from prune_callbacks.pruners import Magnitude
 from prune_callbacks.sparsity import MaskSet, Schedule, Unstructured
 from prune_callbacks.sparsity.schedules import Unit
@@ -90,6 +91,7 @@ class IterativePrune(Callback):
         self._file = None if self.rewind is None else RewindFile(self.rewind)
         self._restored: dict[str, Any] | None = None
         self._random_state: dict[str, Any] | None = None
+        self._input_first: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -103,6 +105,7 @@ class IterativePrune(Callback):
                 self.pruner.pattern.check_shape(weight_shape(layer))
         shapes = {f"{name}.weight": layer.get_parameter("weight").shape for name, layer in layers.items()}
         self.masks = MaskSet.all_kept(shapes)
+        self._input_first = [f"{name}.weight" for name, layer in layers.items() if stored_input_first(layer)]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:
@@ -174,12 +177,10 @@ class IterativePrune(Callback):
         if not self.rises(self.schedule.unit, now):
             return
         begin = time.perf_counter()
-        target, masks = self.schedule(now), self.masks
-        assert masks is not None
-        if trainer.is_global_zero:
-            layers = self._layers(trainer.lightning_module)
-            masks = shrink_masks(layers, masks, target, self.pruner, self.scope)
-        masks = trainer.strategy.broadcast(masks)
+        target = self.schedule(now)
+        assert self.masks is not None
+        weights = param_access(trainer, self.masks)
+        masks = shrink_masks(weights, target, self.pruner, self.scope, self._input_first)
         if self._file is not None:
             self._file.go_back(trainer)
         self._enforcer(trainer).hold(masks, trainer)
@@ -199,8 +200,7 @@ class IterativePrune(Callback):
         given = self._enforcer(trainer).given
         if isinstance(given, MaskSet):
             return given
-        assert self.masks is not None
-        zeros = MaskSet.from_nonzero(self.masks.matching(trainer.lightning_module.named_parameters()))
+        zeros = masks_of_zeros(trainer, self._layers(trainer.lightning_module))
         if zeros.sparsity() < 0.01:
             return MaskSet({})
         rank_zero_info(f"IterativePrune begins with the zeros that the model has: {zeros.sparsity():.2%}")
@@ -230,7 +230,7 @@ class IterativePrune(Callback):
             if self._restored[name] != settings[name]:
                 rank_zero_warn(f"the checkpoint was trained by {self._restored[name]}; it goes on by {settings[name]}")
         if self._file is not None:
-            self._file.check()
+            self._file.check(trainer)
 
     def _settings(self) -> dict[str, Any]:
         return {

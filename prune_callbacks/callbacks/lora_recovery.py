@@ -14,6 +14,7 @@ from prune_callbacks.calibration import find_blocks, find_language_model, find_t
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
+from prune_callbacks.parallel import refuse_sharded
 from prune_callbacks.sparsity import MaskSet
 
 if TYPE_CHECKING:  # an extra
@@ -67,6 +68,7 @@ class LoRARecovery(Callback):
             return
         from prune_callbacks.adapters import add_lora
 
+        refuse_sharded(trainer.strategy, "LoRARecovery")
         if any(isinstance(callback, IterativePrune) for callback in trainer.callbacks):
             raise ValueError(
                 "LoRARecovery freezes the weights that IterativePrune chooses from; prune first, and recover in a fit "

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from prune_callbacks.calibration import find_blocks, find_language_model, find_targets
 from prune_callbacks.callbacks.trainer_state import logs_now, one_shot_report
-from prune_callbacks.parallel import PlainAccess, param_access, refuse_unserved
+from prune_callbacks.parallel import ParamAccess, masks_of_zeros, param_access, refuse_unserved, stepping_optimizers
 from prune_callbacks.sparsity import MaskSet
 
 
@@ -38,7 +38,7 @@ class MaskEnforcer(Callback):
         self.given = masks
         self.masks: MaskSet | None = None
         self._restored: MaskSet | None = None
-        self._access: PlainAccess | None = None
+        self._access: ParamAccess | None = None
         self._hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -57,14 +57,13 @@ class MaskEnforcer(Callback):
         masks = [getattr(callback, "masks", None) for callback in trainer.callbacks if callback is not self]
         decided = next((found for found in masks if isinstance(found, MaskSet)), None) or self._restored
         self.hold(decided or self._find_masks(trainer, pl_module), trainer)
-        self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
+        self._hooks = [o.register_step_post_hook(self._after_step) for o in stepping_optimizers(trainer)]
 
     def hold(self, masks: MaskSet, trainer: Trainer) -> None:
         """Puts masks in force in a running fit: zeroes the weights and the optimizer's moments at pruned places."""
         self.masks = masks
-        self._access = param_access(trainer.strategy, trainer.lightning_module, masks)
+        self._access = param_access(trainer, masks)
         self._access.project()
-        self._access.zero_moments(trainer.optimizers)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert self._access is not None
@@ -72,7 +71,7 @@ class MaskEnforcer(Callback):
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         assert self._access is not None
-        self._access.project()
+        self._access.after_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -86,7 +85,8 @@ class MaskEnforcer(Callback):
     def _log(self, pl_module: LightningModule) -> None:
         assert self._access is not None
         assert self.masks is not None
-        pl_module.log_dict({"sparsity": self.masks.sparsity(), "violations": float(self._access.violations())})
+        violations = sum(self._access.violations().values())
+        pl_module.log_dict({"sparsity": self.masks.sparsity(), "violations": float(violations)})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
@@ -114,10 +114,8 @@ class MaskEnforcer(Callback):
         if self.given is not None:
             assert isinstance(self.given, MaskSet)
             return self.given
-        model = find_language_model(pl_module)
-        layers = find_targets(find_blocks(model))
-        weights = {f"{name}.weight": layer.get_parameter("weight") for name, layer in layers.items()}
-        masks = MaskSet.from_nonzero(weights)
+        layers = find_targets(find_blocks(find_language_model(pl_module)))
+        masks = masks_of_zeros(trainer, layers)
         if masks.sparsity() == 0:
             raise ValueError(
                 "MaskEnforcer found no masks: there is no OneShotPrune among the callbacks, masks= was not given, and "

@@ -9,13 +9,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 
 from prune_callbacks.calibration import PruneReport, find_language_model, prune_sequentially, savable, save_sparse_model
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.trainer_state import logs_now, resumed_checkpoint
-from prune_callbacks.parallel import from_rank_zero, refuse_unserved
+from prune_callbacks.parallel import param_access, refuse_unserved
 from prune_callbacks.pruners import Pruner
+from prune_callbacks.ranks import patient_ranks
 
 TRAINING_BATCHES = 128
 
@@ -28,7 +29,7 @@ class OneShotPrune(Callback):
     `MaskEnforcer()`, or the first optimizer steps bring the zeros back.
 
     A fit that resumes from a checkpoint (`ckpt_path=`) does not prune again: weights and masks are those of the
-    checkpoint. Under DDP rank 0 prunes and every rank gets its result.
+    checkpoint. Of several ranks each takes its share of the calibration batches and of the layers.
 
     Args:
         pruner: what to remove and how, e.g. `SparseGPT(Unstructured(0.5))`.
@@ -91,25 +92,31 @@ class OneShotPrune(Callback):
         model = find_language_model(pl_module)
         if self.save_dir is not None:
             savable(model)
-        if trainer.is_global_zero:
-            with isolate_rng():  # drawing calibration batches must not change what training draws
-                self.report = prune_sequentially(
-                    model,
-                    self._calibration_batches(trainer, pl_module),
-                    self.pruner,
-                    targets=self.targets,
-                    blocks=self.blocks,
-                    device=trainer.strategy.root_device,
-                    progress=self.progress,
-                )
+        with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:
+            # Drawing calibration batches must not change what training draws; and rank 0 draws them for all.
+            batches = ranks.attempt(lambda: self._calibration_batches(trainer, pl_module) if ranks.rank == 0 else None)
+            shared = ranks.share(batches)
+            self.report = prune_sequentially(
+                model,
+                None if shared is None else shared[ranks.rank :: ranks.size],
+                self.pruner,
+                targets=self.targets,
+                blocks=self.blocks,
+                device=trainer.strategy.root_device,
+                progress=self.progress,
+                ranks=ranks,
+            )
             if self.save_dir is not None:
-                save_sparse_model(model, self.report.masks, self.save_dir)
-        if trainer.world_size > 1:
-            self.report = from_rank_zero(self.report, model)
+                ranks.attempt(lambda: self._save(trainer, model))
         assert self.report is not None
         rank_zero_info(
             f"pruned {len(self.report.layers)} layers, {self.report.sparsity:.2%} zeros, in {self.report.seconds:.0f} s"
         )
+
+    def _save(self, trainer: Trainer, model: nn.Module) -> None:
+        if trainer.is_global_zero and self.save_dir is not None:
+            assert self.report is not None
+            save_sparse_model(model, self.report.masks, self.save_dir)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path is not None and not self._restored:
@@ -119,7 +126,7 @@ class OneShotPrune(Callback):
             )
         assert self.report is not None
         if trainer.loggers:
-            metrics = {"sparsity": self.report.sparsity, "violations": self._violations(pl_module)}
+            metrics = {"sparsity": self.report.sparsity, "violations": self._violations(trainer)}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, trainer.global_step)
 
@@ -136,7 +143,7 @@ class OneShotPrune(Callback):
         # With an enforcer, it logs; without one, this is where the zeros are seen to go.
         if not self._enforced(trainer):
             assert self.report is not None
-            pl_module.log_dict({"sparsity": self.report.sparsity, "violations": float(self._violations(pl_module))})
+            pl_module.log_dict({"sparsity": self.report.sparsity, "violations": float(self._violations(trainer))})
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.report is None else self.report.state_dict() | {"pruner": repr(self.pruner)}
@@ -151,9 +158,9 @@ class OneShotPrune(Callback):
                 )
             self.report = PruneReport.from_state_dict(state_dict)
 
-    def _violations(self, pl_module: LightningModule) -> int:
+    def _violations(self, trainer: Trainer) -> int:
         assert self.report is not None
-        return sum(self.report.masks.violations(pl_module.named_parameters()).values())
+        return sum(param_access(trainer, self.report.masks).violations().values())
 
     @staticmethod
     def _enforced(trainer: Trainer) -> bool:

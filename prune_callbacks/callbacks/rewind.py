@@ -31,39 +31,43 @@ class Rewind:
 
 
 class RewindFile:
-    """The file of one training: written once, when its step is reached, and read at the end of every round."""
+    """
+    The file of one training: written once, when its step is reached, and read at the end of every round.
+
+    `rewind_step_N.pt`, or, where the strategy shards parameters, a folder `rewind_step_N` with a file for every rank.
+    """
 
     def __init__(self, rewind: Rewind) -> None:
         self.rewind = rewind
         self.path: Path | None = None
-        self.digest = ""
+        self.snapshot = ""
 
     def write_at_its_step(self, trainer: Trainer) -> None:
         """Writes it, unless that is done or it is too early."""
         if self.path is not None or trainer.global_step < self.rewind.step:
             return
         folder = Path(self.rewind.dirpath or trainer.log_dir or trainer.default_root_dir)
-        path = folder.resolve() / f"rewind_step_{self.rewind.step}.pt"
-        self.digest = save_snapshot(trainer, path)
+        path = trainer.strategy.broadcast(folder.resolve() / f"rewind_step_{self.rewind.step}")
+        self.snapshot = save_snapshot(trainer, path)
         self.path = path
 
     def go_back(self, trainer: Trainer) -> None:
         """Puts weights and training state back. Raises ValueError if the file is not the one that was written."""
         assert self.path is not None
-        load_snapshot(trainer, self.path, self.digest, optimizer=self.rewind.optimizer)
+        load_snapshot(trainer, self.path, self.snapshot, optimizer=self.rewind.optimizer)
 
-    def check(self) -> None:
+    def check(self, trainer: Trainer) -> None:
         """Raises ValueError if the file was written and is not there any more, or another is."""
         if self.path is not None:
-            check_snapshot(self.path, self.digest)
+            check_snapshot(trainer, self.path, self.snapshot)
 
     def state_dict(self) -> dict[str, Any]:
         """Its place and what it must hold."""
-        return {"path": None if self.path is None else str(self.path), "digest": self.digest}
+        return {"path": None if self.path is None else str(self.path), "snapshot": self.snapshot}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse; `Rewind(dirpath=)` says where the file was moved to."""
-        self.digest = state_dict["digest"]
+        self.snapshot = state_dict["snapshot"]
         if state_dict["path"] is not None:
             path = Path(state_dict["path"])
             self.path = path if self.rewind.dirpath is None else Path(self.rewind.dirpath).resolve() / path.name

@@ -19,6 +19,7 @@ from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.evaluation.report import draw_report, refuse_existing_run, summary_table, write_json
+from prune_callbacks.parallel import gathered_state_dict, param_access, world
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.sparsity.schedules import Unit
 
@@ -76,17 +77,20 @@ class RunReport(Callback):
         }
         self._train_begin = 0.0
         self._saw_the_last = False
+        self._finished = False
         self._one_shot: OneShotPrune | None = None
         self._iterative: IterativePrune | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        self._finished = False
         self._find_pruning(trainer)
         if getattr(trainer.datamodule, "evaluation_windows", None) is None:
             raise ValueError("RunReport needs a data module with evaluation_windows, such as TokenDataModule")
         if resumed_checkpoint(trainer) is None:
-            refuse_existing_run(self.dirpath)
+            # Rank 0 answers for all: it may have begun to write when another looks.
+            world(trainer).attempt(lambda: refuse_existing_run(self.dirpath) if trainer.is_global_zero else None)
             if self._one_shot is not None:
                 self._evaluate(trainer, pl_module, "dense")
 
@@ -154,16 +158,25 @@ class RunReport(Callback):
         sparsity = self._iterative.masks.sparsity()
         self.record["rounds"].append({"step": trainer.global_step, "sparsity": sparsity, "perplexity": _finite(value)})
 
-    # Not on_train_end, where LoRARecovery, which stands behind, merges its update.
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, pl_module)  # while the strategy still has the weights
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, pl_module)  # of a fit resumed at its last step Lightning calls no on_train_end
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._finished:
+            return
+        self._finished = True
         for callback in trainer.callbacks:
             if isinstance(callback, LoRARecovery):
-                callback.finish(trainer)
+                callback.finish(trainer)  # it stands behind
         self.record["seconds"]["recover"] = self._recover_seconds()
         self._train_begin = 0.0
+        again = self.record["stage"] == "recovered"  # resumed from a checkpoint of the end
         self._save(trainer, pl_module)
         value = self._evaluate(trainer, pl_module, "recovered")
-        if self._iterative is not None:
+        if self._iterative is not None and not again:
             self._round(trainer, value)
         self._write(trainer, pl_module)
         if trainer.is_global_zero:
@@ -199,15 +212,18 @@ class RunReport(Callback):
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> float:
         begin = time.perf_counter()
         model = find_language_model(pl_module)
-        home = next(model.parameters()).device
-        model.to(trainer.strategy.root_device)  # in setup and after the fit it is on the CPU
+        home, device = next(model.parameters()).device, trainer.strategy.root_device
+        if home.type != device.type:
+            model.to(device)  # in setup and after the fit it is on the CPU
         value = perplexity(
             model,
             trainer.datamodule.evaluation_windows,
             batch_size=self.batch_size,
             progress=self.progress and trainer.is_global_zero,
+            ranks=world(trainer),
         )
-        model.to(home)
+        if home.type != device.type:
+            model.to(home)
         seconds = time.perf_counter() - begin
         self.record["seconds"]["evaluate"] += seconds
         if self._train_begin:
@@ -223,15 +239,25 @@ class RunReport(Callback):
         return masks
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            save_sparse_model(find_language_model(pl_module), self._masks(), self.dirpath, self.tokenizer)
+        model = find_language_model(pl_module)
+        state = gathered_state_dict(trainer, model)
+        world(trainer).attempt(
+            lambda: (
+                save_sparse_model(model, self._masks(), self.dirpath, self.tokenizer, state)
+                if trainer.is_global_zero
+                else None
+            )
+        )
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
         masks = self._masks()
         # Counted in the weights, not in the masks: without an enforcer the two part ways.
-        zeros = MaskSet.from_nonzero(masks.matching(pl_module.named_parameters()))
+        weights = param_access(trainer, masks)
+        zeros, violations = weights.layer_sparsity(), weights.violations()
+        if not trainer.is_global_zero:
+            return
+        total = sum(zeros[name] * math.prod(masks.shape(name)) for name in masks)
+        achieved = total / max(1, sum(math.prod(masks.shape(name)) for name in masks))
         pruning = [c for c in (self._one_shot, self._iterative) if c is not None]
         report = self._one_shot.report if self._one_shot is not None else None
         last = self._iterative.schedule.target if self._iterative is not None else pruning[0].pruner.pattern.sparsity
@@ -243,8 +269,8 @@ class RunReport(Callback):
             "schedule": repr(self._iterative.schedule) if self._iterative is not None else None,
             "optimizer_steps": trainer.global_step,
             "adapter": "adapter" if (self.dirpath / "adapter").is_dir() else None,
-            "sparsity": {"target": last, "achieved": zeros.sparsity(), "layers": zeros.layer_sparsity()},
-            "violations": masks.violations(pl_module.named_parameters()),
+            "sparsity": {"target": last, "achieved": achieved, "layers": zeros},
+            "violations": violations,
             "reconstruction_loss": {layer.name: layer.relative_loss for layer in report.layers} if report else {},
             "skipped": report.skipped if report else {},
             "peak_memory_bytes": max(

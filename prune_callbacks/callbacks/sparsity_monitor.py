@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.evaluation.report import draw_sparsity
+from prune_callbacks.parallel import param_access
 from prune_callbacks.sparsity import MaskSet
 
 
@@ -49,10 +50,10 @@ class SparsityMonitor(Callback):
             self._seen = masks if masks.layer_sparsity() == self.history[-1]["sparsity"] else None
         due = last is None or (trainer.global_step % self.every_n_steps == 0 and trainer.global_step != last)
         if due or self._masks(trainer) is not self._seen:
-            self._count(trainer, pl_module)
+            self._count(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._count(trainer, pl_module)
+        self._count(trainer)
         if trainer.is_global_zero:
             draw_sparsity(self.history, Path(self.dirpath or trainer.default_root_dir) / "sparsity.png")
 
@@ -65,13 +66,12 @@ class SparsityMonitor(Callback):
     def _masks(self, trainer: Trainer) -> MaskSet | None:
         return next(callback.masks for callback in trainer.callbacks if isinstance(callback, MaskEnforcer))
 
-    def _count(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _count(self, trainer: Trainer) -> None:
         self._seen = self._masks(trainer)
         assert self._seen is not None  # the enforcer has them once training has started
-        weights = self._seen.matching(pl_module.named_parameters())
-        violations = self._seen.violations(weights)
-        sparsity = MaskSet.from_nonzero(weights).layer_sparsity()
-        counts = {name: violations.get(name, 0) for name in weights}
+        weights = param_access(trainer, self._seen)
+        violations, sparsity = weights.violations(), weights.layer_sparsity()
+        counts = {name: violations.get(name, 0) for name in self._seen}
         self.history.append({"step": trainer.global_step, "sparsity": sparsity, "violations": counts})
         metrics: dict[str, float] = {f"sparsity/{name}": value for name, value in sparsity.items()}
         metrics |= {f"violations/{name}": count for name, count in counts.items()}

@@ -1,10 +1,14 @@
 """Perplexity over fixed windows, streamed."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from rich.progress import track
 from torch import Tensor, nn
 from torchmetrics import Metric
+
+from prune_callbacks.ranks import ALONE, Ranks
 
 
 class Perplexity(Metric):
@@ -22,8 +26,8 @@ class Perplexity(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -41,7 +45,12 @@ class Perplexity(Metric):
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module, windows: Int[Tensor, "windows tokens"], *, batch_size: int = 1, progress: bool = True
+    model: nn.Module,
+    windows: Int[Tensor, "windows tokens"],
+    *,
+    batch_size: int = 1,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> float:
     """
     Perplexity of a causal LM over non-overlapping windows, each scored on its own.
@@ -55,18 +64,24 @@ def perplexity(
         windows: token ids.
         batch_size: windows per forward pass.
         progress: show a progress bar.
+        ranks: processes that share the windows; each has the model, or its shard of it.
     """
     if windows.shape[0] == 0 or windows.shape[1] < 2:
         raise ValueError(f"perplexity needs windows of two or more tokens, got {tuple(windows.shape)}")
     device = next(model.parameters()).device
-    metric = Perplexity().to(device)
+    metric = Perplexity(sync_on_compute=False).to(device)
     training = model.training
     model.eval()
     try:
         batches = windows.split(batch_size)
-        for batch in track(batches, "perplexity", disable=not progress, transient=True):
-            ids = batch.to(device).long()
-            metric.update(model(input_ids=ids, use_cache=False).logits, ids)
+        # Every rank makes as many forward passes: those of sharded models communicate.
+        rounds = range(ranks.rank, ranks.rank + len(batches), ranks.size)
+        for place in track(rounds, "perplexity", disable=not progress, transient=True):
+            ids = batches[min(place, len(batches) - 1)].to(device).long()
+            logits = model(input_ids=ids, use_cache=False).logits
+            if place < len(batches):
+                metric.update(logits, ids)
     finally:
         model.train(training)
+    metric.total, metric.count = ranks.sum(metric.total), ranks.sum(metric.count)
     return float(metric.compute())

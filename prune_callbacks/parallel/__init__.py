@@ -1,14 +1,29 @@
 """Reaching parameters, gradients and optimizer state under a training strategy."""
 
-from prune_callbacks.parallel.plain import PlainAccess, from_rank_zero, param_access, refuse_unserved
+from prune_callbacks.parallel.access import ParamAccess
+from prune_callbacks.parallel.plain import PlainAccess
 from prune_callbacks.parallel.snapshot import check_snapshot, load_snapshot, save_snapshot
+from prune_callbacks.parallel.strategies import (
+    gathered_state_dict,
+    masks_of_zeros,
+    param_access,
+    refuse_sharded,
+    refuse_unserved,
+    stepping_optimizers,
+    world,
+)
 
 __all__ = [
+    "ParamAccess",
     "PlainAccess",
     "check_snapshot",
-    "from_rank_zero",
+    "gathered_state_dict",
     "load_snapshot",
+    "masks_of_zeros",
     "param_access",
+    "refuse_sharded",
     "refuse_unserved",
     "save_snapshot",
+    "stepping_optimizers",
+    "world",
 ]

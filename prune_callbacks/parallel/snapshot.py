@@ -1,75 +1,185 @@
 """Writing weights, optimizer and scheduler state to a file during a fit, and putting them back."""
 
-import hashlib
 import os
 import pickle
+import uuid
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from torch import Tensor
+
+from prune_callbacks.parallel.strategies import stepping_optimizers, world
+
+State = dict[str, Any]
 
 
 def save_snapshot(trainer: Trainer, path: Path) -> str:
     """
-    Writes the module's weights, the optimizers' and the learning-rate schedulers' state; returns the file's SHA-256.
+    Writes the module's weights, the optimizers' and the learning-rate schedulers' state; returns the snapshot's name.
 
-    Rank 0 writes; whoever reads never sees half a file.
+    Where parameters are sharded, `path` is a folder and every rank writes its own shards into it; else a file that
+    rank 0 writes. Whoever reads never sees half a file.
     """
-    strategy = trainer.strategy
-    state = {
-        "state_dict": strategy.lightning_module_state_dict(),
-        "optimizer_states": [strategy.optimizer_state(optimizer) for optimizer in strategy.optimizers],
-        "lr_schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-    }
-    if trainer.is_global_zero:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        try:
-            torch.load(partial, mmap=True, weights_only=True)  # not only at the first rewinding, rounds later
-        except pickle.UnpicklingError as error:
+    state, ranks = _state(trainer), world(trainer)
+    state["snapshot"] = name = ranks.share(uuid.uuid4().hex)
+    state["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    file = _file(trainer, path)
+
+    def write() -> None:
+        if trainer.is_global_zero or _sharded(trainer):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            torch.save(state, partial)
+            try:
+                torch.load(partial, mmap=True, weights_only=True)  # not only at the first rewinding, rounds later
+            except pickle.UnpicklingError as error:
+                raise ValueError(
+                    "the state of an optimizer or learning-rate scheduler holds objects that cannot be read back "
+                    f"safely: {error}"
+                ) from error
+            os.replace(partial, file)
+
+    ranks.attempt(write)
+    return name
+
+
+def check_snapshot(trainer: Trainer, path: Path, name: str) -> None:
+    """Raises ValueError, on every rank, if there is no snapshot at `path`, or another than the one of this name."""
+
+    def check() -> None:
+        file = _file(trainer, path)
+        if not file.is_file():
             raise ValueError(
-                "the state of an optimizer or learning-rate scheduler holds objects that cannot be read back safely: "
-                f"{error}"
-            ) from error
-        os.replace(partial, path)
-    strategy.barrier("prune_callbacks.snapshot")
-    return _digest(path)
+                f"there is no rewind file at {file}. Put it back, or name its folder with Rewind(dirpath=)"
+            )
+        try:
+            found = torch.load(file, mmap=True, map_location="cpu", weights_only=True).get("snapshot")
+        except (pickle.UnpicklingError, RuntimeError, EOFError):
+            found = None
+        if found != name:
+            raise ValueError(
+                f"{file} is not the rewind file that this training wrote: another run has written over it. Give every "
+                "run a folder of its own with Rewind(dirpath=)"
+            )
+
+    world(trainer).attempt(check)
 
 
-def check_snapshot(path: Path, digest: str) -> None:
-    """Raises ValueError if there is no file at `path`, or another than the one that was written."""
-    if not path.is_file():
-        raise ValueError(f"there is no rewind file at {path}. Put it back, or name its folder with Rewind(dirpath=)")
-    if _digest(path) != digest:
-        raise ValueError(
-            f"{path} is not the rewind file that this training wrote: another run has written over it. Give every run "
-            "a folder of its own with Rewind(dirpath=)"
-        )
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_snapshot(trainer: Trainer, path: Path, digest: str, *, optimizer: bool) -> None:
+def load_snapshot(trainer: Trainer, path: Path, name: str, *, optimizer: bool) -> None:
     """
-    Puts the weights of a file that `save_snapshot` wrote back into the module.
+    Puts the weights that `save_snapshot` wrote back into the module, and into the optimizers' master copies.
 
     Args:
-        trainer: in the middle of the fit that wrote the file, or of one resumed from it.
-        path: the file.
-        digest: what `save_snapshot` returned.
+        trainer: in the middle of the fit that wrote it, or of one resumed from that on as many ranks.
+        path: where it is.
+        name: what `save_snapshot` returned.
         optimizer: the optimizers' and schedulers' state too.
 
     Raises:
-        ValueError: the file is missing, or not the one that was written.
+        ValueError: it is missing, or not the one that was written.
     """
-    check_snapshot(path, digest)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    trainer.strategy.load_model_state_dict(state, strict=True)
+    check_snapshot(trainer, path, name)
+    state = torch.load(_file(trainer, path), map_location="cpu", weights_only=True, mmap=_sharded(trainer))
+    if _sharded(trainer):
+        _load_shards(trainer, state, optimizer)
+    else:
+        trainer.strategy.load_model_state_dict(state, strict=True)
+        if optimizer:
+            trainer.strategy.load_optimizer_state_dict(state)
     if optimizer:
-        trainer.strategy.load_optimizer_state_dict(state)
         for config, scheduler in zip(trainer.lr_scheduler_configs, state["lr_schedulers"], strict=True):
             config.scheduler.load_state_dict(scheduler)
+
+
+def _sharded(trainer: Trainer) -> bool:
+    return isinstance(trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy)
+
+
+def _file(trainer: Trainer, path: Path) -> Path:
+    if not _sharded(trainer):
+        return path.with_suffix(".pt")
+    return path / f"rank_{trainer.global_rank}_of_{trainer.world_size}.pt"
+
+
+def _state(trainer: Trainer) -> State:
+    strategy = trainer.strategy
+    if not _sharded(trainer):
+        return {
+            "state_dict": strategy.lightning_module_state_dict(),
+            "optimizer_states": [strategy.optimizer_state(optimizer) for optimizer in strategy.optimizers],
+        }
+    # Rank by rank and without communication. (DeepSpeed's own checkpoints are meant for a freshly built engine.)
+    return {
+        "masters": [_local(master).clone() for master in _masters(trainer)],
+        "moments": [
+            {key: _local(value).clone() if isinstance(value, Tensor) else value for key, value in moments.items()}
+            for moments in _moments(trainer)
+        ],
+        "groups": [_settings(group) for optimizer in stepping_optimizers(trainer) for group in optimizer.param_groups],
+        "buffers": {name: buffer.clone() for name, buffer in trainer.lightning_module.named_buffers()},
+    }
+
+
+@torch.no_grad()
+def _load_shards(trainer: Trainer, state: State, optimizer: bool) -> None:
+    for master, saved in zip(_masters(trainer), state["masters"], strict=True):
+        _local(master).copy_(saved)
+    for name, buffer in trainer.lightning_module.named_buffers():
+        buffer.copy_(state["buffers"][name])
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        _update_weights_in_use(trainer.strategy.deepspeed_engine.optimizer)
+    if not optimizer:
+        return
+    groups = [group for optimizer in stepping_optimizers(trainer) for group in optimizer.param_groups]
+    for group, settings in zip(groups, state["groups"], strict=True):
+        group.update(settings)
+    for moments, saved in zip(_moments(trainer), state["moments"], strict=True):
+        for key in [key for key in moments if key not in saved]:  # there was no step before the snapshot
+            del moments[key]
+        for key, value in saved.items():
+            if isinstance(value, Tensor):
+                _local(moments[key]).copy_(value)  # in place: DeepSpeed holds views of it
+            else:
+                moments[key] = value
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _masters(trainer: Trainer) -> list[Tensor]:
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        zero = trainer.strategy.deepspeed_engine.optimizer
+        flat = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_partitioned_groups_flat
+        return cast(list[Tensor], flat)
+    return [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def _moments(trainer: Trainer) -> list[dict[str, Any]]:
+    states = [optimizer.state for optimizer in stepping_optimizers(trainer)]
+    return [next((state[m] for state in states if m in state), {}) for m in _masters(trainer)]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _update_weights_in_use(zero: Any) -> None:
+    """Lets ZeRO's weights follow its masters, as after a step."""
+    if hasattr(zero, "update_lp_params"):
+        zero.update_lp_params()
+        if hasattr(zero, "_hp_optimizer_states_linked"):
+            zero._hp_optimizer_states_linked = False  # of moments that are taken away and made again
+        return
+    for group in zero.fp16_groups:
+        for parameter in group:
+            place, start, count = zero.grad_position[zero.get_param_id(parameter)]
+            master = zero.fp32_partitioned_groups_flat[place].narrow(0, start, count)
+            parameter.ds_tensor.view(-1).copy_(master)
+    if zero.persistent_parameters:  # small parameters that are whole on every rank
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prune_callbacks.ranks import Ranks
+
 
 @runtime_checkable
 class Statistic(Protocol):
@@ -16,6 +18,9 @@ class Statistic(Protocol):
 
     def update(self, x: Float[Tensor, "*batch in"]) -> None:
         """Adds the input vectors `x`, of shape (..., in) and any floating dtype."""
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Adds up over ranks, each of which has seen tokens of its own; in float64 if any of them is."""
 
     @property
     def squared_norm(self) -> Float[Tensor, " in"]:
@@ -30,6 +35,11 @@ def _vectors(x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     if x.dtype == torch.float64:
         total = total.double()
     return x.detach().reshape(-1, in_features).to(total), total
+
+
+def _reduced(total: Tensor, tokens: int, ranks: Ranks) -> tuple[Tensor, int]:
+    counts = ranks.sum(torch.tensor([tokens, int(total.dtype == torch.float64)]))
+    return ranks.sum(total.double() if counts[1] else total), int(counts[0])
 
 
 class Gram:
@@ -49,6 +59,10 @@ class Gram:
         rows, self.matrix = _vectors(x, self.matrix)
         self.matrix.addmm_(rows.T, rows)
         self.tokens += rows.shape[0]
+
+    def reduce(self, ranks: Ranks) -> None:
+        """The sum over ranks; see `Statistic`."""
+        self.matrix, self.tokens = _reduced(self.matrix, self.tokens, ranks)
 
     def merge(self, other: "Gram") -> None:
         """Adds the sum over other tokens of the same layer."""
@@ -73,6 +87,10 @@ class InputNorm:
         rows, self.squares = _vectors(x, self.squares)
         self.squares += rows.square().sum(0)
         self.tokens += rows.shape[0]
+
+    def reduce(self, ranks: Ranks) -> None:
+        """The sum over ranks; see `Statistic`."""
+        self.squares, self.tokens = _reduced(self.squares, self.tokens, ranks)
 
     def merge(self, other: "InputNorm") -> None:
         """Adds the sum over other tokens of the same layer."""

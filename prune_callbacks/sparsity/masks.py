@@ -78,6 +78,14 @@ class MaskSet(Mapping[str, Tensor]):
         flat = np.unpackbits(self._bits[name].numpy(), count=count)
         return torch.from_numpy(flat.view(np.bool_)).view(shape)
 
+    def packed(self, name: str) -> UInt8[Tensor, " bytes"]:
+        """The mask of a parameter, flattened and packed: eight weights a byte, the first in the highest bit."""
+        return self._bits[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter's mask."""
+        return self._shapes[name]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._bits)
 
@@ -128,11 +136,13 @@ class MaskSet(Mapping[str, Tensor]):
         prefix = self._prefix(parameters)
         places = {name: prefix + _plain(name) for name in self}
         found = {name: parameters[place] for name, place in places.items() if place in parameters}
+        # A parameter that ZeRO-3 has partitioned is empty and carries its own shape as `ds_shape`.
+        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in found.items()}
         problems = [f"{name}: no such parameter" for name in self if name not in found]
         problems += [
-            f"{name}: mask of shape {self._shapes[name]}, parameter of shape {tuple(p.shape)}"
-            for name, p in found.items()
-            if tuple(p.shape) != self._shapes[name]
+            f"{name}: mask of shape {self._shapes[name]}, parameter of shape {shape}"
+            for name, shape in shapes.items()
+            if shape != self._shapes[name]
         ]
         if problems:
             raise ValueError(

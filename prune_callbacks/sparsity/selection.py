@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from prune_callbacks.ranks import ALONE, Ranks
+
 DIGIT = 16
 """Bits that one pass of the selection over several tensors looks at."""
 
@@ -60,7 +62,7 @@ def refuse_nan(scores: Tensor) -> None:
 
 
 def keep_largest_of_all(
-    scores: Mapping[str, Float[Tensor, "..."]], kept: int
+    scores: Mapping[str, Float[Tensor, "..."]], kept: int, ranks: Ranks = ALONE
 ) -> Iterator[tuple[str, Bool[Tensor, "..."]]]:
     """
     Marks the `kept` largest scores of all tensors together; one mask after another, by name.
@@ -69,35 +71,51 @@ def keep_largest_of_all(
     first are kept), which is never made: a radix selection finds the threshold from histograms of 16 bits of the
     scores at a time, and those are sums over the tensors.
 
+    They are sums over ranks as well: each may hold a part of every tensor (rank 0 the beginning, and so on, on some
+    ranks maybe nothing), and gets the mask of its part. What is communicated is a few histograms of half a megabyte
+    and a count for every tensor.
+
     Args:
         scores: tensors of any shapes and floating dtypes, on any devices; no NaN, infinities are allowed. Each is asked
             for four times, never two at once, so a mapping may make them when they are asked for.
         kept: how many to keep in all.
+        ranks: the processes that hold the parts; every one calls this with the same names in the same order.
     """
-    total, double = 0, False
-    for name, values in scores.items():
-        try:
-            refuse_nan(values)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        total += values.numel()
-        double |= values.dtype == torch.float64
+    total, double = _checked_sizes(scores, ranks)
     if kept <= 0 or kept >= total:
         for name, values in scores.items():
             yield name, torch.full_like(values, kept > 0, dtype=torch.bool)
         return
-    threshold, tied = _threshold(scores, kept, double)
-    for name, values in scores.items():
+    threshold, left = _threshold(scores, kept, double, ranks)
+    ties = torch.tensor([int((_ordered(v, double) == threshold).count_nonzero()) for v in scores.values()])
+    everywhere = ranks.sum(ties.clone())
+    before = everywhere.cumsum(0) - everywhere + ranks.before(ties)
+    for (name, values), passed in zip(scores.items(), before.tolist(), strict=True):
         keys = _ordered(values, double)
         equal = keys == threshold
-        count = int(equal.count_nonzero())
-        if tied < count:
-            equal &= (equal.flatten().cumsum(0) <= tied).view(equal.shape)
-        tied -= min(tied, count)
+        equal &= (equal.flatten().cumsum(0) <= left - passed).view(equal.shape)
         yield name, (keys > threshold) | equal
 
 
-def _threshold(scores: Mapping[str, Tensor], kept: int, double: bool) -> tuple[int, int]:
+def _checked_sizes(scores: Mapping[str, Tensor], ranks: Ranks) -> tuple[int, bool]:
+    """How many scores there are, and whether any are float64."""
+
+    def check() -> tuple[int, bool]:
+        total, double = 0, False
+        for name, values in scores.items():
+            try:
+                refuse_nan(values)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            total += values.numel()
+            double |= values.dtype == torch.float64
+        return total, double
+
+    parts = ranks.gather(ranks.attempt(check))
+    return sum(total for total, _ in parts), any(double for _, double in parts)
+
+
+def _threshold(scores: Mapping[str, Tensor], kept: int, double: bool, ranks: Ranks) -> tuple[int, int]:
     """The key of the `kept`-th largest score, and how many of the scores equal to it are kept."""
     bits = 64 if double else 32
     prefix, left = 0, kept
@@ -110,6 +128,7 @@ def _threshold(scores: Mapping[str, Tensor], kept: int, double: bool) -> tuple[i
             else:
                 digits = (keys[(keys >> (shift + DIGIT)) == prefix] >> shift) & (2**DIGIT - 1)
             histogram += torch.bincount(digits, minlength=2**DIGIT).cpu()
+        ranks.sum(histogram)
         reached = histogram.flip(0).cumsum(0)  # how many have this digit or a larger one
         place = int(torch.searchsorted(reached, left))
         left -= int(reached[place] - histogram.flip(0)[place])

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
+from prune_callbacks.calibration import find_blocks
 from prune_callbacks.evaluation import Perplexity
 from prune_callbacks.tasks.objectives import LanguageModeling, Objective
 
@@ -53,6 +55,15 @@ class CausalLM(LightningModule):
         self._scheduler = scheduler
         self._scheduler_steps = scheduler_steps
         self.val_perplexity = Perplexity()
+
+    def configure_model(self) -> None:
+        """Under `ModelParallelStrategy` (FSDP2), shards the parameters, those of every decoder block together."""
+        mesh = self.device_mesh
+        if mesh is None or isinstance(self.model, FSDPModule):
+            return
+        for _, block in find_blocks(self.model):
+            fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(self.model, mesh=mesh["data_parallel"])
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The model's own forward."""

@@ -1,0 +1,53 @@
+"""FSDP2 (`ModelParallelStrategy`): a rank holds rows of every parameter, as a DTensor that is its own master copy."""
+
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from prune_callbacks.parallel.access import ParamAccess, Span
+
+
+class FSDP2Access(ParamAccess):
+    """See `ParamAccess`. Serves rows sharded over one mesh dimension; over others the parameter is replicated."""
+
+    def _span(self, parameter: Tensor) -> Span:
+        if not isinstance(parameter, DTensor):
+            return Span(0, parameter.numel())
+        sharded = [placement for placement in parameter.placements if not isinstance(placement, Replicate)]
+        if len(sharded) > 1 or any(type(placement) is not Shard or placement.dim != 0 for placement in sharded):
+            raise ValueError(
+                f"a parameter of shape {tuple(parameter.shape)} is placed as {parameter.placements}; masks are held on "
+                "parameters sharded by rows over one mesh dimension, as fully_shard(module, mesh=...) does by default"
+            )
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+        row = parameter.shape[1:].numel()
+        start = offset[0] * row if shape[0] else 0
+        return Span(start, start + shape[0] * row)
+
+    def _parameters(self) -> dict[str, Tensor]:
+        for module in self._module.modules():
+            if isinstance(module, FSDPModule):  # one that stayed whole after a forward pass of evaluation
+                module.reshard()
+        return super()._parameters()
+
+    def _owner(self, parameter: Tensor) -> Tensor:
+        return parameter
+
+    def _piece(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        return _local(whole)
+
+    def _gradient(self, parameter: Tensor) -> Tensor | None:
+        return None if parameter.grad is None else _local(parameter.grad)
+
+    def _counts(self, parameter: Tensor) -> bool:
+        if not isinstance(parameter, DTensor):
+            return self.ranks.rank == 0
+        coordinate = parameter.device_mesh.get_coordinate()
+        assert coordinate is not None
+        return all(c == 0 for c, p in zip(coordinate, parameter.placements, strict=True) if isinstance(p, Replicate))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()

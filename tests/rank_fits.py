@@ -1,0 +1,192 @@
+"""Run by tests as several processes: fits under a strategy, and what every rank saw in them."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import cpu_strategies
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+
+from prune_callbacks import (
+    CausalLM,
+    IMPSchedule,
+    IterativePrune,
+    MaskEnforcer,
+    MaskSet,
+    OneShotPrune,
+    Rewind,
+    SparseGPT,
+    Unstructured,
+    Wanda,
+)
+from prune_callbacks.sparsity import keep_largest
+from prune_callbacks.tasks import tiny_llama
+
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+
+
+class Module(CausalLM):
+    """A Llama, and a layer of 35 weights: two ranks cannot halve it."""
+
+    def __init__(self, seed=0, **optimizer):
+        settings = {"lr": 1e-2, "weight_decay": 0.1} | optimizer
+        super().__init__(tiny_llama(seed, hidden_size=32, layers=2), partial(torch.optim.AdamW, **settings))
+        torch.manual_seed(seed)
+        self.odd = nn.Linear(5, 7)
+
+    def configure_model(self):
+        super().configure_model()
+        if self.device_mesh is not None:
+            fully_shard(self.odd, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + (self.odd(torch.ones(5, device=loss.device, dtype=self.odd.weight.dtype)) - 1).square().mean()
+
+
+def masked_weights(module):
+    return {name: p for name, p in module.named_parameters() if "proj" in name or name == "odd.weight"}
+
+
+def half_masks(module, kept=0.5):
+    """Of the random weights the larger half, layer by layer, before any strategy has them."""
+    flat = {name: p.detach().abs().flatten() for name, p in masked_weights(module).items()}
+    return MaskSet(
+        {n: keep_largest(v, int(kept * len(v))).view(module.get_parameter(n).shape) for n, v in flat.items()}
+    )
+
+
+def whole(parameter, kind="weight"):
+    """A whole weight, master, or moment, by the libraries' own ways and not ours; a collective."""
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if kind == "weight":
+            if not hasattr(parameter, "ds_id"):
+                return parameter.detach().clone()
+            with deepspeed.zero.GatheredParameters([parameter]):
+                return parameter.detach().clone()
+        if kind == "master":
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, kind)
+    return parameter.detach().full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach().clone()
+
+
+def moment(trainer, parameter, kind):
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        return whole(parameter, kind)
+    return whole(trainer.optimizers[0].state[parameter][kind])
+
+
+class Spy(Callback):
+    """After every optimizer step: the largest value at a pruned place of weights, masters and moments."""
+
+    def __init__(self, masks_of):
+        self.masks_of = masks_of
+        self.worst = []
+        self.losses = []
+        self.kept = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        masks = self.masks_of()
+        row = {"weight": 0.0, "master": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
+        parameters = dict(pl_module.named_parameters())
+        for name in masks:  # of the language model, or of the whole module
+            parameter = parameters[name if name in parameters else f"model.{name}"]
+            for kind in row:
+                value = moment(trainer, parameter, kind) if kind.startswith("exp") else whole(parameter, kind)
+                row[kind] = max(row[kind], float(value[~masks[name]].abs().max()))
+        self.worst.append(row)
+        self.kept.append({n: float(m.float().mean()) for n, m in masks.items()})
+
+
+def data(rows=48, seed=5):
+    return torch.randint(3, 200, (rows, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def trainer_of(strategy, folder, callbacks, **settings):
+    defaults = {
+        "max_steps": 12,
+        "accumulate_grad_batches": 2,
+        "gradient_clip_val": 0.2,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+        "log_every_n_steps": 1,
+        "accelerator": "cpu",
+        "devices": 2,
+    }
+    return Trainer(strategy=strategy, callbacks=callbacks, default_root_dir=folder, **(defaults | settings))
+
+
+def batches(rows=2):
+    return DataLoader(data(), rows)
+
+
+def weights_of(module):
+    return {name: whole(p).float() for name, p in module.named_parameters()}
+
+
+def saved(folder, name, trainer, **what):
+    torch.save(what, Path(folder) / f"{name}_{trainer.global_rank}.pt")
+
+
+def hold(folder, name, devices=2):
+    """Twelve steps with and without the enforcer, in float32 and in bf16-mixed."""
+    for precision in ("32-true", "bf16-mixed"):
+        for enforced in (True, False):
+            module = Module()
+            masks = half_masks(module)
+            masks.apply_(module.named_parameters())
+            spy, enforcer = Spy(lambda masks=masks: masks), MaskEnforcer(masks)
+            callbacks = [enforcer, spy] if enforced else [spy]
+            strategy = cpu_strategies.strategy_of(name, int(devices))
+            trainer = trainer_of(strategy, folder, callbacks, precision=precision, max_epochs=2, devices=int(devices))
+            trainer.fit(module, batches(4 // int(devices)))
+            logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
+            label = f"{name}_{precision}_{'held' if enforced else 'free'}"
+            saved(folder, label, trainer, worst=spy.worst, losses=spy.losses, logged=logged)
+
+
+def iterate(folder, name):
+    """Two rounds in the middle of a fit, going back to the state after the first step; the second in bf16-mixed too."""
+    for precision in ("32-true", "bf16-mixed"):
+        for rewind in (None, Rewind(1, dirpath=Path(folder) / name), Rewind(1, optimizer=False, dirpath=folder)):
+            module = Module()
+            prune = IterativePrune(IMPSchedule(0.75, rounds=2, every=4), rewind=rewind)
+            enforcer = MaskEnforcer()
+            spy = Spy(lambda: prune.masks)
+            strategy = cpu_strategies.strategy_of(name)
+            trainer = trainer_of(strategy, folder, [prune, enforcer, spy], precision=precision, max_epochs=2)
+            trainer.fit(module, batches())
+            label = f"{name}_{precision}_{rewind and rewind.optimizer}"
+            weights = weights_of(module)
+            saved(
+                folder,
+                label,
+                trainer,
+                worst=spy.worst,
+                kept=spy.kept,
+                masks=dict(prune.masks),
+                losses=spy.losses,
+                weights=weights,
+            )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    scenario, *arguments = sys.argv[1:]
+    globals()[scenario](*arguments)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
