@@ -1,21 +1,25 @@
 """Run by tests as several processes: fits under a strategy, and what every rank saw in them."""
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import cpu_strategies
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader
 
 from prune_callbacks import (
+    NM,
     CausalLM,
     IMPSchedule,
     IterativePrune,
+    Magnitude,
     MaskEnforcer,
     MaskSet,
     OneShotPrune,
@@ -25,7 +29,7 @@ from prune_callbacks import (
     Wanda,
 )
 from prune_callbacks.sparsity import keep_largest
-from prune_callbacks.tasks import tiny_llama
+from prune_callbacks.tasks import TokenDataModule, tiny_llama
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
@@ -87,8 +91,8 @@ def moment(trainer, parameter, kind):
 class Spy(Callback):
     """After every optimizer step: the largest value at a pruned place of weights, masters and moments."""
 
-    def __init__(self, masks_of):
-        self.masks_of = masks_of
+    def __init__(self, holder):
+        self.holder = holder  # a callback that has masks
         self.worst = []
         self.losses = []
         self.kept = []
@@ -97,14 +101,14 @@ class Spy(Callback):
         self.losses.append(float(outputs["loss"]))
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        masks = self.masks_of()
+        masks = self.holder.masks or self.holder.given
         row = {"weight": 0.0, "master": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
         parameters = dict(pl_module.named_parameters())
         for name in masks:  # of the language model, or of the whole module
             parameter = parameters[name if name in parameters else f"model.{name}"]
             for kind in row:
                 value = moment(trainer, parameter, kind) if kind.startswith("exp") else whole(parameter, kind)
-                row[kind] = max(row[kind], float(value[~masks[name]].abs().max()))
+                row[kind] = max(row[kind], float((value * ~masks[name]).abs().max()))
         self.worst.append(row)
         self.kept.append({n: float(m.float().mean()) for n, m in masks.items()})
 
@@ -123,6 +127,7 @@ def trainer_of(strategy, folder, callbacks, **settings):
         "enable_checkpointing": False,
         "logger": False,
         "log_every_n_steps": 1,
+        "limit_val_batches": 0,
         "accelerator": "cpu",
         "devices": 2,
     }
@@ -130,7 +135,11 @@ def trainer_of(strategy, folder, callbacks, **settings):
 
 
 def batches(rows=2):
-    return DataLoader(data(), rows)
+    """The project's own loader, which goes on in the middle of an epoch."""
+    nothing = SimpleNamespace(title="nothing")
+    module = TokenDataModule(None, nothing, nothing, nothing, batch_size=rows)
+    module.train_windows = module.evaluation_windows = data()
+    return module
 
 
 def weights_of(module):
@@ -148,11 +157,12 @@ def hold(folder, name, devices=2):
             module = Module()
             masks = half_masks(module)
             masks.apply_(module.named_parameters())
-            spy, enforcer = Spy(lambda masks=masks: masks), MaskEnforcer(masks)
+            enforcer = MaskEnforcer(masks)
+            spy = Spy(enforcer)
             callbacks = [enforcer, spy] if enforced else [spy]
             strategy = cpu_strategies.strategy_of(name, int(devices))
             trainer = trainer_of(strategy, folder, callbacks, precision=precision, max_epochs=2, devices=int(devices))
-            trainer.fit(module, batches(4 // int(devices)))
+            trainer.fit(module, datamodule=batches(4 // int(devices)))
             logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
             label = f"{name}_{precision}_{'held' if enforced else 'free'}"
             saved(folder, label, trainer, worst=spy.worst, losses=spy.losses, logged=logged)
@@ -165,10 +175,10 @@ def iterate(folder, name):
             module = Module()
             prune = IterativePrune(IMPSchedule(0.75, rounds=2, every=4), rewind=rewind)
             enforcer = MaskEnforcer()
-            spy = Spy(lambda: prune.masks)
+            spy = Spy(prune)
             strategy = cpu_strategies.strategy_of(name)
             trainer = trainer_of(strategy, folder, [prune, enforcer, spy], precision=precision, max_epochs=2)
-            trainer.fit(module, batches())
+            trainer.fit(module, datamodule=batches())
             label = f"{name}_{precision}_{rewind and rewind.optimizer}"
             weights = weights_of(module)
             saved(
@@ -181,6 +191,60 @@ def iterate(folder, name):
                 losses=spy.losses,
                 weights=weights,
             )
+
+
+class Snapshot(Callback):
+    """The weights before the first step."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.weights = {name: p.detach().clone() for name, p in pl_module.model.named_parameters()}
+
+
+def one_shot(folder, precision):
+    """What two ranks make of the same calibration batches; run with one process it is what they are compared with."""
+    devices = int(os.environ.get("WORLD_SIZE", 1))
+    pruners = {"sparsegpt": SparseGPT(Unstructured(0.5)), "wanda": Wanda(NM(2, 4)), "magnitude": Magnitude(NM(1, 4))}
+    for label, pruner in pruners.items():
+        torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # every rank draws other training batches
+        module = Module(seed=dist.get_rank() if dist.is_initialized() else 0)  # and another model: rank 0's counts
+        if precision == "64-true":
+            module.double()
+        prune = OneShotPrune(pruner, data(12).split(4), progress=False)
+        strategy = "ddp" if devices > 1 else "auto"
+        before = Snapshot()
+        trainer = trainer_of(strategy, folder, [prune, MaskEnforcer(), before], max_steps=1, devices=devices)
+        trainer.fit(module, datamodule=batches())
+        report = prune.report
+        weights = {name: p.detach() for name, p in module.model.named_parameters()}
+        layers = [layer.name for layer in report.layers]
+        saved(
+            folder, f"{label}_{precision}_{devices}", trainer, masks=dict(report.masks), weights=weights, layers=layers
+        )
+
+
+def checkpoint(folder, name, devices=2):
+    """Rounds without interruption, keeping a checkpoint of the fifth step, after the first change of the masks."""
+    prune, enforcer, module = _rounds(folder)
+    keep = ModelCheckpoint(folder, filename="step_{step}", every_n_train_steps=5, save_top_k=-1)
+    strategy = cpu_strategies.strategy_of(name, int(devices))
+    settings = {"enable_checkpointing": True, "max_epochs": 2, "devices": int(devices)}
+    trainer = trainer_of(strategy, folder, [prune, enforcer, keep], **settings)
+    trainer.fit(module, datamodule=batches())
+    saved(folder, f"through_{devices}", trainer, weights=weights_of(module), masks=dict(prune.masks))
+
+
+def resume(folder, name, devices=2):
+    """The same from the checkpoint of the fifth step."""
+    prune, enforcer, module = _rounds(folder)
+    strategy = cpu_strategies.strategy_of(name, int(devices))
+    trainer = trainer_of(strategy, folder, [prune, enforcer, Spy(prune)], max_epochs=2, devices=int(devices))
+    trainer.fit(module, datamodule=batches(), ckpt_path=next(Path(folder).glob("step_*5.ckpt")))
+    saved(folder, f"resumed_{devices}", trainer, weights=weights_of(module), masks=dict(prune.masks))
+
+
+def _rounds(folder):
+    prune = IterativePrune(IMPSchedule(0.75, rounds=2, every=4), rewind=Rewind(1, dirpath=folder))
+    return prune, MaskEnforcer(), Module()
 
 
 if __name__ == "__main__":

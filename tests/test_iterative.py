@@ -371,7 +371,9 @@ def test_shrinking_reads_conv1d_the_other_way_round():
     layers = find_targets(find_blocks(model))
     whole = MaskSet({f"{n}.weight": torch.ones(m.weight.shape) > 0 for n, m in layers.items()})
     conv1d = [f"{name}.weight" for name in layers]
-    masks = shrink_masks(PlainAccess(model, whole), 0.5, Magnitude(Unstructured(0.5, per="row")), "layer", conv1d)
+    masks = shrink_masks(
+        PlainAccess(model, whole), conv1d, 0.5, Magnitude(Unstructured(0.5, per="row")), "layer", conv1d
+    )
     assert {n: m.shape for n, m in masks.items()} == {f"{n}.weight": m.weight.shape for n, m in layers.items()}
     for name, layer in layers.items():  # rows are outputs: columns of a Conv1D's weight
         assert bool((masks[f"{name}.weight"].sum(0) == layer.weight.shape[0] // 2).all())

@@ -33,7 +33,12 @@ class SharedWeights(Protocol):
 
 @torch.no_grad()
 def shrink_masks(
-    weights: SharedWeights, sparsity: float, pruner: Magnitude, scope: Scope, input_first: Collection[str] = ()
+    weights: SharedWeights,
+    names: Collection[str],
+    sparsity: float,
+    pruner: Magnitude,
+    scope: Scope,
+    input_first: Collection[str] = (),
 ) -> MaskSet:
     """
     The masks of a higher sparsity: what is removed stays removed, the survivors of lowest score go.
@@ -44,20 +49,20 @@ def shrink_masks(
 
     Args:
         weights: the weights, and the masks in force. Every rank gets the same result.
-        sparsity: fraction of these weights that is removed in the end.
+        names: the masked parameters to choose from.
+        sparsity: fraction of their weights that is removed in the end.
         pruner: gives the scores, and the pattern for `scope="layer"`; the sparsity of its pattern is not used.
         scope: "global": one pool of all layers. "layer": the same sparsity in every layer.
         input_first: names of weights stored as (in, out), those of GPT-2's `Conv1D`.
     """
     if scope == "global":
-        total = sum(torch.Size(weights.masks.shape(name)).numel() for name in weights.masks)
+        total = sum(torch.Size(weights.masks.shape(name)).numel() for name in names)
         kept = total - round(sparsity * total)
-        chosen = weights.joined(keep_largest_of_all(_OwnScores(weights, pruner), kept, weights.ranks))
+        chosen = weights.joined(keep_largest_of_all(_OwnScores(weights, names, pruner), kept, weights.ranks))
     else:
         pattern = replace(pruner.pattern, sparsity=sparsity)  # type: ignore[type-var]
         chosen = MaskSet.join(
-            MaskSet({name: _keep_in_layer(weights, name, pruner, pattern, name in input_first)})
-            for name in weights.masks
+            MaskSet({name: _keep_in_layer(weights, name, pruner, pattern, name in input_first)}) for name in names
         )
     return weights.masks & chosen
 
@@ -81,16 +86,17 @@ class _OwnScores(Mapping[str, Tensor]):
     """The scores of this rank's parts, made when asked for, so never all at once; of what is gone, minus infinity."""
 
     weights: SharedWeights
+    names: Collection[str]
     pruner: Magnitude
 
     def __getitem__(self, name: str) -> Tensor:
         return self.pruner.scores(self.weights.own(name)).masked_fill(~self.weights.own_keep(name), -torch.inf)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.weights.masks)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.weights.masks)
+        return len(self.names)
 
 
 def check_shrinkable(pruner: Magnitude, scope: str, target: float) -> None:

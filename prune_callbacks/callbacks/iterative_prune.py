@@ -91,6 +91,7 @@ class IterativePrune(Callback):
         self._file = None if self.rewind is None else RewindFile(self.rewind)
         self._restored: dict[str, Any] | None = None
         self._random_state: dict[str, Any] | None = None
+        self._names: list[str] = []
         self._input_first: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -104,6 +105,7 @@ class IterativePrune(Callback):
             with naming(name):
                 self.pruner.pattern.check_shape(weight_shape(layer))
         shapes = {f"{name}.weight": layer.get_parameter("weight").shape for name, layer in layers.items()}
+        self._names = list(shapes)
         self.masks = MaskSet.all_kept(shapes)
         self._input_first = [f"{name}.weight" for name, layer in layers.items() if stored_input_first(layer)]
 
@@ -180,7 +182,7 @@ class IterativePrune(Callback):
         target = self.schedule(now)
         assert self.masks is not None
         weights = param_access(trainer, self.masks)
-        masks = shrink_masks(weights, target, self.pruner, self.scope, self._input_first)
+        masks = shrink_masks(weights, self._names, target, self.pruner, self.scope, self._input_first)
         if self._file is not None:
             self._file.go_back(trainer)
         self._enforcer(trainer).hold(masks, trainer)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.calibration.windows import contiguous_windows, random_windows
@@ -26,24 +26,22 @@ class _Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.windows[index]}
 
 
-class _Shuffled(Sampler[int]):
-    """Every index once, in an order that depends on the seed and the epoch only; Lightning calls `set_epoch`."""
+class _Shuffled(DistributedSampler[int]):
+    """
+    The part of one rank of an order that depends on the seed and the epoch only; Lightning calls `set_epoch`.
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length = length
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
+    The ranks take turns, so that their batches together are those of one process with a larger batch. Where they do
+    not come out even, the first windows of the order are used again. (Of torch's class, so that Lightning leaves it
+    as it is.)
+    """
 
     def __iter__(self) -> Iterator[int]:
+        length = len(self.dataset)  # type: ignore[arg-type]
         mixed = torch.Generator().manual_seed(self.seed)
         seed = int(torch.randint(2**62, (self.epoch + 1,), generator=mixed)[-1])
-        yield from torch.randperm(self.length, generator=torch.Generator().manual_seed(seed)).tolist()
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+        places = torch.arange(self.rank, self.total_size, self.num_replicas) % length
+        yield from order[places].tolist()
 
 
 class _ResumableLoader(DataLoader[Any]):
@@ -82,6 +80,8 @@ class TokenDataModule(LightningDataModule):
 
     Training and evaluation windows are contiguous, the evaluation text in order; calibration windows are drawn at
     random (the papers' protocols). No special tokens are added.
+
+    Under a strategy of several ranks `batch_size` is that of each, and no rank sees another's windows.
 
     Training resumed from a checkpoint, in the middle of an epoch too, goes on with the batches that were to come.
     (Lightning 2.6 itself repeats a batch where a fit that is limited by `max_steps` alone resumes from a checkpoint
@@ -159,12 +159,12 @@ class TokenDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.train_windows is not None
-        self._loader = _ResumableLoader(
-            _Windows(self.train_windows),
-            self.batch_size,
-            sampler=_Shuffled(len(self.train_windows), self.seed),
-            generator=torch.Generator(),
-        )
+        windows = _Windows(self.train_windows)
+        ranks = {"num_replicas": 1, "rank": 0}
+        if self.trainer is not None and self.trainer.world_size > 1:
+            ranks = self.trainer.strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]
+        sampler = _Shuffled(windows, ranks["num_replicas"], ranks["rank"], seed=self.seed)
+        self._loader = _ResumableLoader(windows, self.batch_size, sampler=sampler, generator=torch.Generator())
         if self._left_at is not None:
             self._loader.load_state_dict(self._left_at)
         return self._loader
@@ -176,6 +176,8 @@ class TokenDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._left_at = state_dict or None
+        if self._loader is not None and self._left_at is not None:  # some strategies restore later than others
+            self._loader.load_state_dict(self._left_at)
 
     def calibration_dataloader(self) -> DataLoader[Any]:
         """What `OneShotPrune` calibrates on."""
