@@ -1,12 +1,16 @@
 """python train.py recipe=NAME [key=value ...]: prune a language model, bring its quality back, and report."""
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import seed_everything
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from prune_callbacks.evaluation.report import compare, read_report, refuse_existing_run
@@ -14,7 +18,12 @@ from prune_callbacks.evaluation.report import compare, read_report, refuse_exist
 SHARED = ("smoke", "seed", "model", "data", "pattern", "objective", "optimizer", "trainer", "logger")
 """What recipes that are compared have in common: overrides of these reach the recipes `beside` one too."""
 
+OUTPUT_DIR = "PRUNE_CALLBACKS_OUTPUT_DIR"
+"""Tells the processes that Lightning starts for other ranks which folder is rank 0's: theirs would be a later one."""
+
 OmegaConf.register_new_resolver("half", lambda number: number // 2, replace=True)
+OmegaConf.register_new_resolver("product", lambda *numbers: math.prod(numbers), replace=True)
+OmegaConf.register_new_resolver("devices", lambda: max(1, torch.cuda.device_count()), replace=True)
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -23,8 +32,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if cfg.ckpt_path is None:
         refuse_existing_run(output)
     seed_everything(cfg.seed, verbose=False)
-    output.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, output / "config.yaml")
+    if rank_zero_only.rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, output / "config.yaml")
+    if cfg.job is not None:
+        return {"job": rank_zero_only(instantiate)(cfg.job)}
     datamodule = instantiate(cfg.data)
     module = instantiate(cfg.module)
     callbacks = instantiate(cfg.callbacks)
@@ -68,8 +80,20 @@ def run_beside(cfg: DictConfig) -> None:
 
 def run(given: list[str]) -> None:
     """The recipes `beside` this one, unless they are finished, then this one, and the comparison of them all."""
+    started_by_others = int(os.environ.get("WORLD_SIZE", 1)) > 1 and OUTPUT_DIR not in os.environ
+    if started_by_others and "output_dir" not in map(key, given):
+        raise ValueError("torchrun and deepspeed start every process by itself: give them one folder with output_dir=")
     cfg = composed(given)
-    cfg.output_dir = cfg.output_dir  # the time in it is read once
+    cfg.output_dir = os.environ.get(OUTPUT_DIR, cfg.output_dir)  # the time in it is read once
+    os.environ[OUTPUT_DIR] = cfg.output_dir
+    try:
+        run_all(cfg, given)
+    finally:
+        del os.environ[OUTPUT_DIR]
+
+
+def run_all(cfg: DictConfig, given: list[str]) -> None:
+    """What `run` does, once the folder is known."""
     folders = {cfg.name: Path(cfg.output_dir)}
     if cfg.beside:  # what is wrong is to be said now, not after the others
         instantiate(cfg.callbacks)
@@ -84,8 +108,9 @@ def run(given: list[str]) -> None:
         folders[name] = Path(other.output_dir)
         run_beside(other)
     train(cfg)
-    if cfg.beside:
-        compare({name: read_report(folder) for name, folder in folders.items()}, Path(cfg.output_dir) / "compared.png")
+    if cfg.beside and cfg.job is None:
+        records = {name: read_report(folder) for name, folder in folders.items()}
+        rank_zero_only(compare)(records, Path(cfg.output_dir) / "compared.png")
 
 
 @hydra.main(version_base="1.3", config_path="recipes", config_name="train")

@@ -1,5 +1,6 @@
 from .calibration import PruneReport, prune_sequentially
 from .callbacks import IterativePrune, LoRARecovery, MaskEnforcer, OneShotPrune, Rewind, RunReport, SparsityMonitor
+from .consolidation import consolidate
 from .pruners import ALPS, MRP, Magnitude, Pruned, SparseGPT, Wanda
 from .solvers import Gram, InputNorm
 from .sparsity import (
@@ -48,5 +49,6 @@ __all__ = [
     "TokenDataModule",
     "Unstructured",
     "Wanda",
+    "consolidate",
     "prune_sequentially",
 ]

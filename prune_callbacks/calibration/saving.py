@@ -1,7 +1,8 @@
 """Writing a sparse model and its masks into a folder that every tool can read."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -44,22 +45,29 @@ def save_sparse_model(
     """
     model = savable(model)
     folder = Path(dirpath)
-    final, partial, old = folder / "model", folder / "model.partial", folder / "model.old"
-    if old.exists() and not final.exists():
-        old.rename(final)  # an earlier call was interrupted between its two renames
+    with replacing(folder / "model") as partial:
+        model.save_pretrained(
+            partial, state_dict=_base_state_dict(model, model.state_dict() if state_dict is None else state_dict)
+        )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        masks.save(folder / "masks.partial")
+    (folder / "masks.partial").replace(folder / "masks.safetensors")
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, which takes its place once what is inside of the `with` is done."""
+    partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # an earlier call was interrupted between its two renames
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(
-        partial, state_dict=_base_state_dict(model, model.state_dict() if state_dict is None else state_dict)
-    )
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    masks.save(folder / "masks.partial")
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    (folder / "masks.partial").replace(folder / "masks.safetensors")
+    yield partial
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

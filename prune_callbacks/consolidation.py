@@ -1,0 +1,161 @@
+"""consolidate: from a checkpoint, of whatever strategy, to the plain model folder that every tool reads."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from rich.progress import Progress
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prune_callbacks.calibration.saving import replacing
+from prune_callbacks.evaluation.report import write_json
+from prune_callbacks.parallel.checkpoints import Checkpoint, open_checkpoint
+from prune_callbacks.sparsity import MaskSet
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf", "*.pt")
+
+
+def consolidate(
+    checkpoint: str | Path,
+    template: str | Path,
+    dirpath: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """
+    Writes `dirpath/model` (what `save_pretrained` writes), `dirpath/masks.safetensors` and `dirpath/report.json`.
+
+    Weights are read and written one file of `max_shard_size` at a time, so that is all the memory it takes. They are
+    the fp32 masters where the checkpoint has them. The zeros are counted on the way.
+
+    Args:
+        checkpoint: of one device, DDP, FSDP2 or DeepSpeed ZeRO; or a folder of such, of which the newest is taken.
+        template: folder with the model's configuration (and tokenizer), e.g. `model/` of the run that was trained.
+        dirpath: where to; an existing `model/` there is replaced once the new one is complete.
+        dtype: of the written weights, e.g. "bfloat16"; None: the configuration's.
+        max_shard_size: how large one file of weights may be.
+        progress: show a progress bar.
+
+    Returns:
+        what `report.json` holds: the run's report, with sparsity and violations counted in the written weights.
+
+    Raises:
+        ValueError: there is no checkpoint, or no configuration, or its weights are not those of that model.
+    """
+    if not (Path(template) / "config.json").is_file():
+        raise ValueError(
+            f"there is no config.json in {template}; name a folder with the model's configuration, such as model/ of "
+            "the run that was trained"
+        )
+    source = open_checkpoint(_newest(Path(checkpoint)))
+    config = AutoConfig.from_pretrained(template)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    config.dtype = getattr(torch, dtype) if dtype is not None else config.dtype or torch.float32
+    config.architectures = [type(skeleton).__name__]
+    places = _places(skeleton, source)
+    masks = _masks(source)
+    with replacing(Path(dirpath) / "model") as partial:
+        shutil.copytree(template, partial, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
+        config.save_pretrained(partial)
+        counted = _write(source, places, skeleton, config.dtype, masks, partial, max_shard_size, progress)
+    masks.save(Path(dirpath) / "masks.safetensors")
+    report = _report(source, counted)
+    write_json(Path(dirpath) / "report.json", report)
+    return report
+
+
+def _newest(path: Path) -> Path:
+    checkpoints = sorted(path.glob("*.ckpt"), key=lambda found: found.stat().st_mtime)
+    return checkpoints[-1] if checkpoints else path
+
+
+def _places(skeleton: nn.Module, source: Checkpoint) -> dict[str, str]:
+    """The checkpoint's name of every weight; of tied ones the first, which is what transformers saves."""
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in skeleton.state_dict(keep_vars=True).items():
+        aliases.setdefault(id(tensor), []).append(name)
+    known = set(source.names())
+    first = next(iter(aliases.values()))[0]
+    prefix = next((name.removesuffix(first) for name in known if name == first or name.endswith(f".{first}")), "")
+    places = {
+        names[0]: next((prefix + name for name in names if prefix + name in known), "") for names in aliases.values()
+    }
+    missing = [name for name, place in places.items() if not place]
+    if missing:
+        raise ValueError(
+            f"the checkpoint is of another model than the configuration: of {len(places)} weights {len(missing)} are "
+            f"missing, first {missing[0]}; it has {len(known)}, first {min(known, default='none')}"
+        )
+    return places
+
+
+def _masks(source: Checkpoint) -> MaskSet:
+    for name in ("MaskEnforcer", "IterativePrune", "OneShotPrune"):
+        if "masks" in source.callbacks.get(name, {}):
+            return MaskSet.from_state_dict(source.callbacks[name]["masks"])
+    raise ValueError(
+        "the checkpoint holds no masks: it was written without MaskEnforcer, IterativePrune or OneShotPrune"
+    )
+
+
+def _write(
+    source: Checkpoint,
+    places: dict[str, str],
+    skeleton: nn.Module,
+    dtype: torch.dtype,
+    masks: MaskSet,
+    folder: Path,
+    max_shard_size: str,
+    progress: bool,
+) -> dict[str, tuple[int, int, int]]:
+    """Writes the weights; returns of every masked one its zeros, its violations and its size."""
+    empty = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in skeleton.state_dict().items()
+        if name in places
+    }
+    plan = split_torch_state_dict_into_shards(
+        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    counted: dict[str, tuple[int, int, int]] = {}
+    with Progress(disable=not progress) as bar:
+        task = bar.add_task("writing the model", total=len(places))
+        for file, names in plan.filename_to_tensors.items():
+            weights: dict[str, Tensor] = {}
+            for name in names:
+                weight = source.read(places[name]).to(empty[name].dtype).contiguous()
+                if name in masks:
+                    removed = int((weight.masked_fill(masks[name], 0) != 0).sum())
+                    counted[name] = (int((weight == 0).sum()), removed, weight.numel())
+                weights[name] = weight
+                bar.advance(task)
+            save_file(weights, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return counted
+
+
+def _report(source: Checkpoint, counted: dict[str, tuple[int, int, int]]) -> dict[str, Any]:
+    """What RunReport had noted by then, and what was counted now."""
+    record: dict[str, Any] = dict(source.callbacks.get("RunReport", {}).get("record", {}))
+    zeros, total = sum(zeros for zeros, _, _ in counted.values()), sum(size for _, _, size in counted.values())
+    layers = {name: zeros / size for name, (zeros, _, size) in counted.items()}
+    violations = {name: removed for name, (_, removed, _) in counted.items() if removed}
+    sparsity = record.get("sparsity", {}) | {"achieved": zeros / max(1, total), "layers": layers}
+    if violations:
+        warnings.warn(
+            f"{sum(violations.values())} pruned weights are not zero in the checkpoint, first in "
+            f"{next(iter(violations))}: the masks were not held",
+            stacklevel=3,
+        )
+    return record | {"optimizer_steps": source.step, "sparsity": sparsity, "violations": violations}

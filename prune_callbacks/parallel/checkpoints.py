@@ -1,0 +1,167 @@
+"""Reading one weight at a time from the checkpoints that Lightning's strategies write."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+State = dict[str, Any]
+
+
+class Checkpoint(ABC):
+    """
+    Weights of a checkpoint by name, read when asked for; files are mapped into memory, not loaded.
+
+    Attributes:
+        callbacks: the states of the callbacks, by their class's name.
+        step: how many optimizer steps were finished.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.callbacks: State = state.get("callbacks", {})
+        self.step: int = state["global_step"]
+
+    @abstractmethod
+    def names(self) -> Collection[str]:
+        """The names of the weights: those of the LightningModule."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """One whole weight, on the CPU: where there are fp32 masters, of these."""
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """
+    Opens a checkpoint of one device, DDP, FSDP2 (a folder, or one file) or DeepSpeed ZeRO-1, 2 or 3.
+
+    Nothing but tensors and plain values is unpickled, and of DeepSpeed's files four classes of its own.
+
+    Raises:
+        ValueError: there is none at `path`.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        return _File(folder)
+    if (folder / ".metadata").is_file():
+        return _Sharded(folder)
+    for tag in ("checkpoint", "."):
+        shards = sorted((folder / tag).glob("*_optim_states.pt"), key=_rank)
+        if shards:
+            return _Zero(shards)
+    raise ValueError(f"there is no checkpoint at {path}: neither Lightning's file, nor a folder of FSDP2 or DeepSpeed")
+
+
+def _load(path: Path) -> State:
+    return dict(torch.load(path, mmap=True, map_location="cpu", weights_only=True))
+
+
+class _File(Checkpoint):
+    def __init__(self, path: Path) -> None:
+        state = _load(path)
+        super().__init__(state)
+        self._weights: dict[str, Tensor] = state["state_dict"]
+
+    def names(self) -> Collection[str]:
+        return self._weights.keys()
+
+    def read(self, name: str) -> Tensor:
+        return self._weights[name]
+
+
+class _Sharded(Checkpoint):
+    """torch.distributed.checkpoint, as `ModelParallelStrategy` writes it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(_load(folder / "meta.pt"))
+        self._folder = folder
+        described = FileSystemReader(folder).read_metadata().state_dict_metadata
+        self._described = {
+            name.removeprefix("state_dict."): data
+            for name, data in described.items()
+            if name.startswith("state_dict.") and isinstance(data, TensorStorageMetadata)
+        }
+
+    def names(self) -> Collection[str]:
+        return self._described.keys()
+
+    def read(self, name: str) -> Tensor:
+        data = self._described[name]
+        tensor = torch.empty(data.size, dtype=data.properties.dtype)
+        load({"state_dict": {name: tensor}}, storage_reader=FileSystemReader(self._folder), no_dist=True)
+        return tensor
+
+
+class _Zero(Checkpoint):
+    """
+    DeepSpeed: for every rank a file with its flat fp32 masters, and files that say where what lies in them.
+
+    (DeepSpeed's own zero_to_fp32 reads the same; of ZeRO-1 and 2 it needs memory for the whole model.)
+    """
+
+    def __init__(self, shards: list[Path]) -> None:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+            self._ranks = [_load(path)["optimizer_state_dict"] for path in shards]
+        states = [_load(path) for path in sorted(shards[0].parent.glob("*_model_states.pt"), key=_rank)]
+        super().__init__(states[0])
+        self._stage_3 = "fp32_flat_groups" in self._ranks[0]
+        self._shapes = {name: shape for group in states[0]["param_shapes"] for name, shape in group.items()}
+        self._offsets = self._offsets_in_stage_3() if self._stage_3 else {}
+        # What has no master: buffers and frozen weights, the latter cut over the ranks under ZeRO-3.
+        self._whole: dict[str, Tensor] = states[0]["module"]
+        self._fragments = [state.get("frozen_param_fragments") or {} for state in states]
+        self._frozen: State = states[0].get("frozen_param_shapes") or {}
+
+    def names(self) -> Collection[str]:
+        return {**self._shapes, **self._frozen, **self._whole}.keys()
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._shapes:
+            if self._stage_3 and name in self._frozen:
+                return _cut_to_shape((part[name] for part in self._fragments), self._frozen[name])
+            return self._whole[name]
+        pieces = self._pieces_in_stage_3(name) if self._stage_3 else self._pieces(name)
+        return _cut_to_shape(pieces, self._shapes[name])
+
+    def _pieces(self, name: str) -> Iterable[Tensor]:
+        for rank in self._ranks:
+            for flat, places in zip(rank["single_partition_of_fp32_groups"], rank["param_slice_mappings"], strict=True):
+                if name in places:
+                    yield flat.narrow(0, places[name].start, places[name].numel)
+
+    def _offsets_in_stage_3(self) -> dict[str, int]:
+        offsets, offset = {}, 0
+        for name, shape in self._shapes.items():
+            offsets[name] = offset
+            offset += math.ceil(shape.numel() / len(self._ranks))
+        return offsets
+
+    def _pieces_in_stage_3(self, name: str) -> Iterable[Tensor]:
+        size = math.ceil(self._shapes[name].numel() / len(self._ranks))
+        for rank in self._ranks:
+            offset = self._offsets[name]
+            for flat in rank["fp32_flat_groups"]:  # a weight's piece lies in one of them
+                if offset < flat.numel():
+                    yield flat.narrow(0, offset, size)
+                    break
+                offset -= flat.numel()
+
+
+def _cut_to_shape(pieces: Iterable[Tensor], shape: torch.Size) -> Tensor:
+    return torch.cat([piece.flatten() for piece in pieces])[: shape.numel()].view(shape)  # the last one is padded
+
+
+def _rank(path: Path) -> int:
+    """The data-parallel rank in a file's name: zero_pp_rank_3_mp_rank_00_..."""
+    parts = path.name.split("_")
+    return int(parts[parts.index("pp") + 2]) if "pp" in parts else 0
