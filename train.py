@@ -80,6 +80,8 @@ def run_beside(cfg: DictConfig) -> None:
 
 def run(given: list[str]) -> None:
     """The recipes `beside` this one, unless they are finished, then this one, and the comparison of them all."""
+    if "CROSS_SIZE" in os.environ:  # deepspeed's launcher; Lightning asks for ranks on other nodes by torchrun's
+        os.environ.setdefault("TORCHELASTIC_RUN_ID", "deepspeed")
     started_by_others = int(os.environ.get("WORLD_SIZE", 1)) > 1 and OUTPUT_DIR not in os.environ
     if started_by_others and "output_dir" not in map(key, given):
         raise ValueError("torchrun and deepspeed start every process by itself: give them one folder with output_dir=")

@@ -3,6 +3,7 @@
 import os
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,7 +107,7 @@ class Spy(Callback):
         parameters = dict(pl_module.named_parameters())
         for name in masks:  # of the language model, or of the whole module
             parameter = parameters[name if name in parameters else f"model.{name}"]
-            for kind in row:
+            for kind in row if parameter.requires_grad else ["weight"]:
                 value = moment(trainer, parameter, kind) if kind.startswith("exp") else whole(parameter, kind)
                 row[kind] = max(row[kind], float((value * ~masks[name]).abs().max()))
         self.worst.append(row)
@@ -150,47 +151,69 @@ def saved(folder, name, trainer, **what):
     torch.save(what, Path(folder) / f"{name}_{trainer.global_rank}.pt")
 
 
-def hold(folder, name, devices=2):
+def hold(folder, *names, devices=2):
     """Twelve steps with and without the enforcer, in float32 and in bf16-mixed."""
-    for precision in ("32-true", "bf16-mixed"):
-        for enforced in (True, False):
-            module = Module()
-            masks = half_masks(module)
-            masks.apply_(module.named_parameters())
-            enforcer = MaskEnforcer(masks)
-            spy = Spy(enforcer)
-            callbacks = [enforcer, spy] if enforced else [spy]
-            strategy = cpu_strategies.strategy_of(name, int(devices))
-            trainer = trainer_of(strategy, folder, callbacks, precision=precision, max_epochs=2, devices=int(devices))
-            trainer.fit(module, datamodule=batches(4 // int(devices)))
-            logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
-            label = f"{name}_{precision}_{'held' if enforced else 'free'}"
-            saved(folder, label, trainer, worst=spy.worst, losses=spy.losses, logged=logged)
+    for name, precision, enforced in product(names, ("32-true", "bf16-mixed"), (True, False)):
+        module = Module()
+        masks = half_masks(module)
+        masks.apply_(module.named_parameters())
+        enforcer = MaskEnforcer(masks)
+        spy = Spy(enforcer)
+        callbacks = [enforcer, spy] if enforced else [spy]
+        strategy = cpu_strategies.strategy_of(name, devices)
+        trainer = trainer_of(strategy, folder, callbacks, precision=precision, max_epochs=2, devices=devices)
+        trainer.fit(module, datamodule=batches(4 // devices))
+        logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        label = f"{name}_{precision}_{'held' if enforced else 'free'}"
+        saved(folder, label, trainer, worst=spy.worst, losses=spy.losses, logged=logged)
 
 
-def iterate(folder, name):
-    """Two rounds in the middle of a fit, going back to the state after the first step; the second in bf16-mixed too."""
-    for precision in ("32-true", "bf16-mixed"):
-        for rewind in (None, Rewind(1, dirpath=Path(folder) / name), Rewind(1, optimizer=False, dirpath=folder)):
-            module = Module()
-            prune = IterativePrune(IMPSchedule(0.75, rounds=2, every=4), rewind=rewind)
-            enforcer = MaskEnforcer()
-            spy = Spy(prune)
-            strategy = cpu_strategies.strategy_of(name)
-            trainer = trainer_of(strategy, folder, [prune, enforcer, spy], precision=precision, max_epochs=2)
-            trainer.fit(module, datamodule=batches())
-            label = f"{name}_{precision}_{rewind and rewind.optimizer}"
-            weights = weights_of(module)
-            saved(
-                folder,
-                label,
-                trainer,
-                worst=spy.worst,
-                kept=spy.kept,
-                masks=dict(prune.masks),
-                losses=spy.losses,
-                weights=weights,
-            )
+def hold_alone(folder):
+    """What the fits on two processes are compared with."""
+    hold(folder, "auto", devices=1)
+
+
+def variants(folder):
+    """Other ways that DeepSpeed keeps things: in CPU memory, small weights whole, and with a frozen layer."""
+    cpu = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+    weights = {"offload_param": {"device": "cpu", "pin_memory": False}}
+    for label, stage, zero, frozen in (
+        ("zero1_offload", 1, cpu, False),
+        ("zero2_offload", 2, cpu, False),
+        ("zero3_offload", 3, cpu | weights, False),
+        ("zero3_persistent", 3, {"stage3_param_persistence_threshold": 100_000}, False),
+        ("zero2_frozen", 2, {}, True),
+        ("zero3_frozen", 3, {}, True),
+        ("zero3_subgroups", 3, {"sub_group_size": 2000}, False),
+    ):
+        module = Module()
+        masks = half_masks(module)
+        masks.apply_(module.named_parameters())
+        module.model.model.layers[0].mlp.requires_grad_(not frozen)
+        enforcer = MaskEnforcer(masks)
+        spy = Spy(enforcer)
+        strategy = cpu_strategies.strategy_of(f"zero{stage}")
+        strategy.config["zero_optimization"] |= zero
+        trainer = trainer_of(strategy, folder, [enforcer, spy], max_epochs=2)
+        trainer.fit(module, datamodule=batches())
+        logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        saved(folder, label, trainer, worst=spy.worst, losses=spy.losses, logged=logged)
+
+
+def iterate(folder, *names):
+    """Two changes of the masks in the middle of a fit: going on, going back, and going back with the weights only."""
+    for name, precision, rewind in (
+        *product(names, ("32-true",), ("on", "back", "weights")),
+        *product(names, ("bf16-mixed",), ("back",)),
+    ):
+        where = Rewind(1, optimizer=rewind == "back", dirpath=Path(folder) / f"{name}_{rewind}_{precision}")
+        prune = IterativePrune(IMPSchedule(0.75, rounds=2, every=4), rewind=None if rewind == "on" else where)
+        module, enforcer, spy = Module(), MaskEnforcer(), Spy(prune)
+        strategy = cpu_strategies.strategy_of(name)
+        trainer = trainer_of(strategy, folder, [prune, enforcer, spy], precision=precision, max_epochs=2)
+        trainer.fit(module, datamodule=batches())
+        what = {"worst": spy.worst, "kept": spy.kept, "losses": spy.losses, "weights": weights_of(module)}
+        saved(folder, f"{name}_{precision}_{rewind}", trainer, masks=dict(prune.masks), **what)
 
 
 class Snapshot(Callback):
@@ -222,29 +245,64 @@ def one_shot(folder, precision):
         )
 
 
-def checkpoint(folder, name, devices=2):
+def checkpoint(folder, *names):
     """Rounds without interruption, keeping a checkpoint of the fifth step, after the first change of the masks."""
-    prune, enforcer, module = _rounds(folder)
-    keep = ModelCheckpoint(folder, filename="step_{step}", every_n_train_steps=5, save_top_k=-1)
-    strategy = cpu_strategies.strategy_of(name, int(devices))
-    settings = {"enable_checkpointing": True, "max_epochs": 2, "devices": int(devices)}
-    trainer = trainer_of(strategy, folder, [prune, enforcer, keep], **settings)
-    trainer.fit(module, datamodule=batches())
-    saved(folder, f"through_{devices}", trainer, weights=weights_of(module), masks=dict(prune.masks))
+    for name, rewind in product(names, ("back", "on")):
+        where = Path(folder) / f"{name}_{rewind}"
+        keep = ModelCheckpoint(where, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+        prune, module = _rounds(where, rewind)
+        settings = {"enable_checkpointing": True, "max_epochs": 2}
+        trainer = trainer_of(cpu_strategies.strategy_of(name), folder, [prune, MaskEnforcer(), keep], **settings)
+        trainer.fit(module, datamodule=batches())
+        saved(where, "through", trainer, weights=weights_of(module), masks=dict(prune.masks))
 
 
-def resume(folder, name, devices=2):
+def resume(folder, *names, rewind="back", devices=2):
     """The same from the checkpoint of the fifth step."""
-    prune, enforcer, module = _rounds(folder)
-    strategy = cpu_strategies.strategy_of(name, int(devices))
-    trainer = trainer_of(strategy, folder, [prune, enforcer, Spy(prune)], max_epochs=2, devices=int(devices))
-    trainer.fit(module, datamodule=batches(), ckpt_path=next(Path(folder).glob("step_*5.ckpt")))
-    saved(folder, f"resumed_{devices}", trainer, weights=weights_of(module), masks=dict(prune.masks))
+    for name in names:
+        where = Path(folder) / f"{name}_{rewind}"
+        prune, module = _rounds(where, rewind)
+        spy = Spy(prune)
+        strategy = cpu_strategies.strategy_of(name, devices)
+        if "zero" in name and devices != 2:
+            strategy.config["checkpoint"] = {"load_universal": True}
+        trainer = trainer_of(strategy, folder, [prune, MaskEnforcer(), spy], max_epochs=2, devices=devices)
+        trainer.fit(module, datamodule=batches(4 // devices), ckpt_path=where / "step=5.ckpt")
+        what = {"weights": weights_of(module), "masks": dict(prune.masks), "worst": spy.worst}
+        saved(where, f"resumed_on_{devices}", trainer, **what)
 
 
-def _rounds(folder):
-    prune = IterativePrune(IMPSchedule(0.75, rounds=2, every=4), rewind=Rewind(1, dirpath=folder))
-    return prune, MaskEnforcer(), Module()
+def resume_alone(folder, *names):
+    """On one process what two had begun."""
+    resume(folder, *names, rewind="on", devices=1)
+
+
+def _rounds(where, rewind):
+    # Files to go back to are those of every rank, where the strategy shards; as many ranks must read them.
+    prune = IterativePrune(IMPSchedule(0.75, 2, every=4), rewind=Rewind(1, dirpath=where) if rewind == "back" else None)
+    return prune, Module()
+
+
+def fail(folder):
+    """On rank 1 alone an activation is not finite; nobody waits for it."""
+    torch.manual_seed(0)
+    module = Module()
+    calibration = list(data(12).split(4))
+    if dist.is_initialized():
+        raise AssertionError("the trainer starts the processes' group")
+
+    class Poison(Callback):
+        def setup(self, trainer, pl_module, stage):
+            if trainer.global_rank == 1:
+                broken = pl_module.model.model.layers[1].mlp.down_proj
+                broken.register_forward_pre_hook(lambda _, args: (args[0] * torch.nan,))
+
+    prune = OneShotPrune(SparseGPT(Unstructured(0.5)), calibration, progress=False)
+    trainer = trainer_of("ddp", folder, [Poison(), prune, MaskEnforcer()])
+    try:
+        trainer.fit(module, datamodule=batches())
+    except ValueError as error:
+        saved(folder, "failed", trainer, error=str(error))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """MaskEnforcer: pruned weights stay exactly zero while a model is trained."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ from torch.utils.hooks import RemovableHandle
 
 from prune_callbacks.calibration import find_blocks, find_language_model, find_targets
 from prune_callbacks.callbacks.trainer_state import logs_now, one_shot_report
-from prune_callbacks.parallel import ParamAccess, masks_of_zeros, param_access, refuse_unserved, stepping_optimizers
+from prune_callbacks.parallel import (
+    ParamAccess,
+    lost_a_process,
+    masks_of_zeros,
+    param_access,
+    refuse_unserved,
+    stepping_optimizers,
+)
 from prune_callbacks.sparsity import MaskSet
 
 
@@ -87,6 +95,19 @@ class MaskEnforcer(Callback):
         assert self.masks is not None
         violations = sum(self._access.violations().values())
         pl_module.log_dict({"sparsity": self.masks.sparsity(), "violations": float(violations)})
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not lost_a_process(exception):
+            return
+        checkpoint = trainer.checkpoint_callback
+        saved = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
+        logging.getLogger(__name__).error(
+            "rank %d of %d: another process of the training is gone, after %d optimizer steps. %s",
+            trainer.global_rank,
+            trainer.world_size,
+            trainer.global_step,
+            f"Go on with ckpt_path={saved}" if saved else "There is no checkpoint to go on from: add ModelCheckpoint()",
+        )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()

@@ -5,6 +5,7 @@ from prune_callbacks.parallel.plain import PlainAccess
 from prune_callbacks.parallel.snapshot import check_snapshot, load_snapshot, save_snapshot
 from prune_callbacks.parallel.strategies import (
     gathered_state_dict,
+    lost_a_process,
     masks_of_zeros,
     param_access,
     refuse_sharded,
@@ -19,6 +20,7 @@ __all__ = [
     "check_snapshot",
     "gathered_state_dict",
     "load_snapshot",
+    "lost_a_process",
     "masks_of_zeros",
     "param_access",
     "refuse_sharded",

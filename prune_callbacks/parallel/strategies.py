@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
@@ -98,6 +99,13 @@ def refuse_sharded(strategy: Strategy, who: str) -> None:
         raise ValueError(f'{who} does not work under {type(strategy).__name__}; use one device or strategy="ddp"')
 
 
+def lost_a_process(error: BaseException) -> bool:
+    """Whether a collective failed because another process has ended."""
+    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error) and "onnection" in str(error)
+    )
+
+
 def gathered_state_dict(trainer: Trainer, model: nn.Module) -> dict[str, Tensor] | None:
     """
     The `state_dict` of a part of the trainer's module, whole and on the CPU, on rank 0; of the others None.
@@ -106,12 +114,13 @@ def gathered_state_dict(trainer: Trainer, model: nn.Module) -> dict[str, Tensor]
     """
     if not isinstance(trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy):
         return model.state_dict() if trainer.is_global_zero else None
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     state: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        value = _gathered(parameters.get(name, value))
-        if trainer.is_global_zero:
-            state[name] = value.detach().cpu().clone()
+    copies: dict[int, Tensor] = {}  # what is tied stays one tensor
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in copies:
+            whole = _gathered(value)
+            copies[id(value)] = whole.detach().cpu().clone() if trainer.is_global_zero else torch.empty(0)
+        state[name] = copies[id(value)]
     return state if trainer.is_global_zero else None
 
 
