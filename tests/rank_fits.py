@@ -5,7 +5,6 @@ import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import cpu_strategies
 import torch
@@ -30,7 +29,7 @@ from prune_callbacks import (
     Wanda,
 )
 from prune_callbacks.sparsity import keep_largest
-from prune_callbacks.tasks import TokenDataModule, tiny_llama
+from prune_callbacks.tasks import PythonDocs, TokenDataModule, byte_tokenizer, tiny_llama
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
@@ -137,8 +136,8 @@ def trainer_of(strategy, folder, callbacks, **settings):
 
 def batches(rows=2):
     """The project's own loader, which goes on in the middle of an epoch."""
-    nothing = SimpleNamespace(title="nothing")
-    module = TokenDataModule(None, nothing, nothing, nothing, batch_size=rows)
+    nothing = PythonDocs("train")
+    module = TokenDataModule(byte_tokenizer(), nothing, nothing, nothing, batch_size=rows)
     module.train_windows = module.evaluation_windows = data()
     return module
 
@@ -238,11 +237,12 @@ def one_shot(folder, precision):
         trainer = trainer_of(strategy, folder, [prune, MaskEnforcer(), before], max_steps=1, devices=devices)
         trainer.fit(module, datamodule=batches())
         report = prune.report
-        weights = {name: p.detach() for name, p in module.model.named_parameters()}
-        layers = [layer.name for layer in report.layers]
-        saved(
-            folder, f"{label}_{precision}_{devices}", trainer, masks=dict(report.masks), weights=weights, layers=layers
-        )
+        what = {
+            "masks": dict(report.masks),
+            "weights": before.weights,
+            "layers": [layer.name for layer in report.layers],
+        }
+        saved(folder, f"{label}_{precision}_{devices}", trainer, **what)
 
 
 def checkpoint(folder, *names):

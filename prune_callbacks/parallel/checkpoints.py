@@ -121,11 +121,13 @@ class _Zero(Checkpoint):
         self._whole: dict[str, Tensor] = states[0]["module"]
         self._fragments = [state.get("frozen_param_fragments") or {} for state in states]
         self._frozen: State = states[0].get("frozen_param_shapes") or {}
+        self._tied: dict[str, str] = dict(states[0].get("shared_params") or {})
 
     def names(self) -> Collection[str]:
         return {**self._shapes, **self._frozen, **self._whole}.keys()
 
     def read(self, name: str) -> Tensor:
+        name = self._tied.get(name, name)
         if name not in self._shapes:
             if self._stage_3 and name in self._frozen:
                 return _cut_to_shape((part[name] for part in self._fragments), self._frozen[name])
