@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from prune_callbacks.evaluation.report import compare, read_report, refuse_existing_run
+from prune_callbacks.parallel import newest_checkpoint
 
 SHARED = ("smoke", "seed", "model", "data", "pattern", "objective", "optimizer", "trainer", "logger")
 """What recipes that are compared have in common: overrides of these reach the recipes `beside` one too."""
@@ -64,15 +65,15 @@ def composed(given: list[str]) -> DictConfig:
 def run_beside(cfg: DictConfig) -> None:
     """A recipe beside another: from its newest checkpoint, if it was interrupted; not at all, if it is finished."""
     folder = Path(cfg.output_dir)
-    checkpoints = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if checkpoints or read_report(folder) is not None:
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    if checkpoint or read_report(folder) is not None:
         before = OmegaConf.load(folder / "config.yaml")
         if OmegaConf.merge(before, {"ckpt_path": None}) != cfg:
             raise ValueError(f"{folder} holds a {cfg.name} of another configuration. Choose another output_dir")
         if (read_report(folder) or {}).get("stage") == "recovered":
             return
     try:
-        cfg.ckpt_path = str(checkpoints[-1]) if checkpoints else None
+        cfg.ckpt_path = str(checkpoint) if checkpoint else None
         train(cfg)
     except ValueError as error:
         raise ValueError(f"{cfg.name}, which runs beside: {error}") from error
@@ -101,7 +102,7 @@ def run_all(cfg: DictConfig, given: list[str]) -> None:
         instantiate(cfg.callbacks)
         if cfg.ckpt_path is None:
             refuse_existing_run(folders[cfg.name])
-        elif not Path(cfg.ckpt_path).is_file():
+        elif not Path(cfg.ckpt_path).exists():
             raise ValueError(f"no checkpoint at {cfg.ckpt_path}")
     shared = [override for override in given if key(override).split(".")[0] in SHARED]
     for name in cfg.beside:

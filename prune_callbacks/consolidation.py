@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prune_callbacks.calibration.saving import replacing
 from prune_callbacks.evaluation.report import write_json
-from prune_callbacks.parallel.checkpoints import Checkpoint, open_checkpoint
+from prune_callbacks.parallel.checkpoints import Checkpoint, newest_checkpoint, open_checkpoint
 from prune_callbacks.sparsity import MaskSet
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf", "*.pt")
@@ -55,7 +55,7 @@ def consolidate(
             f"there is no config.json in {template}; name a folder with the model's configuration, such as model/ of "
             "the run that was trained"
         )
-    source = open_checkpoint(_newest(Path(checkpoint)))
+    source = open_checkpoint(newest_checkpoint(checkpoint) or checkpoint)
     config = AutoConfig.from_pretrained(template)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
@@ -71,11 +71,6 @@ def consolidate(
     report = _report(source, counted)
     write_json(Path(dirpath) / "report.json", report)
     return report
-
-
-def _newest(path: Path) -> Path:
-    checkpoints = sorted(path.glob("*.ckpt"), key=lambda found: found.stat().st_mtime)
-    return checkpoints[-1] if checkpoints else path
 
 
 def _places(skeleton: nn.Module, source: Checkpoint) -> dict[str, str]:

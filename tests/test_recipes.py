@@ -1,6 +1,7 @@
 """Every recipe is composed and instantiated; every file says how it is run."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import hydra
@@ -29,12 +30,14 @@ from prune_callbacks import (
     Unstructured,
     Wanda,
 )
+from prune_callbacks.parallel import refuse_unserved
 from prune_callbacks.tasks import HubText, tiny_llama
 
 ROOT = Path(__file__).parent.parent
 train = importlib.util.spec_from_file_location("train", ROOT / "train.py")
 train.loader.exec_module(importlib.util.module_from_spec(train))  # the resolvers that recipes use
-NAMES = sorted(path.stem for path in (ROOT / "recipes/recipe").glob("*.yaml"))
+FILES = sorted(path.stem for path in (ROOT / "recipes/recipe").glob("*.yaml"))
+NAMES = [name for name in FILES if name != "consolidate"]  # which trains nothing
 PRUNERS = {
     "magnitude_50": Magnitude(Unstructured(0.5)),
     "wanda_50": Wanda(Unstructured(0.5)),
@@ -45,6 +48,7 @@ PRUNERS = {
     "mrp_2of4": MRP(NM(2, 4)),
     "alps_50": ALPS(Unstructured(0.5)),
     "alps_2of4": ALPS(NM(2, 4)),
+    "recover_deepspeed": SparseGPT(NM(2, 4)),
     "recover_distill": SparseGPT(NM(2, 4)),
     "recover_masked_lora": SparseGPT(NM(2, 4)),
 }
@@ -62,7 +66,8 @@ def compose(*overrides):
 
 def small(name, tmp_path):
     """The recipe itself, but for the model: that needs the 500 MB one, which has a test of its own."""
-    return compose(f"recipe={name}", "model=tiny_llama", f"output_dir={tmp_path}")
+    trainer = ["trainer=cpu_or_gpu"] if name == "recover_deepspeed" else []  # DeepSpeed needs CUDA devices
+    return compose(f"recipe={name}", "model=tiny_llama", f"output_dir={tmp_path}", *trainer)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,7 +98,7 @@ def test_every_recipe_is_instantiated(name, tmp_path):
 
 
 def test_the_recipes_of_the_readme_exist():
-    assert set(PRUNERS) | set(SCHEDULES) | {"demo", "recover_lora"} == set(NAMES)
+    assert set(PRUNERS) | set(SCHEDULES) | {"demo", "recover_lora", "consolidate"} == set(FILES)
 
 
 def test_imp_and_what_it_is_measured_against_share_all_but_the_method(tmp_path):
@@ -133,11 +138,31 @@ def test_a_constant_schedule_is_instantiated():
     assert instantiate(cfg.schedule) == ConstantSchedule(0.5, begin=7)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["ddp", "fsdp2", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"]
+)
+def test_every_trainer_is_instantiated(name, tmp_path):
+    """Without devices DeepSpeed's is not; its strategy is, by the class for CPUs."""
+    cpu = ["trainer.strategy._target_=cpu_strategies.CPUDeepSpeedStrategy"] if "deepspeed" in name else []
+    recipe = ["recipe=recover_deepspeed", "model=tiny_llama", f"output_dir={tmp_path}", f"trainer={name}"]
+    cfg = compose(*recipe, "trainer.accelerator=cpu", "trainer.devices=2", *cpu)
+    trainer = instantiate(cfg.trainer)
+    refuse_unserved(trainer.strategy)
+    assert trainer.num_devices == 2
+    if cpu:
+        real = compose(*recipe)
+        assert real.trainer.strategy._target_ == "lightning.pytorch.strategies.DeepSpeedStrategy"
+        zero = trainer.strategy.config["zero_optimization"]
+        assert zero["stage"] == int(re.search(r"zero(\d)", name)[1])
+        assert ("offload_optimizer" in zero) == ("offload_param" in zero) == ("offload" in name)
+        assert real.trainer.precision == "bf16-mixed"
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_every_recipe_file_begins_with_its_command(name):
     lines = (ROOT / "recipes/recipe" / f"{name}.yaml").read_text().splitlines()
     assert lines[0] == "# @package _global_"  # Hydra reads it only in the first line
-    assert lines[1] == f"# python train.py recipe={name}"
+    assert lines[1].removesuffix(" run=FOLDER") == f"# python train.py recipe={name}"
 
 
 @pytest.mark.parametrize("name", ["smollm2_135m", "opt_125m", "llama2_7b", "pretrained"])

@@ -15,6 +15,7 @@ from prune_callbacks.parallel import (
     ParamAccess,
     lost_a_process,
     masks_of_zeros,
+    newest_checkpoint,
     param_access,
     refuse_unserved,
     stepping_optimizers,
@@ -99,8 +100,8 @@ class MaskEnforcer(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not lost_a_process(exception):
             return
-        checkpoint = trainer.checkpoint_callback
-        saved = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+        saved = newest_checkpoint(folder) if folder else None
         logging.getLogger(__name__).error(
             "rank %d of %d: another process of the training is gone, after %d optimizer steps. %s",
             trainer.global_rank,

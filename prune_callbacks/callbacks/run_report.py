@@ -106,8 +106,8 @@ class RunReport(Callback):
         self._iterative = next((callback for callback in known if isinstance(callback, IterativePrune)), None)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._one_shot is None or self.record["stage"] != "dense":
-            return  # if resumed, the checkpoint brought what was measured
+        if self._one_shot is None or resumed_checkpoint(trainer) is not None:
+            return  # if resumed, the checkpoint brings what was measured, under some strategies only after this
         if not (self.dirpath / "masks.safetensors").exists():  # OneShotPrune(save_dir=...) may have done it
             self._save(trainer, pl_module)
         elif self.tokenizer is not None and trainer.is_global_zero:

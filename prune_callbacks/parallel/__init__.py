@@ -1,6 +1,7 @@
 """Reaching parameters, gradients and optimizer state under a training strategy."""
 
 from prune_callbacks.parallel.access import ParamAccess
+from prune_callbacks.parallel.checkpoints import newest_checkpoint
 from prune_callbacks.parallel.plain import PlainAccess
 from prune_callbacks.parallel.snapshot import check_snapshot, load_snapshot, save_snapshot
 from prune_callbacks.parallel.strategies import (
@@ -22,6 +23,7 @@ __all__ = [
     "load_snapshot",
     "lost_a_process",
     "masks_of_zeros",
+    "newest_checkpoint",
     "param_access",
     "refuse_sharded",
     "refuse_unserved",

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -56,6 +57,26 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if shards:
             return _Zero(shards)
     raise ValueError(f"there is no checkpoint at {path}: neither Lightning's file, nor a folder of FSDP2 or DeepSpeed")
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint in a folder (`*.ckpt`) that was written last, of those whose writing was not interrupted."""
+    found = [path for path in Path(folder).glob("*.ckpt") if _is_complete(path)]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _is_complete(path: Path) -> bool:
+    if path.is_file():
+        return True  # Lightning moves it into its place when it is
+    if (path / "meta.pt").is_file():  # FSDP2
+        return (path / ".metadata").is_file() and is_zipfile(path / "meta.pt")
+    # DeepSpeed, whose ranks write by themselves; a whole file of torch's ends with the index of a zip file.
+    files = list(path.glob("checkpoint/*_states.pt"))
+    if not (path / "latest").is_file() or not all(is_zipfile(file) for file in files):
+        return False
+    state = next(file for file in files if file.name.endswith("_model_states.pt"))
+    ranks: int = _load(state)["dp_world_size"]
+    return sum("optim_states" in file.name for file in files) == ranks
 
 
 def _load(path: Path) -> State:

@@ -1,0 +1,158 @@
+"""train.py on two processes: one folder for all, a rank killed, a checkpoint consolidated."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from launch import ENVIRONMENT, TORCHRUN, run, started
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from prune_callbacks import MaskSet, consolidate
+from prune_callbacks.tasks import tiny_llama
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+RECOVER = ["recipe=recover_deepspeed", "smoke=true", "trainer.devices=2", "trainer.accelerator=cpu"]
+CPU_ZERO = ["trainer.strategy._target_=cpu_strategies.CPUDeepSpeedStrategy", "trainer.precision=32-true"]
+LIGHTNING = [sys.executable]
+
+
+def on(trainer):
+    return [*RECOVER, f"trainer={trainer}", *(CPU_ZERO if "deepspeed" in trainer else [])]
+
+
+@pytest.mark.parametrize("trainer", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+def test_a_run_on_two_processes_and_its_checkpoint_consolidated(tmp_path, trainer):
+    folder, plain = tmp_path / "run", tmp_path / "plain"
+    run(*LIGHTNING, TRAIN, *on(trainer), f"output_dir={folder}")
+    report = json.loads((folder / "report.json").read_text())
+    assert report["violations"] == {}
+    assert report["sparsity"]["achieved"] == 0.5
+    assert report["perplexity"]["recovered"] < report["perplexity"]["pruned"]
+    assert report["optimizer_steps"] == 4  # 32 windows, 4 a step on each of 2 processes
+    run(*LIGHTNING, TRAIN, "recipe=consolidate", f"run={folder}", f"output_dir={plain}")
+    trained, written = (load_file(where / "model/model.safetensors") for where in (folder, plain))
+    assert trained.keys() == written.keys()
+    assert all(torch.equal(weight, written[name]) for name, weight in trained.items())
+    for name in ("masks.safetensors", "model/config.json"):
+        assert (folder / name).read_bytes() == (plain / name).read_bytes()
+    assert {p.name for p in (folder / "model").iterdir()} == {p.name for p in (plain / "model").iterdir()}
+    again = json.loads((plain / "report.json").read_text())
+    assert again["sparsity"] == report["sparsity"]
+    assert (again["violations"], again["optimizer_steps"]) == ({}, 4)
+    assert again["perplexity"]["pruned"] == report["perplexity"]["pruned"]
+    # In several files, in bfloat16, over an existing model.
+    report = consolidate(
+        folder / "checkpoints", folder / "model", plain, dtype="bfloat16", max_shard_size="1MB", progress=False
+    )
+    assert report["violations"] == {}
+    assert len(list((plain / "model").glob("*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(plain / "model")
+    assert loaded.dtype == torch.bfloat16
+    assert MaskSet.load(plain / "masks.safetensors").violations(loaded.named_parameters()) == {}
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, trained.get(name, trained["model.embed_tokens.weight"]).bfloat16()), name
+
+
+def test_the_processes_that_lightning_starts_write_into_one_folder(tmp_path):
+    done = subprocess.run(
+        [*LIGHTNING, TRAIN, *on("ddp")], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "runs/recover_deepspeed").iterdir()
+    assert (folder / "report.json").exists()
+
+
+def test_processes_that_were_started_one_by_one_are_told_to_name_a_folder(tmp_path):
+    environment = ENVIRONMENT | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    done = subprocess.run([sys.executable, TRAIN, *on("ddp")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "give them one folder with output_dir=" in done.stderr
+
+
+def ranks_of(process):
+    """The training processes by their local rank."""
+    found = {}
+    for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        if "torch.distributed.run" not in child.cmdline() and str(TRAIN) in child.cmdline():
+            found[child.environ().get("LOCAL_RANK", "0")] = child
+    return found
+
+
+@pytest.mark.parametrize(
+    ("trainer", "launcher", "victim"),
+    [("ddp", LIGHTNING, "1"), ("fsdp2", LIGHTNING, "0"), ("deepspeed_zero3", TORCHRUN, "0")],
+)
+def test_a_killed_rank_ends_the_run_with_a_word_and_it_goes_on_from_its_checkpoint(tmp_path, trainer, launcher, victim):
+    folder = tmp_path / "run"
+    arguments = [*on(trainer), f"output_dir={folder}", "callbacks.checkpoint.every_n_train_steps=10"]
+    with started([*launcher, TRAIN, *arguments, "data.train_windows=4000"]) as process:
+        deadline = time.time() + 120
+        # The second one: then the first is complete.
+        while time.time() < deadline and not (folder / "checkpoints/step_20.ckpt").exists():
+            assert process.poll() is None, process.stdout.read()[-3000:]
+            time.sleep(0.05)
+        ranks = ranks_of(process)
+        assert set(ranks) == {"0", "1"}
+        ranks[victim].kill()
+        killed = time.time()
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode != 0
+        psutil.wait_procs(ranks.values(), timeout=60 - (time.time() - killed))
+        assert not [child for child in ranks.values() if child.is_running()]
+    assert f"rank {1 - int(victim)} of 2: another process of the training is gone" in output
+    checkpoint = Path(re.search(r"Go on with ckpt_path=(\S+)", output)[1])
+    assert checkpoint.parent == folder / "checkpoints"
+    masks = (folder / "masks.safetensors").read_bytes()
+    resumed = run(*launcher, TRAIN, *arguments, "data.train_windows=400", f"ckpt_path={checkpoint}")
+    assert "Restored all states" in resumed
+    assert (folder / "masks.safetensors").read_bytes() == masks
+    report = json.loads((folder / "report.json").read_text())
+    assert report["stage"] == "recovered"
+    assert report["violations"] == {}
+
+
+def test_what_cannot_be_consolidated_is_refused(tmp_path):
+    model = tiny_llama(hidden_size=32, layers=2)
+    model.save_pretrained(tmp_path / "model")
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    state = {"state_dict": weights, "global_step": 3, "callbacks": {}}
+    with pytest.raises(ValueError, match=r"there is no config.json in .*absent; name a folder"):
+        consolidate(tmp_path, tmp_path / "absent", tmp_path / "out")
+    with pytest.raises(ValueError, match="there is no checkpoint at .*: neither Lightning's file, nor a folder"):
+        consolidate(tmp_path / "nothing", tmp_path / "model", tmp_path / "out")
+    torch.save(state, tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="holds no masks: it was written without MaskEnforcer"):
+        consolidate(tmp_path, tmp_path / "model", tmp_path / "out")
+    masks = MaskSet.from_nonzero({n: p for n, p in model.named_parameters() if "proj" in n})
+    state["callbacks"] = {"MaskEnforcer": {"masks": masks.state_dict()}}
+    torch.save(state, tmp_path / "plain.ckpt")
+    assert consolidate(tmp_path, tmp_path / "model", tmp_path / "out", progress=False)["violations"] == {}
+    del weights["model.model.norm.weight"]
+    torch.save(state, tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match=r"is of another model than the configuration: of 20 weights 1 are missing"):
+        consolidate(tmp_path, tmp_path / "model", tmp_path / "out")
+
+
+def test_control_zeros_that_were_not_held_are_named(tmp_path):
+    model = tiny_llama(hidden_size=32, layers=2)
+    model.save_pretrained(tmp_path / "model")
+    name = "model.layers.0.mlp.up_proj.weight"
+    masks = MaskSet(
+        {name: torch.arange(model.get_parameter(name).numel()).view(model.get_parameter(name).shape) % 2 > 0}
+    )
+    state = {
+        "state_dict": model.state_dict(),
+        "global_step": 3,
+        "callbacks": {"MaskEnforcer": {"masks": masks.state_dict()}},
+    }
+    torch.save(state, tmp_path / "plain.ckpt")
+    with pytest.warns(UserWarning, match="1536 pruned weights are not zero in the checkpoint, first in model.layers.0"):
+        report = consolidate(tmp_path, tmp_path / "model", tmp_path / "out", progress=False)
+    assert report["violations"] == {name: 1536}
