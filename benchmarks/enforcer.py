@@ -4,9 +4,9 @@ What MaskEnforcer costs: one training step with it and without it, taken in turn
     python benchmarks/enforcer.py                                   # SmolLM2-135M, one device, 4 x 256 tokens
     torchrun --standalone --nproc-per-node 2 benchmarks/enforcer.py --strategy ddp        # fsdp2, zero1, zero2, zero3
 
-Every step is a whole optimizer step of Lightning (forward, backward, clipping, AdamW). In every second one the enforcer is
-switched off, and in the others its own time is taken; the ratio of the medians and the enforcer's share of the step are
-both reported, since on a noisy machine the first is the noisier one. DeepSpeed on CPUs: --cpu-deepspeed.
+Every step is a whole optimizer step of Lightning (forward, backward, clipping, AdamW). In every second one the enforcer
+is switched off, and in the others its own time is taken; the ratio of the medians and the enforcer's share of the step
+are both reported, since on a noisy machine the first is the noisier one. DeepSpeed on CPUs: --cpu-deepspeed.
 """
 
 import argparse

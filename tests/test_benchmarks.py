@@ -101,3 +101,16 @@ def test_recovery_trains_every_method_and_goes_on_where_it_stopped(tmp_path, tok
     monkeypatch.setattr(sys, "argv", [*command, "--train-windows", "5"])
     with pytest.raises(ValueError, match="holds results of another setting"):
         bench.main()
+
+
+def test_enforcer_measures_the_step_its_share_and_its_memory(tmp_path, monkeypatch):
+    bench, output = load("enforcer"), tmp_path / "enforcer.json"
+    arguments = ["--model", "tiny", "--batch", "1", "--tokens", "16", "--steps", "4", "--output", str(output)]
+    for _ in range(2):  # the second takes the place of the first
+        monkeypatch.setattr(sys, "argv", ["enforcer.py", *arguments])
+        bench.main()
+    (row,) = json.loads(output.read_text())
+    assert 0 < row["share_of_step"] <= row["largest_share"] < 1
+    assert row["step_seconds_with"] > 0
+    assert row["bits_per_weight_here"] == 1
+    assert row["mask_bytes_here"] == 4 * (128 * 128 * 2 + 64 * 128 * 2 + 3 * 384 * 128) // 8

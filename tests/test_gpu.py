@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from prune_callbacks import (
@@ -15,6 +16,7 @@ from prune_callbacks import (
     IterativePrune,
     LoRARecovery,
     MaskEnforcer,
+    MaskSet,
     OneShotPrune,
     Rewind,
     SparseGPT,
@@ -23,6 +25,7 @@ from prune_callbacks import (
     Wanda,
     prune_sequentially,
 )
+from prune_callbacks.parallel.packed import PackedKeep, zero_removed
 from prune_callbacks.sparsity.selection import keep_largest, keep_largest_of_all
 from prune_callbacks.tasks import tiny_llama
 
@@ -72,13 +75,14 @@ def test_selection_over_tensors_on_the_device_is_that_of_the_cpu():
         assert torch.equal(there[name].cpu(), keep)
 
 
-def fit(callbacks, precision, folder, objective=None):
+def fit(callbacks, precision, folder, objective=None, strategy="auto"):
     data = torch.randint(3, 200, (40, 32))
     model = tiny_llama(hidden_size=64, layers=2)
     module = CausalLM(model, lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1), objective=objective)
     trainer = Trainer(
         accelerator="gpu",
         devices=1,
+        strategy=strategy,
         precision=precision,
         max_steps=10,
         gradient_clip_val=0.5,
@@ -123,3 +127,46 @@ def test_masked_lora_and_a_teacher_on_the_device(precision, tmp_path):
     assert next(teacher.teacher.model.parameters()).device.type == "cuda"
     assert enforcer.masks.violations(module.named_parameters()) == {}
     assert not [name for name in module.state_dict() if "lora" in name]
+
+
+def test_packed_masks_on_the_device_are_those_of_the_cpu():
+    keep = torch.rand(1001) > 0.5
+    packed = MaskSet({"a": keep}).packed("a")
+    values = torch.randn(1001 - 13, device="cuda", dtype=torch.bfloat16)
+    there = PackedKeep(packed, 13, 1001, torch.device("cuda"))
+    zero_removed(values, there.unpacked())
+    assert torch.equal(there.unpacked().cpu(), keep[13:])
+    assert torch.equal(values.cpu() != 0, keep[13:])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_zeros_hold_in_the_masters_of_zero_on_the_device(precision, stage, tmp_path):
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    class Look(Callback):
+        worst = 0.0
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            for name, parameter in pl_module.model.named_parameters():
+                if name in enforcer.masks:
+                    removed = ~enforcer.masks[name].cuda()
+                    values = [safe_get_full_fp32_param(parameter)]
+                    values += [safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")]
+                    self.worst = max(self.worst, *(float((value * removed).abs().max()) for value in values))
+
+    enforcer, look = MaskEnforcer(), Look()
+    config = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    prune = IterativePrune(IMPSchedule(0.75, rounds=2, every=3), rewind=Rewind(1))
+    for first in ([one_shot()], [prune]):
+        fit([*first, enforcer, look], precision, tmp_path, strategy=DeepSpeedStrategy(config=dict(config)))
+        assert look.worst == 0
+        assert enforcer.masks.sparsity() >= 0.5
+
+
+def test_zeros_hold_under_fsdp2_on_the_device(tmp_path):
+    enforcer = MaskEnforcer()
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    module = fit([one_shot(), enforcer], "bf16-mixed", tmp_path, strategy=strategy)
+    whole = {name: parameter.full_tensor() for name, parameter in module.named_parameters()}
+    assert enforcer.masks.violations(whole) == {}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune_callbacks import MaskSet
-from prune_callbacks.parallel.packed import PackedKeep, count_removed, zero_removed
+from prune_callbacks.parallel.packed import PackedKeep, _bytes_of_bits, count_removed, zero_removed
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.sparsity import keep_largest, keep_largest_of_all
 
@@ -22,6 +22,12 @@ def test_any_stretch_of_a_mask_is_unpacked(count, start, stop, seed):
     keep = torch.rand(count, generator=torch.Generator().manual_seed(seed)) > 0.5
     packed = PackedKeep(MaskSet({"a": keep}).packed("a"), start, stop, CPU)
     assert torch.equal(packed.unpacked(), keep[start:stop])
+
+
+def test_the_table_for_devices_unpacks_as_numpy_does():
+    bits = torch.arange(256, dtype=torch.uint8)
+    unpacked = _bytes_of_bits(CPU).index_select(0, bits.int()).view(torch.bool)
+    assert torch.equal(unpacked, PackedKeep(bits, 0, 2048, CPU).unpacked())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
