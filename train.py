@@ -1,6 +1,5 @@
 """python train.py recipe=NAME [key=value ...]: prune a language model, bring its quality back, and report."""
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,16 @@ SHARED = ("smoke", "seed", "model", "data", "pattern", "objective", "optimizer",
 OUTPUT_DIR = "PRUNE_CALLBACKS_OUTPUT_DIR"
 """Tells the processes that Lightning starts for other ranks which folder is rank 0's: theirs would be a later one."""
 
+
+def processes(devices: Any, nodes: int) -> int:
+    """How many processes there are in all."""
+    if not isinstance(devices, int) or devices < 1:
+        raise ValueError(f"trainer.devices must be a number of devices here, got {devices!r}")
+    return devices * nodes
+
+
 OmegaConf.register_new_resolver("half", lambda number: number // 2, replace=True)
-OmegaConf.register_new_resolver("product", lambda *numbers: math.prod(numbers), replace=True)
+OmegaConf.register_new_resolver("processes", processes, replace=True)
 OmegaConf.register_new_resolver("devices", lambda: max(1, torch.cuda.device_count()), replace=True)
 
 
@@ -83,10 +90,11 @@ def run(given: list[str]) -> None:
     """The recipes `beside` this one, unless they are finished, then this one, and the comparison of them all."""
     if "CROSS_SIZE" in os.environ:  # deepspeed's launcher; Lightning asks for ranks on other nodes by torchrun's
         os.environ.setdefault("TORCHELASTIC_RUN_ID", "deepspeed")
-    started_by_others = int(os.environ.get("WORLD_SIZE", 1)) > 1 and OUTPUT_DIR not in os.environ
-    if started_by_others and "output_dir" not in map(key, given):
-        raise ValueError("torchrun and deepspeed start every process by itself: give them one folder with output_dir=")
     cfg = composed(given)
+    started = max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+    several = started > 1 or cfg.trainer.get("num_nodes", 1) > 1
+    if several and OUTPUT_DIR not in os.environ and "output_dir" not in map(key, given):
+        raise ValueError("processes that are not started by this one need one folder for all of them: output_dir=")
     cfg.output_dir = os.environ.get(OUTPUT_DIR, cfg.output_dir)  # the time in it is read once
     os.environ[OUTPUT_DIR] = cfg.output_dir
     try:

@@ -26,6 +26,7 @@ def consolidate(
     template: str | Path,
     dirpath: str | Path,
     *,
+    prefix: str | None = None,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     progress: bool = True,
@@ -40,6 +41,7 @@ def consolidate(
         checkpoint: of one device, DDP, FSDP2 or DeepSpeed ZeRO; or a folder of such, of which the newest is taken.
         template: folder with the model's configuration (and tokenizer), e.g. `model/` of the run that was trained.
         dirpath: where to; an existing `model/` there is replaced once the new one is complete.
+        prefix: what stands before the model's own names in the checkpoint, e.g. "student."; None: what fits.
         dtype: of the written weights, e.g. "bfloat16"; None: the configuration's.
         max_shard_size: how large one file of weights may be.
         progress: show a progress bar.
@@ -61,8 +63,8 @@ def consolidate(
         skeleton = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     config.dtype = getattr(torch, dtype) if dtype is not None else config.dtype or torch.float32
     config.architectures = [type(skeleton).__name__]
-    places = _places(skeleton, source)
-    masks = _masks(source)
+    places = _places(skeleton, source, prefix)
+    masks = _masks(source, places, skeleton)
     with replacing(Path(dirpath) / "model") as partial:
         shutil.copytree(template, partial, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
         config.save_pretrained(partial)
@@ -73,32 +75,42 @@ def consolidate(
     return report
 
 
-def _places(skeleton: nn.Module, source: Checkpoint) -> dict[str, str]:
+def _places(skeleton: nn.Module, source: Checkpoint, prefix: str | None) -> dict[str, str]:
     """The checkpoint's name of every weight; of tied ones the first, which is what transformers saves."""
     aliases: dict[int, list[str]] = {}
     for name, tensor in skeleton.state_dict(keep_vars=True).items():
         aliases.setdefault(id(tensor), []).append(name)
-    known = set(source.names())
-    first = next(iter(aliases.values()))[0]
-    prefix = next((name.removesuffix(first) for name in known if name == first or name.endswith(f".{first}")), "")
-    places = {
-        names[0]: next((prefix + name for name in names if prefix + name in known), "") for names in aliases.values()
-    }
-    missing = [name for name, place in places.items() if not place]
-    if missing:
+    known, groups = set(source.names()), list(aliases.values())
+    first = groups[0][0]
+    possible = {name.removesuffix(first) for name in known if name == first or name.endswith(f".{first}")}
+    candidates = sorted(possible) if prefix is None else [prefix]
+    fitting = [p for p in candidates if all(any(p + name in known for name in names) for names in groups)]
+    if len(fitting) > 1:
+        raise ValueError(f"the checkpoint holds several such models, under {fitting}; choose one with prefix=")
+    if not fitting:
+        begin = (candidates or [""])[0]
+        missing = [names[0] for names in groups if not any(begin + name in known for name in names)]
         raise ValueError(
-            f"the checkpoint is of another model than the configuration: of {len(places)} weights {len(missing)} are "
-            f"missing, first {missing[0]}; it has {len(known)}, first {min(known, default='none')}"
+            f"the checkpoint is of another model than the configuration: of {len(groups)} weights {len(missing)} are "
+            f"missing under {begin!r}, first {missing[0]}; it has {len(known)}, first {min(known, default='none')}"
         )
-    return places
+    return {names[0]: next(fitting[0] + name for name in names if fitting[0] + name in known) for names in groups}
 
 
-def _masks(source: Checkpoint) -> MaskSet:
-    for name in ("MaskEnforcer", "IterativePrune", "OneShotPrune"):
-        if "masks" in source.callbacks.get(name, {}):
-            return MaskSet.from_state_dict(source.callbacks[name]["masks"])
-    raise ValueError(
-        "the checkpoint holds no masks: it was written without MaskEnforcer, IterativePrune or OneShotPrune"
+def _masks(source: Checkpoint, places: dict[str, str], skeleton: nn.Module) -> MaskSet:
+    """The masks in the checkpoint, under the names of the model (they may be those of a module around it)."""
+    states = [source.callbacks.get(name, {}) for name in ("MaskEnforcer", "IterativePrune", "OneShotPrune")]
+    found = next((MaskSet.from_state_dict(state["masks"]) for state in states if "masks" in state), None)
+    if found is None:
+        raise ValueError(
+            "the checkpoint holds no masks: it was written without MaskEnforcer, IterativePrune or OneShotPrune"
+        )
+    tensors = {name: t for name, t in skeleton.state_dict(keep_vars=True).items() if name in places}
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    theirs = found.matching({places[name]: tensor for name, tensor in tensors.items()})
+    state = found.state_dict()
+    return MaskSet.from_state_dict(
+        {part: {names[id(t)]: state[part][mask] for mask, t in theirs.items()} for part in ("bits", "shapes")}
     )
 
 

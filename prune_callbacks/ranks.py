@@ -22,14 +22,21 @@ class Ranks:
         group: a process group, e.g. `torch.distributed.group.WORLD`.
         device: where tensors are communicated, if the group's backend serves that one only (NCCL's); None: where they
             are.
+        device_group: the same processes, for tensors that are not on the CPU, if `group` does not serve these.
 
     Attributes:
         rank: this process's place in the group.
         size: how many there are.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+        device_group: dist.ProcessGroup | None = None,
+    ) -> None:
         self.group = group
+        self.device_group = group if device_group is None else device_group
         self.device = device
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
@@ -38,7 +45,7 @@ class Ranks:
         """Adds up over the ranks, in place and in the tensor's dtype."""
         if self.size > 1:
             moved = tensor if self.device is None else tensor.to(self.device)
-            dist.all_reduce(moved, group=self.group)
+            dist.all_reduce(moved, group=self._group_for(moved))
             if moved is not tensor:
                 tensor.copy_(moved)
         return tensor
@@ -53,10 +60,13 @@ class Ranks:
         """Overwrites the tensor with that of rank `source`."""
         if self.size > 1:
             moved = tensor.contiguous() if self.device is None else tensor.to(self.device).contiguous()
-            dist.broadcast(moved, group=self.group, group_src=source)
+            dist.broadcast(moved, group=self._group_for(moved), group_src=source)
             if moved is not tensor:
                 tensor.copy_(moved)
         return tensor
+
+    def _group_for(self, tensor: Tensor) -> dist.ProcessGroup | None:
+        return self.group if tensor.device.type == "cpu" else self.device_group
 
     def share(self, value: T, source: int = 0) -> T:
         """The value of rank `source`, which must be picklable."""
@@ -103,17 +113,16 @@ ALONE = Ranks()
 @contextmanager
 def patient_ranks(device: torch.device) -> Iterator[Ranks]:
     """
-    All processes of the job, if there are several; they wait for each other as long as it takes.
+    All processes of the job, if there are several; on the CPU they wait for each other as long as it takes.
 
-    One layer may take a rank longer than the default group's timeout (half an hour). Serves tensors on the CPU and,
-    through NCCL, on a CUDA `device`.
+    One layer may take a rank longer than the default group's timeout (half an hour). Tensors on a CUDA `device` go
+    through the default group, so let a collective on the CPU (`attempt`, `gather`) come before.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield ALONE
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    group = dist.new_group(backend=backend, timeout=timedelta(days=30))
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     try:
-        yield Ranks(group)
+        yield Ranks(group, device_group=dist.group.WORLD if device.type == "cuda" else None)
     finally:
         dist.destroy_process_group(group)

@@ -28,6 +28,7 @@ from prune_callbacks import (
     Unstructured,
     Wanda,
 )
+from prune_callbacks.parallel import param_access
 from prune_callbacks.sparsity import keep_largest
 from prune_callbacks.tasks import PythonDocs, TokenDataModule, byte_tokenizer, tiny_llama
 
@@ -197,6 +198,29 @@ def variants(folder):
         trainer.fit(module, datamodule=batches())
         logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
         saved(folder, label, trainer, worst=spy.worst, losses=spy.losses, logged=logged)
+
+
+class Write(Callback):
+    """Writes whole weights through the access, and reads them back by it and by the libraries' own ways."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        masks = MaskSet.all_kept({n: m.shape for n, m in half_masks(Module()).items()})
+        access = param_access(trainer, masks)
+        for name in ("odd.weight", "model.model.layers.1.mlp.down_proj.weight"):
+            value = torch.randn(masks.shape(name), generator=torch.Generator().manual_seed(3))
+            access.write(name, value)
+            assert torch.equal(access.read(name), value)
+            for kind in ("weight", "master"):
+                assert torch.equal(whole(pl_module.get_parameter(name), kind), value)
+        self.fractions = access.layer_sparsity()
+
+
+def write(folder, *names):
+    for name in names:
+        write, module = Write(), Module()
+        trainer = trainer_of(cpu_strategies.strategy_of(name), folder, [write], max_steps=1, accumulate_grad_batches=1)
+        trainer.fit(module, datamodule=batches())
+        saved(folder, name, trainer, fractions=write.fractions)
 
 
 def iterate(folder, *names):

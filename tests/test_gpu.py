@@ -141,7 +141,8 @@ def test_packed_masks_on_the_device_are_those_of_the_cpu():
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-def test_zeros_hold_in_the_masters_of_zero_on_the_device(precision, stage, tmp_path):
+@pytest.mark.parametrize("offload", [{}, {"offload_optimizer": {"device": "cpu", "pin_memory": True}}], ids=["", "cpu"])
+def test_zeros_hold_in_the_masters_of_zero_on_the_device(offload, precision, stage, tmp_path):
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     class Look(Callback):
@@ -153,10 +154,11 @@ def test_zeros_hold_in_the_masters_of_zero_on_the_device(precision, stage, tmp_p
                     removed = ~enforcer.masks[name].cuda()
                     values = [safe_get_full_fp32_param(parameter)]
                     values += [safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")]
-                    self.worst = max(self.worst, *(float((value * removed).abs().max()) for value in values))
+                    self.worst = max(self.worst, *(float((v * removed.to(v.device)).abs().max()) for v in values))
 
     enforcer, look = MaskEnforcer(), Look()
-    config = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    config = {"zero_optimization": {"stage": stage} | offload, "zero_allow_untested_optimizer": True}
+    config["zero_force_ds_cpu_optimizer"] = False
     prune = IterativePrune(IMPSchedule(0.75, rounds=2, every=3), rewind=Rewind(1))
     for first in ([one_shot()], [prune]):
         fit([*first, enforcer, look], precision, tmp_path, strategy=DeepSpeedStrategy(config=dict(config)))

@@ -96,6 +96,12 @@ def test_frozen_layers_without_a_master_keep_their_zeros(variants, name):
     assert result["logged"]["sparsity"] == pytest.approx(0.5, abs=1e-4)
 
 
+def test_whole_weights_are_written_and_read_wherever_they_are(tmp_path):
+    fits("write", tmp_path, *STRATEGIES)
+    found = [loaded(tmp_path, f"{name}_{rank}")["fractions"] for name in STRATEGIES for rank in RANKS]
+    assert all(fractions == found[0] and set(fractions.values()) == {0.0} for fractions in found)
+
+
 @pytest.fixture(scope="module")
 def iterated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("iterated")

@@ -1,6 +1,7 @@
 """train.py on two processes: one folder for all, a rank killed, a checkpoint consolidated."""
 
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import psutil
 import pytest
 import torch
 from launch import ENVIRONMENT, TORCHRUN, run, started
+from rank_fits import Module, half_masks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from prune_callbacks import MaskSet, consolidate
+from prune_callbacks.parallel.checkpoints import newest_checkpoint, open_checkpoint
 from prune_callbacks.tasks import tiny_llama
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -73,7 +76,7 @@ def test_processes_that_were_started_one_by_one_are_told_to_name_a_folder(tmp_pa
     environment = ENVIRONMENT | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
     done = subprocess.run([sys.executable, TRAIN, *on("ddp")], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "give them one folder with output_dir=" in done.stderr
+    assert "need one folder for all of them: output_dir=" in done.stderr
 
 
 def ranks_of(process):
@@ -156,3 +159,60 @@ def test_control_zeros_that_were_not_held_are_named(tmp_path):
     with pytest.warns(UserWarning, match="1536 pruned weights are not zero in the checkpoint, first in model.layers.0"):
         report = consolidate(tmp_path, tmp_path / "model", tmp_path / "out", progress=False)
     assert report["violations"] == {name: 1536}
+
+
+def test_masks_under_the_modules_names_and_two_models_in_one_checkpoint(tmp_path):
+    model = tiny_llama(hidden_size=32, layers=2)
+    model.save_pretrained(tmp_path / "model")
+    masks = half_masks(Module()).state_dict()
+    kept = [name for name in masks["bits"] if name != "odd.weight"]
+    masks = {part: {name: values[name] for name in kept} for part, values in masks.items()}
+    weights = {f"model.{name}": value for name, value in model.state_dict().items()}
+    state = {"state_dict": weights, "global_step": 3, "callbacks": {"MaskEnforcer": {"masks": masks}}}
+    torch.save(state, tmp_path / "plain.ckpt")
+    with pytest.warns(UserWarning, match="pruned weights are not zero in the checkpoint"):
+        report = consolidate(tmp_path, tmp_path / "model", tmp_path / "out", progress=False)
+    assert len(report["violations"]) == len(report["sparsity"]["layers"]) == 14
+    assert all(name.startswith("model.layers.") for name in report["violations"])
+    weights |= {f"teacher.{name}": torch.zeros_like(value) for name, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "plain.ckpt")
+    with pytest.raises(
+        ValueError, match=r"several such models, under \['model.', 'teacher.'\]; choose one with prefix="
+    ):
+        consolidate(tmp_path, tmp_path / "model", tmp_path / "out")
+    with pytest.warns(UserWarning, match="pruned weights are not zero in the checkpoint"):
+        consolidate(tmp_path, tmp_path / "model", tmp_path / "out", prefix="model.", progress=False)
+    written = load_file(tmp_path / "out/model/model.safetensors")
+    assert torch.equal(written["model.norm.weight"], model.model.norm.weight)
+
+
+def test_a_sharded_checkpoint_that_asks_for_more_than_an_index_is_not_read(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("this must not be printed",)
+
+    torch.save({"global_step": 1, "callbacks": {}}, tmp_path / "meta.pt")
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="asks for builtins.print, which no index needs: it is not read"):
+        open_checkpoint(tmp_path)
+    torch.save({"global_step": 1, "hyper_parameters": Evil()}, tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="holds objects that cannot be read safely, such as what save_hyperparameters"):
+        open_checkpoint(tmp_path / "plain.ckpt")
+
+
+def test_checkpoints_whose_writing_was_interrupted_are_passed_over(tmp_path):
+    torch.save({"global_step": 1}, tmp_path / "old.ckpt")
+    newer = tmp_path / "new.ckpt"
+    (newer / "checkpoint").mkdir(parents=True)
+    assert newest_checkpoint(tmp_path) == tmp_path / "old.ckpt"
+    (newer / "latest").write_text("checkpoint")
+    assert newest_checkpoint(tmp_path) == tmp_path / "old.ckpt"
+    torch.save({"dp_world_size": 2}, newer / "checkpoint/mp_rank_00_model_states.pt")
+    for rank in (0, 1):
+        assert newest_checkpoint(tmp_path) == tmp_path / "old.ckpt"
+        torch.save({}, newer / f"checkpoint/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    assert newest_checkpoint(tmp_path) == newer
+    file = newer / "checkpoint/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    file.write_bytes(file.read_bytes()[:-30])
+    assert newest_checkpoint(tmp_path) == tmp_path / "old.ckpt"
+    assert newest_checkpoint(newer) is None

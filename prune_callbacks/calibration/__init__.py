@@ -9,7 +9,7 @@ from prune_callbacks.calibration.blocks import (
     weight_shape,
 )
 from prune_callbacks.calibration.engine import prune_sequentially
-from prune_callbacks.calibration.prune_report import LayerReport, PruneReport, peak_memory
+from prune_callbacks.calibration.prune_report import LayerReport, PruneReport, free_memory, model_bytes, peak_memory
 from prune_callbacks.calibration.saving import savable, save_sparse_model
 from prune_callbacks.calibration.shrink import Scope, check_shrinkable, shrink_masks
 
@@ -21,6 +21,8 @@ __all__ = [
     "find_blocks",
     "find_language_model",
     "find_targets",
+    "free_memory",
+    "model_bytes",
     "naming",
     "peak_memory",
     "prune_sequentially",

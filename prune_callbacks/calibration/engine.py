@@ -92,14 +92,13 @@ def prune_sequentially(
             bar.update(task, description=f"pruning {block_name}")
             home = next(block.parameters()).device
             where = forced or home
-            block.to(where)
+            ranks.attempt(lambda block=block, where=where: block.to(where))  # type: ignore[misc]
             if layers:
                 statistics = run.collect(index, block, layers, inputs, where) if calibrated else {}
                 run.prune(layers, statistics, lambda count: bar.advance(task, count))
                 del statistics
             if index < last:
-                for batch in inputs:
-                    batch.hidden = run_block(index, block, batch, where)
+                ranks.attempt(lambda index=index, block=block, where=where: _advance(index, block, inputs, where))  # type: ignore[misc]
             block.to(home)
     if not run.layers:
         raise ValueError(
@@ -113,6 +112,12 @@ def prune_sequentially(
         peak_memory(where),
         frozenset(run.input_first),
     )
+
+
+def _advance(index: int, block: nn.Module, inputs: list[BlockInputs], where: torch.device) -> None:
+    """Makes the inputs of the next block out of those of this one."""
+    for batch in inputs:
+        batch.hidden = run_block(index, block, batch, where)
 
 
 def _capture(

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from prune_callbacks.sparsity import MaskSet
 
@@ -80,6 +81,16 @@ class PruneReport:
             peak_memory_bytes=state["peak_memory_bytes"],
             input_first=frozenset(state["input_first"]),
         )
+
+
+def model_bytes(model: nn.Module) -> int:
+    """What the parameters take."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are left on a CUDA device; of the CPU's memory nothing is known: infinity."""
+    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else float("inf")
 
 
 def peak_memory(device: torch.device) -> int:

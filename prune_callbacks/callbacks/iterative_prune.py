@@ -24,7 +24,7 @@ from prune_callbacks.calibration import (
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
 from prune_callbacks.callbacks.trainer_state import one_shot_report, random_state, restore_random_state
-from prune_callbacks.parallel import masks_of_zeros, param_access, refuse_unserved
+from prune_callbacks.parallel import masks_of_zeros, param_access, refuse_unserved, world
 from prune_callbacks.pruners import Magnitude
 from prune_callbacks.sparsity import MaskSet, Schedule, Unstructured
 from prune_callbacks.sparsity.schedules import Unit
@@ -90,7 +90,7 @@ class IterativePrune(Callback):
         self.seconds = 0.0
         self._file = None if self.rewind is None else RewindFile(self.rewind)
         self._restored: dict[str, Any] | None = None
-        self._random_state: dict[str, Any] | None = None
+        self._random_states: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._input_first: list[str] = []
 
@@ -141,9 +141,9 @@ class IterativePrune(Callback):
         self._change(trainer, 0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._random_state is not None:
-            restore_random_state(self._random_state)
-            self._random_state = None
+        if len(self._random_states) == trainer.world_size:
+            restore_random_state(self._random_states[trainer.global_rank], trainer.strategy.root_device)
+        self._random_states = []
         # Lightning does not repeat on_train_epoch_end where a checkpoint was written by the epoch's last step.
         if self._epochs:
             self._change(trainer, trainer.current_epoch)
@@ -252,8 +252,14 @@ class IterativePrune(Callback):
             "seconds": self.seconds,
             "masks": self.masks.state_dict(),
             "rewind_file": None if self._file is None else self._file.state_dict(),
-            "random_state": random_state(),
+            "random_states": [random_state()],
         }
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # The checkpoint is one, and the processes draw numbers of their own.
+        state = checkpoint["callbacks"][self.state_key]
+        if state:
+            state["random_states"] = world(trainer).gather(random_state(trainer.strategy.root_device))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
@@ -261,7 +267,7 @@ class IterativePrune(Callback):
         self._restored = state_dict
         self.round, self.target, self.seconds = (state_dict[key] for key in ("round", "target", "seconds"))
         self.masks = MaskSet.from_state_dict(state_dict["masks"])
-        self._random_state = state_dict["random_state"]
+        self._random_states = state_dict["random_states"]
         if self._file is not None and state_dict["rewind_file"] is not None:
             self._file.load_state_dict(state_dict["rewind_file"])
 

@@ -107,7 +107,9 @@ class MaskEnforcer(Callback):
             trainer.global_rank,
             trainer.world_size,
             trainer.global_step,
-            f"Go on with ckpt_path={saved}" if saved else "There is no checkpoint to go on from: add ModelCheckpoint()",
+            f"Go on with ckpt_path={saved}"
+            if saved
+            else "No complete checkpoint is seen from here; ModelCheckpoint() writes them",
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

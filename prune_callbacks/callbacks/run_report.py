@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from prune_callbacks.calibration import find_language_model, peak_memory, save_sparse_model
+from prune_callbacks.calibration import find_language_model, free_memory, model_bytes, peak_memory, save_sparse_model
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
@@ -91,8 +91,19 @@ class RunReport(Callback):
         if resumed_checkpoint(trainer) is None:
             # Rank 0 answers for all: it may have begun to write when another looks.
             world(trainer).attempt(lambda: refuse_existing_run(self.dirpath) if trainer.is_global_zero else None)
-            if self._one_shot is not None:
+            if self._one_shot is not None and self._fits(trainer, pl_module):
                 self._evaluate(trainer, pl_module, "dense")
+
+    def _fits(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether one device can hold the model, which is not sharded yet; the same answer on every rank."""
+        needed, device = model_bytes(find_language_model(pl_module)), trainer.strategy.root_device
+        fits = all(world(trainer).gather(needed < 0.9 * free_memory(device)))
+        if not fits:
+            rank_zero_warn(
+                f"the dense model takes {needed / 2**30:.1f} GiB before it is sharded, more than {device} has: its "
+                "perplexity is not measured"
+            )
+        return fits
 
     def _find_pruning(self, trainer: Trainer) -> None:
         known = [c for c in trainer.callbacks if isinstance(c, RunReport | OneShotPrune | IterativePrune)]
@@ -108,7 +119,9 @@ class RunReport(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._one_shot is None or resumed_checkpoint(trainer) is not None:
             return  # if resumed, the checkpoint brings what was measured, under some strategies only after this
-        if not (self.dirpath / "masks.safetensors").exists():  # OneShotPrune(save_dir=...) may have done it
+        if not world(trainer).share(
+            (self.dirpath / "masks.safetensors").exists()
+        ):  # OneShotPrune(save_dir=...) may have done it
             self._save(trainer, pl_module)
         elif self.tokenizer is not None and trainer.is_global_zero:
             self.tokenizer.save_pretrained(self.dirpath / "model")

@@ -31,17 +31,17 @@ def one_shot_report(trainer: Trainer) -> PruneReport | None:
     return next((report for report in reports if isinstance(report, PruneReport)), None)
 
 
-def random_state() -> dict[str, Any]:
-    """The state of torch's generators, on the CPU and on every CUDA device, for a checkpoint."""
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return {"cpu": torch.get_rng_state(), "cuda": devices}
+def random_state(device: torch.device | None = None) -> dict[str, Any]:
+    """The state of torch's generators, on the CPU and on this process's device, for a checkpoint."""
+    cuda = None if device is None or device.type != "cuda" else torch.cuda.get_rng_state(device)
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
-    """The inverse of `random_state`; devices that are not there any more are left out."""
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """The inverse of `random_state`; without a device that has a generator, that one's is left out."""
     torch.set_rng_state(state["cpu"].cpu())
-    for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(value.cpu(), device)
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def logs_now(trainer: Trainer) -> bool:

@@ -55,6 +55,9 @@ class ParamAccess(ABC):
         self._optimizers = list(optimizers)
         self.masks = masks
         self.ranks = ranks
+        self._prepare()
+        places = {id(parameter): place for place, parameter in module.named_parameters()}
+        self._places = {name: places[id(p)] for name, p in masks.matching(module.named_parameters()).items()}
         self._keep = {}
         for name, parameter in self._parameters().items():
             weights = self._master(parameter)
@@ -85,8 +88,15 @@ class ParamAccess(ABC):
         """Whether this rank holds something, and speaks for it: other ranks may hold the same."""
         return True
 
+    def _prepare(self) -> None:  # noqa: B027 (most need nothing)
+        """Called before parameters are looked up."""
+
+    def _parameter(self, name: str) -> Tensor:
+        return self._module.get_parameter(self._places[name])
+
     def _parameters(self) -> dict[str, Tensor]:
-        return self.masks.matching(self._module.named_parameters())
+        self._prepare()
+        return {name: self._parameter(name) for name in self.masks}
 
     def _master(self, parameter: Tensor) -> Tensor | None:
         owner = self._owner(parameter)
@@ -139,7 +149,8 @@ class ParamAccess(ABC):
             (start, stop), own = self._own(parameter)
             copies = [copy.flatten()[start - at.start : stop - at.start] for at, copy in self._copies(parameter)]
             keep = self.own_keep(name)
-            counts[name] = max(count_removed(values, keep) for values in (own.flatten(), *copies))
+            # Masters may be offloaded to the CPU, and the copies be on the device.
+            counts[name] = max(count_removed(values, keep.to(values.device)) for values in (own.flatten(), *copies))
         return {name: count for name, count in self._summed(counts).items() if count}
 
     def _summed(self, counts: dict[str, int]) -> dict[str, int]:
@@ -158,14 +169,13 @@ class ParamAccess(ABC):
 
         In increasing order of the ranks they make up the flattened parameter.
         """
-        parameter = self._parameters()[name]
-        span, weights = self._own(parameter)
+        span, weights = self._own(self._parameter(name))
         assert weights.numel() == span.size
         return weights.flatten()
 
     def own_keep(self, name: str) -> Bool[Tensor, " own"]:
         """The keep mask of what `own` returns."""
-        span, weights = self._own(self._parameters()[name])
+        span, weights = self._own(self._parameter(name))
         return PackedKeep(self.masks.packed(name), *span, weights.device).unpacked()
 
     def _own(self, parameter: Tensor) -> tuple[Span, Tensor]:
@@ -176,12 +186,11 @@ class ParamAccess(ABC):
 
     def joined(self, own: Iterable[tuple[str, Bool[Tensor, " own"]]]) -> MaskSet:
         """The masks of which every rank gives its own places, in the order of `own`; a collective, layer by layer."""
-        parameters = self._parameters()
-        return MaskSet.join(MaskSet({name: self._whole(parameters[name], keep).bool()}) for name, keep in own)
+        return MaskSet.join(MaskSet({name: self._whole(self._parameter(name), k).bool()}) for name, k in own)
 
     def read(self, name: str) -> Tensor:
         """A whole master weight, in its own shape and dtype, a copy on its device; a collective of the ranks."""
-        parameter = self._parameters()[name]
+        parameter = self._parameter(name)
         return self._whole(parameter, self._own(parameter)[1].flatten())
 
     def _whole(self, parameter: Tensor, own: Tensor) -> Tensor:
@@ -195,7 +204,7 @@ class ParamAccess(ABC):
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
         """Overwrites a whole weight, in its master copy and the copies in use; every rank passes the same."""
-        parameter = self._parameters()[name]
+        parameter = self._parameter(name)
         flat = value.detach().flatten()
         master = self._master(parameter)
         targets = list(self._copies(parameter)) + ([] if master is None else [(self._span(parameter), master)])

@@ -1,16 +1,18 @@
 """Reading one weight at a time from the checkpoints that Lightning's strategies write."""
 
 import math
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 State = dict[str, Any]
@@ -66,21 +68,66 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def _is_complete(path: Path) -> bool:
+    """As far as the files on this machine tell."""
     if path.is_file():
         return True  # Lightning moves it into its place when it is
     if (path / "meta.pt").is_file():  # FSDP2
         return (path / ".metadata").is_file() and is_zipfile(path / "meta.pt")
     # DeepSpeed, whose ranks write by themselves; a whole file of torch's ends with the index of a zip file.
     files = list(path.glob("checkpoint/*_states.pt"))
-    if not (path / "latest").is_file() or not all(is_zipfile(file) for file in files):
+    states = [file for file in files if file.name.endswith("_model_states.pt")]
+    if not (path / "latest").is_file() or not states or not all(is_zipfile(file) for file in files):
         return False
-    state = next(file for file in files if file.name.endswith("_model_states.pt"))
-    ranks: int = _load(state)["dp_world_size"]
+    try:
+        ranks: int = _load(states[0])["dp_world_size"]
+    except ValueError:
+        return True  # it holds more than plain values, so nothing is known about it
     return sum("optim_states" in file.name for file in files) == ranks
 
 
 def _load(path: Path) -> State:
-    return dict(torch.load(path, mmap=True, map_location="cpu", weights_only=True))
+    try:
+        return dict(torch.load(path, mmap=True, map_location="cpu", weights_only=True))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds objects that cannot be read safely, such as what save_hyperparameters() was given: {error}"
+        ) from error
+
+
+class _SafeReader(FileSystemReader):
+    """Reads the index of a sharded checkpoint, a pickle, with the classes that it is made of and no others."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            index: Metadata = _IndexUnpickler(file).load()
+        if getattr(index, "storage_meta", None) is None:
+            index.storage_meta = metadata.StorageMeta()
+        return index
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    _ALLOWED: ClassVar = {
+        ("torch.distributed.checkpoint.metadata", "Metadata"),
+        ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+        ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+        ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "Size"),
+        ("pathlib", "PosixPath"),
+        ("pathlib", "WindowsPath"),
+        ("collections", "OrderedDict"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or (module, name) in self._ALLOWED:
+            return super().find_class(module, name)
+        raise ValueError(f"the checkpoint's .metadata asks for {module}.{name}, which no index needs: it is not read")
 
 
 class _File(Checkpoint):
@@ -102,7 +149,7 @@ class _Sharded(Checkpoint):
     def __init__(self, folder: Path) -> None:
         super().__init__(_load(folder / "meta.pt"))
         self._folder = folder
-        described = FileSystemReader(folder).read_metadata().state_dict_metadata
+        described = _SafeReader(folder).read_metadata().state_dict_metadata
         self._described = {
             name.removeprefix("state_dict."): data
             for name, data in described.items()
@@ -115,7 +162,7 @@ class _Sharded(Checkpoint):
     def read(self, name: str) -> Tensor:
         data = self._described[name]
         tensor = torch.empty(data.size, dtype=data.properties.dtype)
-        load({"state_dict": {name: tensor}}, storage_reader=FileSystemReader(self._folder), no_dist=True)
+        load({"state_dict": {name: tensor}}, storage_reader=_SafeReader(self._folder), no_dist=True)
         return tensor
 
 
@@ -133,7 +180,7 @@ class _Zero(Checkpoint):
 
         with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
             self._ranks = [_load(path)["optimizer_state_dict"] for path in shards]
-        states = [_load(path) for path in sorted(shards[0].parent.glob("*_model_states.pt"), key=_rank)]
+            states = [_load(path) for path in sorted(shards[0].parent.glob("*_model_states.pt"), key=_rank)]
         super().__init__(states[0])
         self._stage_3 = "fp32_flat_groups" in self._ranks[0]
         self._shapes = {name: shape for group in states[0]["param_shapes"] for name, shape in group.items()}

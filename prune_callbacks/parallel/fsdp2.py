@@ -26,11 +26,10 @@ class FSDP2Access(ParamAccess):
         start = offset[0] * row if shape[0] else 0
         return Span(start, start + shape[0] * row)
 
-    def _parameters(self) -> dict[str, Tensor]:
+    def _prepare(self) -> None:
         for module in self._module.modules():
             if isinstance(module, FSDPModule):  # one that stayed whole after a forward pass of evaluation
                 module.reshard()
-        return super()._parameters()
 
     def _owner(self, parameter: Tensor) -> Tensor:
         return parameter

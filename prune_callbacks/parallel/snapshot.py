@@ -34,7 +34,9 @@ def save_snapshot(trainer: Trainer, path: Path) -> str:
             partial = file.with_suffix(".partial")
             torch.save(state, partial)
             try:
-                torch.load(partial, mmap=True, weights_only=True)  # not only at the first rewinding, rounds later
+                torch.load(
+                    partial, mmap=True, map_location="cpu", weights_only=True
+                )  # not only at the first rewinding, rounds later
             except pickle.UnpicklingError as error:
                 raise ValueError(
                     "the state of an optimizer or learning-rate scheduler holds objects that cannot be read back "
@@ -43,6 +45,7 @@ def save_snapshot(trainer: Trainer, path: Path) -> str:
             os.replace(partial, file)
 
     ranks.attempt(write)
+    check_snapshot(trainer, path, name)  # every process must see it: not only rounds later
     return name
 
 
@@ -51,6 +54,12 @@ def check_snapshot(trainer: Trainer, path: Path, name: str) -> None:
 
     def check() -> None:
         file = _file(trainer, path)
+        others = sorted(path.glob("rank_*_of_*.pt")) if path.is_dir() else []
+        if not file.is_file() and others:
+            raise ValueError(
+                f"the rewind files in {path} were written by {others[0].stem.rpartition('_')[2]} processes, and now "
+                f"there are {trainer.world_size}; go on with as many as wrote them"
+            )
         if not file.is_file():
             raise ValueError(
                 f"there is no rewind file at {file}. Put it back, or name its folder with Rewind(dirpath=)"
@@ -113,13 +122,13 @@ def _state(trainer: Trainer) -> State:
         }
     # Rank by rank and without communication. (DeepSpeed's own checkpoints are meant for a freshly built engine.)
     return {
-        "masters": [_local(master).clone() for master in _masters(trainer)],
+        "masters": [_on_cpu(master) for master in _masters(trainer)],
         "moments": [
-            {key: _local(value).clone() if isinstance(value, Tensor) else value for key, value in moments.items()}
+            {key: _on_cpu(value) if isinstance(value, Tensor) else value for key, value in moments.items()}
             for moments in _moments(trainer)
         ],
         "groups": [_settings(group) for optimizer in stepping_optimizers(trainer) for group in optimizer.param_groups],
-        "buffers": {name: buffer.clone() for name, buffer in trainer.lightning_module.named_buffers()},
+        "buffers": {name: _on_cpu(buffer) for name, buffer in trainer.lightning_module.named_buffers()},
     }
 
 
@@ -167,6 +176,10 @@ def _local(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return _local(tensor).to("cpu", copy=True)
 
 
 def _update_weights_in_use(zero: Any) -> None:

@@ -1,7 +1,7 @@
 """Which access serves which of Lightning's strategies."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,13 @@ def _zero_problem(strategy: DeepSpeedStrategy) -> str | None:
     for part in ("offload_optimizer", "offload_param"):
         if (zero.get(part) or {}).get("device") == "nvme":
             return f"with {part} on NVMe, where masters and moments are files; offload to the CPU instead"
+    offload = zero.get("offload_optimizer") or {}
+    if zero.get("zenflow") or offload.get("super_offload") or offload.get("ratio", 1) < 1:
+        return (
+            "with ZenFlow, SuperOffload or a partly offloaded optimizer, which have steps of their own; leave that out"
+        )
+    if (config.get("data_types") or {}).get("grad_accum_dtype"):
+        return "with a dtype of its own for accumulating gradients (data_types), another optimizer; leave that out"
     if zero.get("zero_hpz_partition_size", 1) > 1 or zero.get("mics_shard_size", -1) > 0:
         return "with a second partition of the weights (zero_hpz_partition_size, mics_shard_size); leave that out"
     return None
@@ -119,7 +126,7 @@ def gathered_state_dict(trainer: Trainer, model: nn.Module) -> dict[str, Tensor]
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) not in copies:
             whole = _gathered(value)
-            copies[id(value)] = whole.detach().cpu().clone() if trainer.is_global_zero else torch.empty(0)
+            copies[id(value)] = whole.detach().to("cpu", copy=True) if trainer.is_global_zero else torch.empty(0)
         state[name] = copies[id(value)]
     return state if trainer.is_global_zero else None
 
@@ -131,7 +138,7 @@ def _gathered(tensor: Tensor) -> Tensor:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().clone()
+            return tensor.detach().cpu().clone() if dist.get_rank() == 0 else tensor.detach()[:0]
     return tensor
 
 
@@ -144,5 +151,7 @@ def masks_of_zeros(trainer: Trainer, layers: Mapping[str, nn.Module]) -> MaskSet
 
 
 def stepping_optimizers(trainer: Trainer) -> list[Any]:
-    """The torch optimizers that make the steps: inside ZeRO's, or the trainer's own."""
-    return [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
+    """The optimizers that make the steps: the one of torch inside ZeRO's, or the trainer's own."""
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        return [cast(Any, optimizer).optimizer for optimizer in trainer.optimizers]
+    return list(trainer.optimizers)

@@ -29,6 +29,9 @@ class _ZeroAccess(ParamAccess):
         are complete at the last one only.
         """
         if self._engine.is_gradient_accumulation_boundary():
+            wait = getattr(self._zero, "_wait_for_offload_copies", None)  # ZeRO-1 and 2 copy without waiting
+            if wait is not None:
+                wait()
             super().mask_gradients()
             self._mask_norms()
 

@@ -81,9 +81,11 @@ class TokenDataModule(LightningDataModule):
     Training and evaluation windows are contiguous, the evaluation text in order; calibration windows are drawn at
     random (the papers' protocols). No special tokens are added.
 
-    Under a strategy of several ranks `batch_size` is that of each, and no rank sees another's windows.
+    Under a strategy of several ranks `batch_size` is that of each, and the ranks share the windows out (a few are used
+    twice where they do not come out even).
 
-    Training resumed from a checkpoint, in the middle of an epoch too, goes on with the batches that were to come.
+    Training resumed from a checkpoint, in the middle of an epoch too, goes on with the batches that were to come, on as
+    many ranks.
     (Lightning 2.6 itself repeats a batch where a fit that is limited by `max_steps` alone resumes from a checkpoint
     written at the end of an epoch; let `ModelCheckpoint` count steps there.)
 
