@@ -91,6 +91,11 @@ def run(given: list[str]) -> None:
     if "CROSS_SIZE" in os.environ:  # deepspeed's launcher; Lightning asks for ranks on other nodes by torchrun's
         os.environ.setdefault("TORCHELASTIC_RUN_ID", "deepspeed")
     cfg = composed(given)
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(f"recipe={cfg.name} needs {' and '.join(f'{name}=...' for name in missing)}")
+    if cfg.ckpt_path is not None and "output_dir" not in map(key, given):
+        raise ValueError("a run that goes on from ckpt_path= goes on in its own folder: name it with output_dir=")
     started = max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
     several = started > 1 or cfg.trainer.get("num_nodes", 1) > 1
     if several and OUTPUT_DIR not in os.environ and "output_dir" not in map(key, given):

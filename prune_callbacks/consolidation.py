@@ -39,7 +39,8 @@ def consolidate(
 
     Args:
         checkpoint: of one device, DDP, FSDP2 or DeepSpeed ZeRO; or a folder of such, of which the newest is taken.
-        template: folder with the model's configuration (and tokenizer), e.g. `model/` of the run that was trained.
+        template: folder with the model's configuration (and tokenizer), e.g. `model/` of the run that was trained, or
+            that of the model before training.
         dirpath: where to; an existing `model/` there is replaced once the new one is complete.
         prefix: what stands before the model's own names in the checkpoint, e.g. "student."; None: what fits.
         dtype: of the written weights, e.g. "bfloat16"; None: the configuration's.
@@ -47,17 +48,21 @@ def consolidate(
         progress: show a progress bar.
 
     Returns:
-        what `report.json` holds: the run's report, with sparsity and violations counted in the written weights.
+        what `report.json` holds: the run's report as it was then, with sparsity and violations counted in the written
+        weights, of which nobody has measured the perplexity.
 
     Raises:
         ValueError: there is no checkpoint, or no configuration, or its weights are not those of that model.
     """
     if not (Path(template) / "config.json").is_file():
         raise ValueError(
-            f"there is no config.json in {template}; name a folder with the model's configuration, such as model/ of "
-            "the run that was trained"
+            f"there is no config.json in {template}; name a folder with the model's configuration (template=), such as "
+            "model/ of the run that was trained, or the folder of the model before training"
         )
-    source = open_checkpoint(newest_checkpoint(checkpoint) or checkpoint)
+    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype is one of torch's, such as 'bfloat16', got {dtype!r}")
+    path = newest_checkpoint(checkpoint) or checkpoint
+    source = open_checkpoint(path)
     config = AutoConfig.from_pretrained(template)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
@@ -70,8 +75,14 @@ def consolidate(
         config.save_pretrained(partial)
         counted = _write(source, places, skeleton, config.dtype, masks, partial, max_shard_size, progress)
     masks.save(Path(dirpath) / "masks.safetensors")
-    report = _report(source, counted)
+    report = _report(source, counted) | {"stage": "consolidated", "checkpoint": str(path)}
     write_json(Path(dirpath) / "report.json", report)
+    if progress:
+        print(
+            f"{path}, of optimizer step {source.step}, is now the model in {Path(dirpath) / 'model'}: "
+            f"{report['sparsity']['achieved']:.2%} zeros in {len(counted)} masked layers, "
+            f"{sum(report['violations'].values())} violations"
+        )
     return report
 
 

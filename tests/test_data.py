@@ -6,6 +6,7 @@ import torch
 from prune_callbacks import TokenDataModule
 from prune_callbacks.calibration.windows import contiguous_windows, random_windows
 from prune_callbacks.tasks import HubText, PythonDocs, TextFile
+from prune_callbacks.tasks.data import _ResumableLoader, _Shuffled, _Windows
 
 
 def encode(text):
@@ -124,3 +125,26 @@ def test_bad_corpora_are_named(tokenizer, tmp_path):
     short = TextFile(str(tmp_path / "short.txt"))
     with pytest.raises(ValueError, match=r"the evaluation corpus, short.txt: the text has 5 tokens"):
         TokenDataModule(tokenizer, docs, docs, short, seq_len=64, calibration_windows=2).setup("fit")
+
+
+def test_a_loader_goes_on_where_the_data_was_with_other_batches():
+    windows = _Windows(torch.arange(48)[:, None])
+
+    def loader(rows, ranks=1, rank=0):
+        return _ResumableLoader(windows, rows, sampler=_Shuffled(windows, ranks, rank, seed=3))
+
+    def read(batches):
+        return [int(row) for batch in batches for row in batch["input_ids"]]
+
+    whole = read(loader(4))
+    halves = [loader(2, 2, rank) for rank in (0, 1)]
+    first = [read([b for b, _ in zip(half, range(5), strict=False)]) for half in halves]
+    assert sorted(first[0] + first[1]) == sorted(whole[:20])
+    same, other = loader(4), loader(2)
+    same.load_state_dict(halves[0].state_dict())
+    assert read(same) == whole[20:]
+    with pytest.warns(
+        UserWarning, match=r"was trained 4 windows at a time, and now it is 2 \(batch_size x processes\)"
+    ):
+        other.load_state_dict(halves[0].state_dict())
+    assert read(other) == whole[20:]

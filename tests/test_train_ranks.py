@@ -38,8 +38,10 @@ def test_a_run_on_two_processes_and_its_checkpoint_consolidated(tmp_path, traine
     assert report["violations"] == {}
     assert report["sparsity"]["achieved"] == 0.5
     assert report["perplexity"]["recovered"] < report["perplexity"]["pruned"]
+    assert report["processes"] == 2
     assert report["optimizer_steps"] == 4  # 32 windows, 4 a step on each of 2 processes
-    run(*LIGHTNING, TRAIN, "recipe=consolidate", f"run={folder}", f"output_dir={plain}")
+    printed = run(*LIGHTNING, TRAIN, "recipe=consolidate", f"run={folder}", f"output_dir={plain}")
+    assert "50.00% zeros in 28 masked layers, 0 violations" in " ".join(printed.split())
     trained, written = (load_file(where / "model/model.safetensors") for where in (folder, plain))
     assert trained.keys() == written.keys()
     assert all(torch.equal(weight, written[name]) for name, weight in trained.items())
@@ -48,6 +50,8 @@ def test_a_run_on_two_processes_and_its_checkpoint_consolidated(tmp_path, traine
     assert {p.name for p in (folder / "model").iterdir()} == {p.name for p in (plain / "model").iterdir()}
     again = json.loads((plain / "report.json").read_text())
     assert again["sparsity"] == report["sparsity"]
+    assert again["stage"] == "consolidated"
+    assert again["checkpoint"] == str(folder / "checkpoints/step_4.ckpt")
     assert (again["violations"], again["optimizer_steps"]) == ({}, 4)
     assert again["perplexity"]["pruned"] == report["perplexity"]["pruned"]
     # In several files, in bfloat16, over an existing model.
@@ -141,6 +145,18 @@ def test_what_cannot_be_consolidated_is_refused(tmp_path):
     torch.save(state, tmp_path / "plain.ckpt")
     with pytest.raises(ValueError, match=r"is of another model than the configuration: of 20 weights 1 are missing"):
         consolidate(tmp_path, tmp_path / "model", tmp_path / "out")
+
+
+def test_what_is_missing_on_the_command_line_is_named(tmp_path):
+    for arguments, message in (
+        (["recipe=consolidate"], "recipe=consolidate needs run=..."),
+        (["recipe=wanda_50", "model=pretrained"], "recipe=wanda_50 needs model.path=..."),
+        (["recipe=wanda_50", "ckpt_path=a.ckpt"], "goes on in its own folder: name it with output_dir="),
+        (["recipe=consolidate", "run=absent", f"output_dir={tmp_path}"], "there is no config.json in absent/model"),
+    ):
+        done = subprocess.run([sys.executable, TRAIN, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert message in done.stderr
 
 
 def test_control_zeros_that_were_not_held_are_named(tmp_path):

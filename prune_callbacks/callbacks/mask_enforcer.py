@@ -95,7 +95,7 @@ class MaskEnforcer(Callback):
         assert self._access is not None
         assert self.masks is not None
         violations = sum(self._access.violations().values())
-        pl_module.log_dict({"sparsity": self.masks.sparsity(), "violations": float(violations)})
+        pl_module.log_dict({"sparsity": self.masks.sparsity(), "violations": float(violations)}, sync_dist=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not lost_a_process(exception):
@@ -107,7 +107,7 @@ class MaskEnforcer(Callback):
             trainer.global_rank,
             trainer.world_size,
             trainer.global_step,
-            f"Go on with ckpt_path={saved}"
+            f"Go on with the same settings and ckpt_path={saved}"
             if saved
             else "No complete checkpoint is seen from here; ModelCheckpoint() writes them",
         )

@@ -143,7 +143,8 @@ class OneShotPrune(Callback):
         # With an enforcer, it logs; without one, this is where the zeros are seen to go.
         if not self._enforced(trainer):
             assert self.report is not None
-            pl_module.log_dict({"sparsity": self.report.sparsity, "violations": float(self._violations(trainer))})
+            metrics = {"sparsity": self.report.sparsity, "violations": float(self._violations(trainer))}
+            pl_module.log_dict(metrics, sync_dist=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.report is None else self.report.state_dict() | {"pruner": repr(self.pruner)}

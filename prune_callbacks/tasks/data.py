@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
@@ -67,11 +68,27 @@ class _ResumableLoader(DataLoader[Any]):
     def _epoch(self) -> int:
         return getattr(self.sampler, "epoch", 0)
 
+    @property
+    def _ranks(self) -> int:
+        return getattr(self.sampler, "num_replicas", 1)
+
+    @property
+    def _step(self) -> int:
+        """How many windows all ranks together take at a time."""
+        assert self.batch_size is not None
+        return self.batch_size * self._ranks
+
     def state_dict(self) -> dict[str, int]:
-        return {"given": self._given, "epoch": self._epoch}
+        return {"windows": self._given * self._step, "epoch": self._epoch, "step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._left_at = state_dict
+        if state_dict["step"] != self._step:
+            rank_zero_warn(
+                f"the checkpoint was trained {state_dict['step']} windows at a time, and now it is {self._step} "
+                "(batch_size x processes): the data goes on where it was, but an epoch has another number of steps, by which "
+                "training ends (set max_steps) and learning-rate schedules are made"
+            )
+        self._left_at = {"epoch": state_dict["epoch"], "given": state_dict["windows"] // self._step}
 
 
 class TokenDataModule(LightningDataModule):
