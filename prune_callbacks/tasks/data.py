@@ -85,8 +85,8 @@ class _ResumableLoader(DataLoader[Any]):
         if state_dict["step"] != self._step:
             rank_zero_warn(
                 f"the checkpoint was trained {state_dict['step']} windows at a time, and now it is {self._step} "
-                "(batch_size x processes): the data goes on where it was, but an epoch has another number of steps, by which "
-                "training ends (set max_steps) and learning-rate schedules are made"
+                "(batch_size x processes): the data goes on where it was, but an epoch has another number of steps, by "
+                "which training ends (set max_steps) and learning-rate schedules are made"
             )
         self._left_at = {"epoch": state_dict["epoch"], "given": state_dict["windows"] // self._step}
 
