@@ -59,6 +59,13 @@ def key(override: str) -> str:
     return override.lstrip("+~").split("=")[0]
 
 
+def missing_keys(values: Any, path: str = "") -> list[str]:
+    """What the configuration leaves to the command line; OmegaConf's own stops at what refers to such a key."""
+    if isinstance(values, dict):
+        return [found for name, value in values.items() for found in missing_keys(value, f"{path}.{name}".lstrip("."))]
+    return [path] if values == "???" else []
+
+
 def composed(given: list[str]) -> DictConfig:
     """The recipe; with smoke=true shrunk, except for keys that were given on the command line."""
     cfg = hydra.compose("train", given)
@@ -91,7 +98,7 @@ def run(given: list[str]) -> None:
     if "CROSS_SIZE" in os.environ:  # deepspeed's launcher; Lightning asks for ranks on other nodes by torchrun's
         os.environ.setdefault("TORCHELASTIC_RUN_ID", "deepspeed")
     cfg = composed(given)
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    missing = missing_keys(OmegaConf.to_container(cfg))
     if missing:
         raise ValueError(f"recipe={cfg.name} needs {' and '.join(f'{name}=...' for name in missing)}")
     if cfg.ckpt_path is not None and "output_dir" not in map(key, given):

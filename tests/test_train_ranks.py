@@ -114,7 +114,7 @@ def test_a_killed_rank_ends_the_run_with_a_word_and_it_goes_on_from_its_checkpoi
         psutil.wait_procs(ranks.values(), timeout=60 - (time.time() - killed))
         assert not [child for child in ranks.values() if child.is_running()]
     assert f"rank {1 - int(victim)} of 2: another process of the training is gone" in output
-    checkpoint = Path(re.search(r"Go on with ckpt_path=(\S+)", output)[1])
+    checkpoint = Path(re.search(r"Go on with the same settings and ckpt_path=(\S+)", output)[1])
     assert checkpoint.parent == folder / "checkpoints"
     masks = (folder / "masks.safetensors").read_bytes()
     resumed = run(*launcher, TRAIN, *arguments, "data.train_windows=400", f"ckpt_path={checkpoint}")
