@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from prune_callbacks.calibration.saving import replacing
 from prune_callbacks.evaluation.report import write_json
 from prune_callbacks.parallel.checkpoints import Checkpoint, newest_checkpoint, open_checkpoint
+from prune_callbacks.parallel.packed import count_removed
 from prune_callbacks.sparsity import MaskSet
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf", "*.pt")
@@ -152,7 +153,7 @@ def _write(
             for name in names:
                 weight = source.read(places[name]).to(empty[name].dtype).contiguous()
                 if name in masks:
-                    removed = int((weight.masked_fill(masks[name], 0) != 0).sum())
+                    removed = count_removed(weight, masks[name].flatten())
                     counted[name] = (int((weight == 0).sum()), removed, weight.numel())
                 weights[name] = weight
                 bar.advance(task)

@@ -5,10 +5,12 @@ from prune_callbacks.calibration.blocks import (
     find_language_model,
     find_targets,
     naming,
+    oriented,
     stored_input_first,
     weight_shape,
 )
 from prune_callbacks.calibration.engine import prune_sequentially
+from prune_callbacks.calibration.permuting import permute_channels_
 from prune_callbacks.calibration.prune_report import LayerReport, PruneReport, free_memory, model_bytes, peak_memory
 from prune_callbacks.calibration.saving import savable, save_sparse_model
 from prune_callbacks.calibration.shrink import Scope, check_shrinkable, shrink_masks
@@ -24,7 +26,9 @@ __all__ = [
     "free_memory",
     "model_bytes",
     "naming",
+    "oriented",
     "peak_memory",
+    "permute_channels_",
     "prune_sequentially",
     "savable",
     "save_sparse_model",

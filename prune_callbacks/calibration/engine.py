@@ -1,26 +1,27 @@
 """The engine: prunes a model block by block, every block on the outputs of the pruned ones before it."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from torch import Tensor, nn
+from torch import nn
 
 from prune_callbacks.calibration.block_pruning import BlockPruning
 from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, weight_shape
-from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_inputs, run_block
+from prune_callbacks.calibration.capture import Batch, BlockInputs
+from prune_callbacks.calibration.coupling import Coupled, coupled_targets, planned_removal
+from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.prune_report import PruneReport, peak_memory
-from prune_callbacks.pruners import Pruner
+from prune_callbacks.calibration.walking import (
+    calibration_inputs,
+    check_dense,
+    evaluating,
+    layer_progress,
+    next_inputs,
+    refuse_compiled,
+    share_weights,
+)
+from prune_callbacks.pruners import Pruner, Structured
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.sparsity import MaskSet
 
@@ -64,11 +65,19 @@ def prune_sequentially(
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model that is meant
     found = find_blocks(model, blocks)
     for block_name, block in found:
-        _refuse_compiled(block_name, block)
+        refuse_compiled(block_name, block)
     chosen = find_targets(found, targets)
+    coupled: list[Coupled] = []
+    left: dict[str, str] = {}
+    removed: dict[str, int] = {}
+    if isinstance(pruner, Structured):
+        coupled, left = coupled_targets(found, chosen)
+        chosen = {name: layer for name, layer in chosen.items() if name not in left}
+        removed = planned_removal(model, coupled, chosen, pruner)
+    readers = {group.reader for group in coupled}
     for name, layer in chosen.items():
         with naming(name):
-            _check_weight(layer.get_parameter("weight"))
+            check_dense(layer.get_parameter("weight"))
             pruner.pattern.check_shape(weight_shape(layer))
     forced = None if device is None else torch.device(device)
     calibrated = pruner.statistic(1) is not None
@@ -77,16 +86,16 @@ def prune_sequentially(
     if forced is not None and forced.type == "cuda":
         torch.cuda.reset_peak_memory_stats(forced)
     last = max(i for i, (block_name, _) in enumerate(found) if any(_inside(n, block_name) for n in chosen))
-    run = BlockPruning(pruner, ranks)
+    run = BlockPruning(pruner, ranks, coupled, removed)
+    run.skipped.update(left)
     if targets is None:
         run.note_fused(found)
-    for parameter in model.parameters():  # which may have been drawn by another seed on every rank
-        ranks.broadcast(parameter.data, 0)
-    with _evaluating(model), _progress(len(chosen), progress and ranks.rank == 0) as (bar, task):
+    share_weights(model, ranks)
+    with evaluating(model), layer_progress(len(chosen), progress and ranks.rank == 0) as (bar, task):
         inputs: list[BlockInputs] = []
         if calibrated and batches is not None:
             bar.update(task, description="embedding the calibration windows")
-            inputs = _capture(model, [block for _, block in found], batches, ranks)
+            inputs = calibration_inputs(model, [block for _, block in found], batches, ranks)
         for index, (block_name, block) in enumerate(found[: last + 1]):
             layers = {n: m for n, m in chosen.items() if _inside(n, block_name)}
             bar.update(task, description=f"pruning {block_name}")
@@ -94,11 +103,12 @@ def prune_sequentially(
             where = forced or home
             ranks.attempt(lambda block=block, where=where: block.to(where))  # type: ignore[misc]
             if layers:
-                statistics = run.collect(index, block, layers, inputs, where) if calibrated else {}
+                seen = {name: layer for name, layer in layers.items() if not coupled or name in readers}
+                statistics = collect(pruner, index, block, seen, inputs, where, ranks) if calibrated else {}
                 run.prune(layers, statistics, lambda count: bar.advance(task, count))
                 del statistics
             if index < last:
-                ranks.attempt(lambda index=index, block=block, where=where: _advance(index, block, inputs, where))  # type: ignore[misc]
+                next_inputs(index, block, inputs, where, ranks)
             block.to(home)
     if not run.layers:
         raise ValueError(
@@ -111,67 +121,9 @@ def prune_sequentially(
         time.perf_counter() - begin,
         peak_memory(where),
         frozenset(run.input_first),
+        run.scales,
     )
-
-
-def _advance(index: int, block: nn.Module, inputs: list[BlockInputs], where: torch.device) -> None:
-    """Makes the inputs of the next block out of those of this one."""
-    for batch in inputs:
-        batch.hidden = run_block(index, block, batch, where)
-
-
-def _capture(
-    model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Batch], ranks: Ranks
-) -> list[BlockInputs]:
-    if ranks.size > 1:
-        mine = batches if isinstance(batches, Tensor) else list(batches)
-        none_here = len(mine) == 0
-        idle = not all(ranks.gather(none_here)) and none_here
-        return ranks.attempt(lambda: [] if idle else capture_inputs(model, blocks, mine))
-    return capture_inputs(model, blocks, batches)
-
-
-def _check_weight(weight: Tensor) -> None:
-    if not weight.is_floating_point():
-        raise ValueError(
-            f"its weight is {weight.dtype}; quantized weights cannot be pruned, load the model dequantized"
-        )
-    if weight.is_meta:
-        raise ValueError("its weight is on the meta device, without values; load the model into memory first")
-
-
-def _refuse_compiled(name: str, block: nn.Module) -> None:
-    if hasattr(block, "_orig_mod") or getattr(block, "_compiled_call_impl", None) is not None:
-        raise ValueError(
-            f"block {name} is compiled, so the inputs of its layers cannot be seen; prune before compiling"
-        )
 
 
 def _inside(name: str, block: str) -> bool:
     return name == block or name.startswith(block + ".")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was in training.items():
-            module.training = was
-
-
-@contextmanager
-def _progress(total: int, show: bool) -> Iterator[tuple[Progress, TaskID]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("layers"),
-        TimeElapsedColumn(),
-        TextColumn("remaining"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not show) as bar:
-        yield bar, bar.add_task("pruning", total=total)

@@ -2,11 +2,11 @@
 
 import resource
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prune_callbacks.sparsity import MaskSet
 
@@ -45,6 +45,7 @@ class PruneReport:
         seconds: wall time of the whole run.
         peak_memory_bytes: the process's peak (on a CUDA device: peak of allocated device memory).
         input_first: names of masks stored as (in, out), those of `Conv1D` layers.
+        scales: of layers that were also rounded, by parameter name: (out, groups), float16; see `Grid`.
     """
 
     masks: MaskSet
@@ -53,6 +54,7 @@ class PruneReport:
     seconds: float
     peak_memory_bytes: int
     input_first: frozenset[str] = frozenset()
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -68,6 +70,7 @@ class PruneReport:
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "input_first": sorted(self.input_first),
+            "scales": dict(self.scales),
         }
 
     @classmethod
@@ -80,6 +83,7 @@ class PruneReport:
             seconds=state["seconds"],
             peak_memory_bytes=state["peak_memory_bytes"],
             input_first=frozenset(state["input_first"]),
+            scales=state.get("scales", {}),  # absent from checkpoints of 0.1
         )
 
 

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,6 +70,47 @@ def replacing(folder: Path) -> Iterator[Path]:
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, whose files move into it once what is inside of the `with` is done."""
+    folder = folder.resolve()
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    folder.mkdir(exist_ok=True)
+    for file in sorted(partial.iterdir()):
+        file.replace(folder / file.name)
+    partial.rmdir()
+
+
+def from_state(kind: type[PreTrainedModel], config: Any, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model on the CPU from a whole state dict; ValueError if it lacks a weight, or one does not fit."""
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "auto"
+    load = cast(Any, kind).from_pretrained
+    how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load(None, config=config, state_dict=dict(state), **how)
+    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise ValueError(f"{kind.__name__} of this configuration lacks or does not fit {wrong[0]}")
+    loaded: PreTrainedModel = model
+    for name, parameter in loaded.named_parameters():  # which may be of several dtypes
+        if name in state and parameter.dtype != state[name].dtype:
+            parameter.data = state[name].to(parameter.device)
+    return loaded
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raises ValueError for a model with adapters (peft) that are not merged."""
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    if adapted:
+        raise ValueError(
+            f"{len(adapted)} layers have adapters, first {adapted[0]}: merge them (LoRARecovery(masked=True), "
+            "merge_lora) or take them out (unload) first"
+        )
 
 
 def _base_state_dict(model: nn.Module, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ class ParamAccess(ABC):
     but by the methods that say so. Parameters are looked up by name at every call, so that a module whose parameters
     were replaced (cast, moved, wrapped again) is served as well.
 
-    A family of strategies says what a rank holds: the five methods that begin with an underscore.
+    A family of strategies says what a rank holds: the methods that begin with an underscore and follow the constructor.
 
     Args:
         module: holds the parameters, under names that `masks` knows.

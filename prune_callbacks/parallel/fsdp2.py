@@ -35,10 +35,10 @@ class FSDP2Access(ParamAccess):
         return parameter
 
     def _piece(self, parameter: Tensor, whole: Tensor) -> Tensor:
-        return _local(whole)
+        return local(whole)
 
     def _gradient(self, parameter: Tensor) -> Tensor | None:
-        return None if parameter.grad is None else _local(parameter.grad)
+        return None if parameter.grad is None else local(parameter.grad)
 
     def _counts(self, parameter: Tensor) -> bool:
         if not isinstance(parameter, DTensor):
@@ -48,5 +48,6 @@ class FSDP2Access(ParamAccess):
         return all(c == 0 for c, p in zip(coordinate, parameter.placements, strict=True) if isinstance(p, Replicate))
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: of a DTensor its shard, of any other all of it; a view."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()

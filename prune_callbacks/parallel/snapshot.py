@@ -8,10 +8,11 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from prune_callbacks.parallel.strategies import stepping_optimizers, world
+from prune_callbacks.parallel.fsdp2 import local
+from prune_callbacks.parallel.strategies import sharded, stepping_optimizers, world
 
 State = dict[str, Any]
 
@@ -29,14 +30,13 @@ def save_snapshot(trainer: Trainer, path: Path) -> str:
     file = _file(trainer, path)
 
     def write() -> None:
-        if trainer.is_global_zero or _sharded(trainer):
+        if trainer.is_global_zero or sharded(trainer.strategy):
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(".partial")
             torch.save(state, partial)
             try:
-                torch.load(
-                    partial, mmap=True, map_location="cpu", weights_only=True
-                )  # not only at the first rewinding, rounds later
+                # Now, and not only at the first rewinding, rounds later.
+                torch.load(partial, mmap=True, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError as error:
                 raise ValueError(
                     "the state of an optimizer or learning-rate scheduler holds objects that cannot be read back "
@@ -91,8 +91,8 @@ def load_snapshot(trainer: Trainer, path: Path, name: str, *, optimizer: bool) -
         ValueError: it is missing, or not the one that was written.
     """
     check_snapshot(trainer, path, name)
-    state = torch.load(_file(trainer, path), map_location="cpu", weights_only=True, mmap=_sharded(trainer))
-    if _sharded(trainer):
+    state = torch.load(_file(trainer, path), map_location="cpu", weights_only=True, mmap=sharded(trainer.strategy))
+    if sharded(trainer.strategy):
         _load_shards(trainer, state, optimizer)
     else:
         trainer.strategy.load_model_state_dict(state, strict=True)
@@ -103,19 +103,15 @@ def load_snapshot(trainer: Trainer, path: Path, name: str, *, optimizer: bool) -
             config.scheduler.load_state_dict(scheduler)
 
 
-def _sharded(trainer: Trainer) -> bool:
-    return isinstance(trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy)
-
-
 def _file(trainer: Trainer, path: Path) -> Path:
-    if not _sharded(trainer):
+    if not sharded(trainer.strategy):
         return path.with_suffix(".pt")
     return path / f"rank_{trainer.global_rank}_of_{trainer.world_size}.pt"
 
 
 def _state(trainer: Trainer) -> State:
     strategy = trainer.strategy
-    if not _sharded(trainer):
+    if not sharded(trainer.strategy):
         return {
             "state_dict": strategy.lightning_module_state_dict(),
             "optimizer_states": [strategy.optimizer_state(optimizer) for optimizer in strategy.optimizers],
@@ -135,7 +131,7 @@ def _state(trainer: Trainer) -> State:
 @torch.no_grad()
 def _load_shards(trainer: Trainer, state: State, optimizer: bool) -> None:
     for master, saved in zip(_masters(trainer), state["masters"], strict=True):
-        _local(master).copy_(saved)
+        local(master).copy_(saved)
     for name, buffer in trainer.lightning_module.named_buffers():
         buffer.copy_(state["buffers"][name])
     if isinstance(trainer.strategy, DeepSpeedStrategy):
@@ -150,7 +146,7 @@ def _load_shards(trainer: Trainer, state: State, optimizer: bool) -> None:
             del moments[key]
         for key, value in saved.items():
             if isinstance(value, Tensor):
-                _local(moments[key]).copy_(value)  # in place: DeepSpeed holds views of it
+                local(moments[key]).copy_(value)  # in place: DeepSpeed holds views of it
             else:
                 moments[key] = value
 
@@ -172,14 +168,8 @@ def _moments(trainer: Trainer) -> list[dict[str, Any]]:
     return [next((state[m] for state in states if m in state), {}) for m in _masters(trainer)]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
-
-
 def _on_cpu(tensor: Tensor) -> Tensor:
-    return _local(tensor).to("cpu", copy=True)
+    return local(tensor).to("cpu", copy=True)
 
 
 def _update_weights_in_use(zero: Any) -> None:

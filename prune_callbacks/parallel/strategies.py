@@ -100,9 +100,14 @@ def param_access(trainer: Trainer, masks: MaskSet) -> ParamAccess:
     return PlainAccess(module, masks, trainer.optimizers, ranks)
 
 
+def sharded(strategy: Strategy) -> bool:
+    """Whether no rank has all weights, masters and moments."""
+    return isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy)
+
+
 def refuse_sharded(strategy: Strategy, who: str) -> None:
     """Raises ValueError, in the name of `who`, for a strategy that shards parameters."""
-    if isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy):
+    if sharded(strategy):
         raise ValueError(f'{who} does not work under {type(strategy).__name__}; use one device or strategy="ddp"')
 
 
@@ -119,7 +124,7 @@ def gathered_state_dict(trainer: Trainer, model: nn.Module) -> dict[str, Tensor]
 
     A collective: parameters that are sharded are gathered one after another.
     """
-    if not isinstance(trainer.strategy, DeepSpeedStrategy | ModelParallelStrategy):
+    if not sharded(trainer.strategy):
         return model.state_dict() if trainer.is_global_zero else None
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}  # what is tied stays one tensor

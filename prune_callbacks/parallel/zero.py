@@ -38,6 +38,8 @@ class _ZeroAccess(ParamAccess):
     def _mask_norms(self) -> None:
         # With an offloaded optimizer, norms are taken while gradients are copied to the CPU: before they are masked.
         norms = getattr(self._zero, "norm_for_param_grads", {})
+        if not norms:
+            return
         for name, parameter in self._parameters().items():
             place = self._zero.get_param_id(parameter) if name in self._keep else None
             if place in norms:

@@ -1,6 +1,7 @@
-"""How survivors are scored and compensated: statistics, linear algebra, SparseGPT, MRP. Tensors only."""
+"""How survivors are scored, compensated and rounded: statistics, linear algebra, one solver a file. Tensors only."""
 
+from prune_callbacks.solvers.gptq import Grid
 from prune_callbacks.solvers.linalg import DampedGram, NumericalError
 from prune_callbacks.solvers.statistics import Gram, InputNorm, Statistic
 
-__all__ = ["DampedGram", "Gram", "InputNorm", "NumericalError", "Statistic"]
+__all__ = ["DampedGram", "Gram", "Grid", "InputNorm", "NumericalError", "Statistic"]

@@ -11,6 +11,13 @@ from prune_callbacks.solvers.linalg import DampedGram
 Choose = Callable[[Float[Tensor, "out columns"], int], Bool[Tensor, "out columns"]]
 """The mask of a slice of columns, from its scores or current weights and the number of its first column."""
 
+Settle = Callable[[int, Float[Tensor, "columns out"], Bool[Tensor, " out"]], Float[Tensor, " out"]]
+"""
+What a column becomes: from its number, the current weights from it on, one column a row, and its mask.
+
+Weights beyond the block that is swept are as they were before it.
+"""
+
 
 def sparsegpt(
     weight: Float[Tensor, "out in"], system: DampedGram, keep_best: Choose, step: int, block_size: int
@@ -40,31 +47,67 @@ def sparsegpt(
     return sweep(weight, system, choose, step, block_size)
 
 
+def masked(j: int, ahead: Float[Tensor, "columns out"], kept: Bool[Tensor, " out"]) -> Float[Tensor, " out"]:
+    """The column with its removed weights zero."""
+    return ahead[0] * kept
+
+
 def sweep(
-    weight: Float[Tensor, "out in"], system: DampedGram, choose: Choose, step: int, block_size: int
+    weight: Float[Tensor, "out in"],
+    system: DampedGram,
+    choose: Choose,
+    step: int,
+    block_size: int,
+    settle: Settle = masked,
 ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
     """
-    Removes, column after column, what `choose` says of every `step` columns when the sweep reaches them.
+    Settles one column after another, by what `choose` says of every `step` columns when the sweep reaches them.
 
     Equivalent to the loop over columns that updates all columns on the right at once. Here the columns right of a
     block of `block_size` are updated together, as one matrix product.
     """
     factor = system.inverse_factor
-    diagonal = factor.diagonal()
     # Transposed, so that a column of the weight is contiguous in memory.
     columns = weight.T.clone(memory_format=torch.contiguous_format)
     columns[system.dead] = 0
     keep = torch.zeros_like(columns, dtype=torch.bool)
     for a in range(0, len(columns), block_size):
         b = min(a + block_size, len(columns))
-        block, errors = columns[a:b], torch.empty_like(columns[a:b])
-        for j in range(b - a):
-            if j % step == 0:
-                e = min(j + step, b - a)
-                keep[a + j : a + e] = choose(block[j:e].T, a + j).T
-            error = block[j].masked_fill(keep[a + j], 0).div_(diagonal[a + j])
-            block[j + 1 :].addr_(factor[a + j, a + j + 1 : b], error, alpha=-1)
-            block[j].masked_fill_(~keep[a + j], 0)
-            errors[j] = error
+        errors = sweep_block(columns[a:], factor[a:b, a:b], keep[a:b], choose, step, settle, a)
         columns[b:].addmm_(factor[a:b, b:].T, errors, alpha=-1)
     return columns.T.contiguous(), keep.T.contiguous()
+
+
+def sweep_block(
+    columns: Float[Tensor, "columns out"],
+    factor: Float[Tensor, "block block"],
+    keep: Bool[Tensor, "block out"],
+    choose: Choose,
+    step: int,
+    settle: Settle,
+    start: int,
+) -> Float[Tensor, "block out"]:
+    """
+    The part of a sweep inside of a block, in place; returns the errors that are still to be pushed beyond it.
+
+    Args:
+        columns: current weights from the block on, one column a row; only the block's change.
+        factor: the square of `U` that belongs to the block.
+        keep: the block's mask, which is filled in.
+        choose: see `sweep`.
+        step: see `sweep`.
+        settle: see `sweep`.
+        start: number of the block's first column.
+    """
+    size, diagonal = len(factor), factor.diagonal()
+    block, errors = columns[:size], torch.empty_like(columns[:size])
+    for j in range(size):
+        if j % step == 0:
+            end = min(j + step, size)
+            keep[j:end] = choose(block[j:end].T, start + j).T
+        settled = settle(start + j, columns[j:], keep[j])
+        error = (block[j] - settled).div_(diagonal[j])
+        block[j + 1 :].addr_(factor[j, j + 1 :], error, alpha=-1)
+        block[j] = settled
+        errors[j] = error
+    return errors

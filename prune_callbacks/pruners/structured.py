@@ -1,0 +1,106 @@
+"""Structured pruning: units that several layers write and one layer reads go together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prune_callbacks.pruners.protocol import Pruned, as_pruned, check_weight, widened
+from prune_callbacks.pruners.stacked import check_layers, check_settings
+from prune_callbacks.solvers.linalg import damp
+from prune_callbacks.solvers.statistics import Gram, Statistic
+from prune_callbacks.solvers.structured import cheapest_units, least_squares_on
+from prune_callbacks.sparsity import Columns
+from prune_callbacks.sparsity.selection import keep_largest
+
+
+@dataclass(frozen=True)
+class Structured:
+    """
+    Removes channels of the MLP and heads of the attention: rows of the layers that write them, columns of the reader.
+
+    What goes is chosen by what its reader loses, and the reader's columns that stay are solved for exactly. `shrink`
+    then makes a smaller model. In the engine (`prune_sequentially`, `OneShotPrune`) the layers of every decoder block
+    are pruned together: `gate_proj` and `up_proj` with `down_proj`, `q_proj` (and, without grouped queries, `k_proj`
+    and `v_proj`) with `o_proj`.
+
+    Args:
+        pattern: the share of input features that a reader loses. Of attention whole heads go, with grouped queries the
+            same number of every group: that number is rounded to the nearest.
+        score: "loss": the exact loss of removing a unit, after what went before (ZipLM, Kurtic et al. 2023). "wanda":
+            the sum of the reader's Wanda scores over the unit; faster.
+        damping: added to the Gram's diagonal, as a fraction of its mean.
+    """
+
+    pattern: Columns
+    score: Literal["loss", "wanda"] = "loss"
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, Columns):
+            raise ValueError(f"Structured takes Columns, such as Columns(0.25), got {self.pattern!r}")
+        if self.score not in ("loss", "wanda"):
+            raise ValueError(f'Structured: score must be "loss" or "wanda", got {self.score!r}')
+        check_settings("Structured", self.pattern, None, self.damping)
+
+    def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
+        """The Gram of the reader's inputs."""
+        return Gram(in_features, device)
+
+    def removed(self, units: int) -> int:
+        """How many of so many units go: the nearest whole number."""
+        return round(self.pattern.sparsity * units)
+
+    def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
+        """The reader alone, in units of one feature; see `Pruner`."""
+        return self.prune_units(weight, [], statistic, width=1, pools=1)[0]
+
+    def prune_units(
+        self,
+        reader: Float[Tensor, "out in"],
+        writers: Sequence[Float[Tensor, "_ _"]],
+        statistic: Statistic | None,
+        width: int,
+        pools: int,
+        removed: int | None = None,
+    ) -> list[Pruned]:
+        """
+        The pruned reader, then the pruned writers, which have no loss of their own.
+
+        Args:
+            reader: the layer whose input features are the units.
+            writers: layers whose output rows are the units, in the same order.
+            statistic: the Gram of the reader's inputs.
+            width: features of a unit.
+            pools: equal stretches of units that lose the same number each.
+            removed: that number; None: what the pattern says.
+
+        Raises:
+            ValueError: no unit would stay, or writers and reader do not fit each other.
+        """
+        gram = check_layers(self, [reader], statistic)
+        for writer in writers:
+            check_weight(writer, self.pattern)
+            if len(writer) != reader.shape[1]:
+                raise ValueError(f"a writer of {len(writer)} rows for a reader of {reader.shape[1]} input features")
+        working = widened(reader, gram)
+        system = damp(gram.matrix.to(working), self.damping)
+        each = reader.shape[1] // width // pools
+        removed = self.removed(each) if removed is None else removed
+        if removed == each:
+            raise ValueError(f"{self.pattern} would leave none of {each} units of {width} features")
+        if self.score == "loss":
+            keep = cheapest_units(working, system, width, pools, removed)
+        else:
+            scores = working.abs().sum(0) * gram.squared_norm.to(working).sqrt()
+            keep = keep_largest(scores.unflatten(0, (pools, each, width)).sum(-1), each - removed).flatten()
+        features = keep.repeat_interleave(width)
+        solved = least_squares_on(working, system, features)
+        results = [as_pruned(reader, solved, features.expand_as(reader).contiguous(), gram)]
+        for writer in writers:
+            rows = features.to(writer.device)[:, None].expand_as(writer).contiguous()
+            results.append(as_pruned(writer, writer, rows, None))
+        return results

@@ -1,0 +1,70 @@
+"""Removing whole groups of input features of a layer, and the exact weights for those that stay."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from prune_callbacks.solvers.linalg import DampedGram
+
+
+def cheapest_units(
+    weight: Float[Tensor, "out in"], system: DampedGram, width: int, pools: int, removed: int
+) -> Bool[Tensor, " units"]:
+    """
+    Which units of `width` neighbouring input features to keep, the rest compensating for what goes.
+
+    Equivalent to computing, for every unit S that is left, the exact loss of removing it from the weights compensated
+    so far, `tr(W_S [(H^-1)_SS]^-1 W_S^T)`, removing the one of least loss, and beginning again (Optimal Brain Surgeon
+    for structures; ZipLM, Kurtic et al. 2023). Of equal losses the last unit goes. Dead features cost nothing.
+
+    Args:
+        weight: of the layer that reads the features.
+        system: its damped Gram.
+        width: features of a unit: 1, or those of an attention head.
+        pools: equal stretches of units; the same number goes from each.
+        removed: units that go from each pool.
+    """
+    current = weight.masked_fill(system.dead, 0)
+    inverse = system.inverse_factor.T @ system.inverse_factor
+    units = weight.shape[1] // width
+    keep = torch.ones(units, dtype=torch.bool, device=weight.device)
+    for _ in range(pools * removed):
+        losses = _losses(current, inverse, width)
+        gone = (~keep).view(pools, -1)
+        losses[(gone | (gone.sum(1, keepdim=True) == removed)).flatten()] = torch.inf
+        unit = units - 1 - int(losses.flip(0).argmin())
+        keep[unit] = False
+        part = slice(unit * width, (unit + 1) * width)
+        # By rank-`width` updates the inverse becomes that of the Gram without the unit.
+        rows = torch.linalg.solve(inverse[part, part], inverse[part])
+        current -= current[:, part] @ rows
+        inverse -= inverse[:, part] @ rows
+        current[:, part] = 0
+        inverse[part], inverse[:, part] = 0, 0
+        inverse[part, part] = torch.eye(width, dtype=weight.dtype, device=weight.device)
+    return keep
+
+
+def _losses(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
+    if width == 1:
+        return weight.square().sum(0) / inverse.diagonal()
+    blocks = inverse.unflatten(0, (-1, width)).unflatten(2, (-1, width)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    parts = weight.T.unflatten(0, (-1, width))  # units, width, out
+    losses: Tensor = (torch.linalg.solve(blocks, parts) * parts).sum((1, 2))
+    return losses
+
+
+def least_squares_on(
+    weight: Float[Tensor, "out in"], system: DampedGram, kept: Bool[Tensor, " in"]
+) -> Float[Tensor, "out in"]:
+    """
+    The weights on `kept` features whose output is nearest to the dense layer's, zero elsewhere.
+
+    Equivalent to `w_S = H_SS^-1 (H w)_S` of every row (MRP's eq. 13 where all rows share the set): one factorisation,
+    in float64. Weights of dead features become 0.
+    """
+    matrix = system.matrix.double()
+    right = matrix[kept] @ weight.masked_fill(system.dead, 0).double().T
+    solved = torch.zeros_like(weight)
+    solved[:, kept] = torch.linalg.solve(matrix[kept][:, kept], right).T.to(weight)
+    return solved
