@@ -1,0 +1,28 @@
+"""From zeros to speed and size: 2:4 tensors, rounding, packed files, smaller models, and what each is worth."""
+
+from prune_callbacks.deploy.compression import Compression, load_compressed, measure_compression, save_compressed
+from prune_callbacks.deploy.conversion import Conversion
+from prune_callbacks.deploy.csr import convert_to_csr_, load_csr, revert_csr_, save_csr
+from prune_callbacks.deploy.low_precision import convert_fp8_, convert_int8_
+from prune_callbacks.deploy.packing import pack_nm, unpack_nm
+from prune_callbacks.deploy.semi_structured import convert_, revert_
+from prune_callbacks.deploy.shrinking import shrink
+
+__all__ = [
+    "Compression",
+    "Conversion",
+    "convert_",
+    "convert_fp8_",
+    "convert_int8_",
+    "convert_to_csr_",
+    "load_compressed",
+    "load_csr",
+    "measure_compression",
+    "pack_nm",
+    "revert_",
+    "revert_csr_",
+    "save_compressed",
+    "save_csr",
+    "shrink",
+    "unpack_nm",
+]

@@ -1,0 +1,275 @@
+"""A sparse, maybe rounded model in a file without its zeros, and what every part of that file takes."""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from prune_callbacks.calibration import find_language_model, naming, oriented, savable, stored_input_first
+from prune_callbacks.calibration.saving import filling, from_state, refuse_adapters
+from prune_callbacks.deploy.packing import (
+    pack_codes,
+    pack_kept,
+    pack_nm,
+    unpack_codes,
+    unpack_kept,
+    unpack_nm,
+)
+from prune_callbacks.solvers.gptq import Grid
+from prune_callbacks.sparsity import NM, MaskSet, Pattern
+
+FILE = "compressed.safetensors"
+METADATA = "prune_callbacks.compressed"
+"""The key under which a compressed file says how its tensors are packed."""
+
+ROLES = ("values", "indices", "scales")
+"""What the parts of a packed weight are called in the file: NAME.values and so on."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """
+    The bytes of a file of weights, counted in the file itself.
+
+    Attributes:
+        packed_weights: how many weights the packed layers have, zeros included.
+        dense_bytes: what these take in their own dtype.
+        value_bytes: of kept values or codes.
+        index_bytes: of masks or places.
+        scale_bytes: of scales.
+        other_bytes: of all tensors that are not packed (embeddings, norms, biases, layers that were left dense).
+        header_bytes: of names, shapes and metadata.
+        file_bytes: of the file, the sum of the last five.
+    """
+
+    packed_weights: int
+    dense_bytes: int
+    value_bytes: int
+    index_bytes: int
+    scale_bytes: int
+    other_bytes: int
+    header_bytes: int
+    file_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the packed layers over what they take dense."""
+        return self._packed_bytes / self.dense_bytes
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits a weight of the packed layers, with those of the mask and the scales."""
+        return 8 * self._packed_bytes / self.packed_weights
+
+    @property
+    def file_ratio(self) -> float:
+        """Bytes of the file over those of all its tensors dense."""
+        return self.file_bytes / (self.dense_bytes + self.other_bytes)
+
+    @property
+    def _packed_bytes(self) -> int:
+        return self.value_bytes + self.index_bytes + self.scale_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.effective_bits:.2f} bits a weight in the packed layers, {self.ratio:.3f} of what they take dense; "
+            f"the file has {self.file_bytes / 1e6:.1f} MB, {self.file_ratio:.3f} of dense"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Plain values for a report."""
+        return asdict(self) | {
+            "effective_bits": self.effective_bits,
+            "packed_over_dense": self.ratio,
+            "file_over_dense": self.file_ratio,
+        }
+
+
+def save_compressed(
+    model: nn.Module,
+    masks: MaskSet,
+    dirpath: str | Path,
+    *,
+    pattern: Pattern | None = None,
+    scales: Mapping[str, Tensor] | None = None,
+    grid: Grid | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Compression:
+    """
+    Writes a folder with `compressed.safetensors`, the configuration and the tokenizer; `load_compressed` reads it.
+
+    N:M weights are kept values and places of 2 bits (for 2:4), others kept values and a mask of one bit a weight; of
+    layers that were rounded the values are codes, two to a byte with 4 bits, and scales. What is loaded is bit for bit
+    the model that was saved, dense with zeros: this is for storage and transport.
+
+    Args:
+        model: a causal LM of `transformers`, or what holds one.
+        masks: of the layers to pack.
+        dirpath: a new or empty folder, or one with an earlier compressed model, which is replaced once the new one is
+            complete.
+        pattern: `NM` packs the layers that have it by groups.
+        scales: of layers that were rounded, by parameter name: `PruneReport.scales`.
+        grid: what they were rounded to.
+        tokenizer: saved beside the model.
+
+    Returns:
+        What the file takes.
+
+    Raises:
+        ValueError: naming the layer: a removed weight is not zero, or a weight is not on its grid; the folder holds
+            something else, or the model has adapters.
+    """
+    whole, folder = savable(find_language_model(model)), Path(dirpath)
+    if scales and grid is None:
+        raise ValueError("scales need the grid that they were made for: save_compressed(..., grid=Grid(bits=4))")
+    if grid is not None and not scales:
+        raise ValueError(f"{grid} without scales: give scales=report.scales of a pruner that rounds, or no grid")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / FILE).is_file():
+        raise ValueError(f"{folder} holds other files, first {min(folder.iterdir()).name}; choose a folder of its own")
+    refuse_adapters(whole)
+    tensors: dict[str, Tensor] = {}
+    layout: dict[str, dict[str, Any]] = {}
+    tied = bool(whole.config.get_text_config(decoder=True).tie_word_embeddings)
+    written: set[tuple[int, torch.Size]] = set()
+    for name, tensor in whole.state_dict().items():
+        if name in masks:
+            layer = whole.get_submodule(name.rpartition(".")[0])
+            with naming(name):
+                weight, keep = oriented(layer, tensor.cpu()), oriented(layer, masks[name])
+                parts, entry = _pack(weight, keep, pattern, (scales or {}).get(name), grid)
+            tensors |= {f"{name}.{role}": part.contiguous() for role, part in parts.items()}
+            layout[name] = entry | {"input_first": stored_input_first(layer)}
+        elif not tied or (tensor.data_ptr(), tensor.shape) not in written:  # what loading ties is written once
+            written.add((tensor.data_ptr(), tensor.shape))
+            tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    masks.matching({name: whole.get_parameter(name) for name in layout})  # every mask has been used
+    with filling(folder) as partial:
+        save_file(tensors, partial / FILE, metadata={METADATA: json.dumps(layout)})
+        whole.config.save_pretrained(partial)
+        if whole.generation_config is not None:
+            whole.generation_config.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    return measure_compression(dirpath)
+
+
+def _pack(
+    weight: Tensor, keep: Tensor, pattern: Pattern | None, scale: Tensor | None, grid: Grid | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The parts of a weight (out, in), and what is needed to put them together again."""
+    entry: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
+    stored = weight
+    if scale is not None:
+        assert grid is not None
+        stored = grid.encode(weight, scale)
+        entry |= {"bits": grid.bits, "group_size": grid.group_size}
+    if isinstance(pattern, NM) and pattern.holds(keep):
+        if bool((stored * ~keep).any()):
+            raise ValueError("weights that the mask removes are not zero")
+        values, indices = pack_nm(stored, pattern)
+        entry |= {"n": pattern.n, "m": pattern.m}
+    else:
+        values, indices = pack_kept(stored, keep)
+    parts = {"indices": indices, "values": values}
+    if scale is not None:
+        assert grid is not None
+        entry["count"] = values.numel()
+        parts |= {"values": pack_codes(values, grid.bits), "scales": scale.half().cpu()}
+    return parts, entry
+
+
+def _unpack(parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Tensor:
+    """The inverse of `_pack`."""
+    (out, size), dtype = entry["shape"], getattr(torch, entry["dtype"])
+    values, codes = parts["values"], "bits" in entry
+    if codes:
+        values = unpack_codes(values, entry["bits"], entry["count"])
+    if "m" in entry:
+        pattern = NM(entry["n"], entry["m"])
+        weight = unpack_nm(values.view(out, size // pattern.m * pattern.n), parts["indices"], pattern)
+    else:
+        weight = unpack_kept(values, parts["indices"], (out, size))
+    return Grid(entry["bits"], entry["group_size"]).decode(weight, parts["scales"], dtype) if codes else weight
+
+
+def load_compressed(dirpath: str | Path) -> PreTrainedModel:
+    """
+    The model that `save_compressed` wrote, bit for bit: dense with zeros, on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, or lacks a weight.
+    """
+    path = Path(dirpath) / FILE
+    layout = _layout(path)
+    config = AutoConfig.from_pretrained(dirpath)
+    state: dict[str, Tensor] = {}
+    with safe_open(path, framework="pt") as file:
+        packed = {f"{name}.{role}" for name in layout for role in ROLES}
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            if key not in packed:
+                state[key] = file.get_tensor(key)
+        for name, entry in layout.items():
+            roles = ROLES if "bits" in entry else ROLES[:2]
+            weight = _unpack({role: file.get_tensor(f"{name}.{role}") for role in roles}, entry)
+            state[name] = weight.T.contiguous() if entry["input_first"] else weight
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+    model = from_state(kind, config, state)
+    if (path.parent / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(dirpath)
+    return model
+
+
+def _layout(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"no compressed model in {path.parent}: {path.name} is missing; save_compressed writes it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    if METADATA not in metadata:
+        raise ValueError(f"{path} is a safetensors file but not one that save_compressed wrote")
+    layout: dict[str, dict[str, Any]] = json.loads(metadata[METADATA])
+    return layout
+
+
+def measure_compression(dirpath: str | Path) -> Compression:
+    """
+    Counts the bytes of what `save_compressed` wrote, from the header of the file: masks, places and scales included.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged.
+    """
+    path = Path(dirpath) / FILE
+    layout = _layout(path)
+    with path.open("rb") as file:
+        (header,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(header))
+    role = {f"{name}.{part}": part for name in layout for part in ROLES}
+    taken = dict.fromkeys((*ROLES, "other"), 0)
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            taken[role.get(name, "other")] += end - begin
+    weights = {name: math.prod(entry["shape"]) for name, entry in layout.items()}
+    dense = sum(count * getattr(torch, layout[name]["dtype"]).itemsize for name, count in weights.items())
+    return Compression(
+        sum(weights.values()),
+        dense,
+        taken["values"],
+        taken["indices"],
+        taken["scales"],
+        taken["other"],
+        8 + header,
+        path.stat().st_size,
+    )

@@ -1,0 +1,245 @@
+"""CSR weights: sparse linear layers for CPUs, their bytes, and a file of them."""
+
+import copy
+import json
+import math
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from prune_callbacks.calibration.blocks import find_blocks, find_targets
+
+METADATA = "prune_callbacks.csr"
+"""The key under which a CSR file has its shapes."""
+
+DTYPES = (torch.float32, torch.float64)
+"""What torch multiplies CSR matrices in on a CPU; half precision is not implemented."""
+
+INDEX_BYTES = 4
+
+
+class CSRLinear(nn.Linear):
+    """
+    `nn.Linear` whose weight, (out, in), is a CSR tensor with int32 indices; equivalent to it up to rounding.
+
+    It multiplies `weight @ x^T` itself: `nn.functional.linear` takes a CSR weight too, but it is several times slower
+    for more than one token, and fails in `torch.inference_mode`. A single token takes the matrix-vector product.
+    """
+
+    trainable = False
+    """Whether the dense weight required gradients."""
+
+    def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
+        rows = x.reshape(-1, self.in_features)
+        product = (self.weight @ rows[0])[None] if len(rows) == 1 else (self.weight @ rows.T).T.contiguous()
+        product = product.view(*x.shape[:-1], self.out_features)
+        return product if self.bias is None else product + self.bias
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CSRLinear":
+        # torch's own deepcopy of a parameter asks for a memory format that CSR tensors do not have.
+        memo[id(self.weight)] = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+        twin = CSRLinear.__new__(CSRLinear)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+@dataclass(frozen=True)
+class CSRReport:
+    """
+    What a conversion to CSR did to the bytes of the weights.
+
+    Attributes:
+        dense_bytes: of the converted weights before.
+        csr_bytes: after: values, column indices and row offsets.
+        sparsity: the fraction of zeros in them.
+        break_even_sparsity: the sparsity from which on CSR takes fewer bytes, if all layers have the same.
+        layers: (dense bytes, CSR bytes) of every converted layer, by name.
+        skipped: layers that stay dense, and why.
+    """
+
+    dense_bytes: int
+    csr_bytes: int
+    sparsity: float
+    break_even_sparsity: float
+    layers: dict[str, tuple[int, int]]
+    skipped: dict[str, str]
+
+
+def break_even_sparsity(shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) -> float:
+    """
+    The sparsity at which CSR and dense weights of these shapes, (out, in), take the same bytes.
+
+    A dense weight takes v bytes (4 in float32); CSR takes v + 4 for each that is not zero and 4 for each of the rows
+    and one more. In float32 that is 50 % and half of one weight a row.
+    """
+    size = dtype.itemsize
+    weights = sum(out * inputs for out, inputs in shapes)
+    offsets = sum(INDEX_BYTES * (out + 1) for out, _ in shapes)
+    return 1 - (size * weights - offsets) / ((size + INDEX_BYTES) * weights)
+
+
+def convert_to_csr_(
+    model: nn.Module, *, targets: Sequence[str] | str | None = None, blocks: str | None = None
+) -> CSRReport:
+    """
+    Turns linear layers of a model into `CSRLinear`, in place, for inference on a CPU; `revert_csr_` undoes it.
+
+    Layers stay the same objects, with their names, hooks and biases; weights are new parameters, (out, in), that
+    require no gradient. Save the model before: `save_pretrained` does not know CSR tensors. GPT-2's `Conv1D`, weights
+    that something else shares and subclasses of `nn.Linear` stay dense and are named in the report.
+
+    Args:
+        model: a causal language model on the CPU, float32 or float64.
+        targets: patterns of layer names, as for pruning; None for all linear layers of the decoder blocks.
+        blocks: name of the list of decoder blocks, where it cannot be found.
+
+    Raises:
+        ValueError: a layer is on another device or in half precision (then nothing is changed), no layer matches, or
+            all are skipped.
+    """
+    layers = {
+        name: layer
+        for name, layer in find_targets(find_blocks(model, blocks), targets).items()
+        if not isinstance(layer, CSRLinear)
+    }
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    skipped: dict[str, str] = {}
+    for name, layer in layers.items():
+        weight = layer.get_parameter("weight")
+        if type(layer) is not nn.Linear:
+            skipped[name] = f"it is a {type(layer).__name__}, not an nn.Linear"
+        elif owners[id(weight)] > 1:
+            skipped[name] = "another module shares its weight"
+        else:
+            _refuse_unserved(name, weight)
+    chosen = {name: cast(nn.Linear, layer) for name, layer in layers.items() if name not in skipped}
+    if not chosen:
+        raise ValueError(f"no layer can be converted to CSR: {skipped or 'all targets are CSR already'}")
+    shapes = [(layer.out_features, layer.in_features) for layer in chosen.values()]
+    dtype = next(iter(chosen.values())).weight.dtype
+    sizes = {name: _convert(layer) for name, layer in chosen.items()}
+    total = sum(math.prod(shape) for shape in shapes)
+    kept = sum(int(layer.weight._nnz()) for layer in chosen.values())
+    report = CSRReport(
+        dense_bytes=sum(dense for dense, _ in sizes.values()),
+        csr_bytes=sum(csr for _, csr in sizes.values()),
+        sparsity=1 - kept / total,
+        break_even_sparsity=break_even_sparsity(shapes, dtype),
+        layers=sizes,
+        skipped=skipped,
+    )
+    if report.csr_bytes > report.dense_bytes:
+        warnings.warn(
+            f"CSR takes {report.csr_bytes / report.dense_bytes:.2f} times the bytes of these weights, which have "
+            f"{report.sparsity:.1%} zeros; it takes fewer from {report.break_even_sparsity:.1%} on",
+            stacklevel=2,
+        )
+    return report
+
+
+def _refuse_unserved(name: str, weight: Tensor) -> None:
+    if weight.device.type != "cpu":
+        raise ValueError(
+            f"layer {name} is on {weight.device}: CSR weights are for CPUs. On a GPU prune to 2:4 and use "
+            "prune_callbacks.deploy.semi_structured.convert_, or move the model with model.cpu()"
+        )
+    if weight.dtype not in DTYPES:
+        raise ValueError(
+            f"layer {name} is {weight.dtype}: torch multiplies CSR matrices on a CPU in float32 and float64 only; "
+            "convert the model with model.float()"
+        )
+
+
+def _convert(layer: nn.Linear) -> tuple[int, int]:
+    dense, layer.weight = layer.weight, nn.Parameter(compressed(layer.weight.detach()), requires_grad=False)
+    layer.__class__ = CSRLinear
+    cast(CSRLinear, layer).trainable = dense.requires_grad
+    return dense.nbytes, csr_bytes(layer.weight)
+
+
+def revert_csr_(model: nn.Module) -> None:
+    """Makes every `CSRLinear` a dense `nn.Linear` again, bit for bit (but -0 is 0 now)."""
+    for layer in model.modules():
+        if isinstance(layer, CSRLinear):
+            layer.weight = nn.Parameter(layer.weight.detach().to_dense(), requires_grad=layer.trainable)
+            del layer.trainable
+            linear: nn.Linear = layer
+            linear.__class__ = nn.Linear
+
+
+def compressed(weight: Tensor) -> Tensor:
+    """A dense weight, (out, in), as CSR with int32 indices: half the bytes of torch's own, and what MKL takes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        wide = weight.to_sparse_csr()
+        crow, col = wide.crow_indices().int(), wide.col_indices().int()
+        return torch.sparse_csr_tensor(crow, col, wide.values(), size=wide.shape, check_invariants=False)
+
+
+def csr_bytes(weight: Tensor) -> int:
+    """The bytes of a CSR tensor: values, column indices and row offsets."""
+    return weight.values().nbytes + weight.col_indices().nbytes + weight.crow_indices().nbytes
+
+
+def save_csr(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> int:
+    """
+    Writes CSR weights to a safetensors file: `NAME.crow`, `NAME.col` and `NAME.values` of each.
+
+    Biases and layers that are not CSR are not in it.
+
+    Args:
+        source: a model with `CSRLinear` layers, or CSR tensors by name, (out, in).
+        path: the file.
+
+    Returns:
+        The file's bytes.
+
+    Raises:
+        ValueError: there is no CSR weight.
+    """
+    if isinstance(source, nn.Module):
+        named = {name: m.weight.detach() for name, m in source.named_modules() if isinstance(m, CSRLinear)}
+    else:
+        named = {name: weight for name, weight in source.items() if weight.layout is torch.sparse_csr}
+    if not named:
+        raise ValueError("there are no CSR weights to save; call convert_to_csr_ first")
+    parts: dict[str, Tensor] = {}
+    for name, weight in named.items():
+        parts |= {f"{name}.crow": weight.crow_indices(), f"{name}.col": weight.col_indices()}
+        parts[f"{name}.values"] = weight.values()
+    shapes = {name: list(weight.shape) for name, weight in named.items()}
+    save_file(parts, path, metadata={METADATA: json.dumps(shapes)})
+    return Path(path).stat().st_size
+
+
+def load_csr(path: str | Path) -> dict[str, Tensor]:
+    """
+    Reads what `save_csr` wrote: CSR tensors by name, (out, in), the same bits.
+
+    Raises:
+        ValueError: the file is missing, damaged, or not a CSR file; indices outside of the matrix are refused.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no CSR file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if METADATA not in metadata:
+                raise ValueError(f"{path} is a safetensors file but not one that save_csr wrote")
+            loaded: dict[str, Tensor] = {}
+            for name, shape in json.loads(metadata[METADATA]).items():
+                crow, col, values = (file.get_tensor(f"{name}.{part}") for part in ("crow", "col", "values"))
+                loaded[name] = torch.sparse_csr_tensor(crow, col, values, size=shape, check_invariants=True)
+            return loaded
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a readable CSR file: {error}") from error
