@@ -1,8 +1,22 @@
-from .calibration import PruneReport, prune_sequentially
-from .callbacks import IterativePrune, LoRARecovery, MaskEnforcer, OneShotPrune, Rewind, RunReport, SparsityMonitor
+from .calibration import PruneReport, permute_channels_, prune_sequentially
+from .callbacks import (
+    IterativePrune,
+    LoRARecovery,
+    MaskEnforcer,
+    OneShotPrune,
+    PermuteChannels,
+    QuantizeWeights,
+    Rewind,
+    RunReport,
+    SemiStructuredConvert,
+    ShrinkModel,
+    SparsityBenchmark,
+    SparsityMonitor,
+)
 from .consolidation import consolidate
-from .pruners import ALPS, MRP, Magnitude, Pruned, SparseGPT, Wanda
-from .solvers import Gram, InputNorm
+from .deploy import convert_, load_compressed, measure_compression, revert_, save_compressed, shrink
+from .pruners import ALPS, GPTQ, MRP, Magnitude, Pruned, SparseGPT, SparseGPTQ, Structured, Wanda
+from .solvers import Gram, Grid, InputNorm
 from .sparsity import (
     NM,
     Block,
@@ -19,6 +33,7 @@ from .tasks import CausalLM, LanguageModeling, LogitsDistillation, SquareHead, T
 
 __all__ = [
     "ALPS",
+    "GPTQ",
     "MRP",
     "NM",
     "Block",
@@ -27,6 +42,7 @@ __all__ = [
     "ConstantSchedule",
     "CubicSchedule",
     "Gram",
+    "Grid",
     "IMPSchedule",
     "InputNorm",
     "IterativePrune",
@@ -38,17 +54,31 @@ __all__ = [
     "MaskEnforcer",
     "MaskSet",
     "OneShotPrune",
+    "PermuteChannels",
     "PruneReport",
     "Pruned",
+    "QuantizeWeights",
     "Rewind",
     "Rows",
     "RunReport",
+    "SemiStructuredConvert",
+    "ShrinkModel",
     "SparseGPT",
+    "SparseGPTQ",
+    "SparsityBenchmark",
     "SparsityMonitor",
     "SquareHead",
+    "Structured",
     "TokenDataModule",
     "Unstructured",
     "Wanda",
     "consolidate",
+    "convert_",
+    "load_compressed",
+    "measure_compression",
+    "permute_channels_",
     "prune_sequentially",
+    "revert_",
+    "save_compressed",
+    "shrink",
 ]

@@ -1,24 +1,21 @@
 """OneShotPrune: prunes a language model when a fit begins."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import nn
 
 from prune_callbacks.calibration import PruneReport, find_language_model, prune_sequentially, savable, save_sparse_model
+from prune_callbacks.callbacks.calibration_batches import calibration_batches
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.trainer_state import logs_now, resumed_checkpoint
 from prune_callbacks.parallel import param_access, refuse_unserved
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.ranks import patient_ranks
-
-TRAINING_BATCHES = 128
 
 
 class OneShotPrune(Callback):
@@ -93,12 +90,10 @@ class OneShotPrune(Callback):
         if self.save_dir is not None:
             savable(model)
         with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:
-            # Drawing calibration batches must not change what training draws; and rank 0 draws them for all.
-            batches = ranks.attempt(lambda: self._calibration_batches(trainer, pl_module) if ranks.rank == 0 else None)
-            shared = ranks.share(batches)
+            needed = self.pruner.statistic(1) is not None
             self.report = prune_sequentially(
                 model,
-                None if shared is None else shared[ranks.rank :: ranks.size],
+                calibration_batches(trainer, ranks, self.batches, self.num_batches) if needed else None,
                 self.pruner,
                 targets=self.targets,
                 blocks=self.blocks,
@@ -125,6 +120,11 @@ class OneShotPrune(Callback):
                 "without OneShotPrune. To prune its model, load it and start a new fit without ckpt_path"
             )
         assert self.report is not None
+        if self.report.scales:
+            rank_zero_warn(
+                f"{type(self.pruner).__name__} has rounded the weights, and training moves them off their grid: they "
+                "can no more be stored as codes. Prune without rounding, and round last, with QuantizeWeights"
+            )
         if trainer.loggers:
             metrics = {"sparsity": self.report.sparsity, "violations": self._violations(trainer)}
             for logger in trainer.loggers:
@@ -166,37 +166,3 @@ class OneShotPrune(Callback):
     @staticmethod
     def _enforced(trainer: Trainer) -> bool:
         return any(isinstance(callback, MaskEnforcer) for callback in trainer.callbacks)
-
-    def _calibration_batches(self, trainer: Trainer, pl_module: LightningModule) -> list[Any] | None:
-        if self.pruner.statistic(1) is None:
-            return None
-        batches, wanted = self.batches, self.num_batches
-        if batches is None:
-            calibration = getattr(trainer.datamodule, "calibration_dataloader", None)
-            batches = calibration() if calibration is not None else None
-        if batches is None:
-            batches = trainer.fit_loop._data_source.dataloader()  # datamodule, module or fit(train_dataloaders=)
-            # A loader shuffled by its own generator: training is to draw what it would have drawn.
-            generator = getattr(batches, "generator", None)
-            state = None if generator is None else generator.get_state()
-            taken = list(islice(batches, wanted or TRAINING_BATCHES))
-            if generator is not None:
-                generator.set_state(state)
-        else:
-            taken = list(islice(batches, wanted))
-        if wanted is not None and len(taken) < wanted:
-            raise ValueError(f"OneShotPrune: asked for {wanted} calibration batches, there are {len(taken)}")
-        return [_token_inputs(batch) for batch in taken]
-
-
-def _token_inputs(batch: Any) -> Any:
-    if isinstance(batch, Mapping):  # transformers' BatchEncoding is one, and no dict
-        return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
-    if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
-        return batch[0]
-    if isinstance(batch, torch.Tensor):
-        return batch
-    raise ValueError(
-        f"OneShotPrune: a calibration batch must be token ids, a mapping with input_ids, or a tuple that begins with "
-        f"token ids; got {type(batch).__name__}"
-    )

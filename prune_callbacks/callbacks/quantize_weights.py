@@ -1,0 +1,169 @@
+"""QuantizeWeights: rounds the sparse model when a fit ends, and writes it without its zeros."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from transformers import PreTrainedTokenizerBase
+
+from prune_callbacks.calibration import (
+    PruneReport,
+    find_blocks,
+    find_language_model,
+    find_targets,
+    prune_sequentially,
+    savable,
+)
+from prune_callbacks.callbacks.calibration_batches import calibration_batches
+from prune_callbacks.callbacks.iterative_prune import IterativePrune
+from prune_callbacks.callbacks.lora_recovery import LoRARecovery
+from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
+from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
+from prune_callbacks.deploy.compression import Compression, save_compressed
+from prune_callbacks.evaluation import perplexity
+from prune_callbacks.evaluation.report import write_json
+from prune_callbacks.parallel import world
+from prune_callbacks.parallel.strategies import refuse_sharded
+from prune_callbacks.pruners import GPTQ
+from prune_callbacks.ranks import patient_ranks
+from prune_callbacks.solvers.gptq import Grid
+
+
+class QuantizeWeights(Callback):
+    """
+    Rounds the weights of the module's language model at the end of the fit by `GPTQ`, every zero held.
+
+    Put it last, behind `RunReport`, which saves the model before it is rounded. The module then has the rounded
+    weights, dense with zeros, in its own dtype; `dirpath/compressed` has them as codes (see `save_compressed`), and
+    `dirpath/compression.json` what these take, part by part, with the perplexity before and after.
+
+    Args:
+        dirpath: the run's folder.
+        grid: what is rounded to.
+        batches: calibration batches, as of `OneShotPrune`.
+        num_batches: how many of them to use; None: all.
+        targets: patterns of layer names; None for all linear layers of the decoder blocks.
+        blocks: name of the list of decoder blocks, where it cannot be found.
+        tokenizer: saved beside the compressed model.
+        batch_size: evaluation windows per forward pass.
+        progress: show progress bars.
+
+    Attributes:
+        rounding: the `PruneReport` of rounding, with the scales.
+        compression: the bytes of the file.
+        perplexity: before and after; None where the data module has no `evaluation_windows`.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path,
+        grid: Grid = Grid(),
+        batches: Iterable[Any] | None = None,
+        num_batches: int | None = None,
+        targets: Sequence[str] | str | None = None,
+        *,
+        blocks: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        batch_size: int = 1,
+        progress: bool = True,
+    ) -> None:
+        self.dirpath = Path(dirpath)
+        self.pruner = GPTQ(grid=grid)
+        self.batches = batches
+        self.num_batches = num_batches
+        self.targets = targets
+        self.blocks = blocks
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.progress = progress
+        self.rounding: PruneReport | None = None
+        self.compression: Compression | None = None
+        self._inputs: list[Any] = []
+        self.perplexity: tuple[float, float] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        refuse_sharded(trainer.strategy, "QuantizeWeights")
+        self._check_callbacks(trainer)
+        self.rounding = self.compression = self.perplexity = None
+        model = find_language_model(pl_module)
+        savable(model)
+        find_targets(find_blocks(model, self.blocks), self.targets)  # names are to be known now, not after training
+        with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:
+            self._inputs = calibration_batches(trainer, ranks, self.batches, self.num_batches)
+
+    @staticmethod
+    def _check_callbacks(trainer: Trainer) -> None:
+        adapters = [callback for callback in trainer.callbacks if isinstance(callback, LoRARecovery)]
+        if any(not callback.masked for callback in adapters):
+            raise ValueError(
+                "QuantizeWeights rounds whole weights, and LoRARecovery(masked=False) keeps its adapter beside them; "
+                "use masked=True, which merges it"
+            )
+        holds = adapters or any(isinstance(callback, MaskEnforcer) for callback in trainer.callbacks)
+        if not holds and any(isinstance(callback, OneShotPrune | IterativePrune) for callback in trainer.callbacks):
+            raise ValueError(
+                "QuantizeWeights keeps the zeros that are left when training ends, and without MaskEnforcer() training "
+                "brings them all back; add it to the callbacks"
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.to(trainer.strategy.root_device)  # by now Lightning has moved it to the CPU
+        model = find_language_model(pl_module)
+        before = self._measure(trainer, pl_module)
+        with patient_ranks(trainer.strategy.root_device) as ranks:
+            self.rounding = prune_sequentially(
+                model,
+                self._inputs,
+                self.pruner,
+                targets=self.targets,
+                blocks=self.blocks,
+                device=trainer.strategy.root_device,
+                progress=self.progress,
+                ranks=ranks,
+            )
+        after = self._measure(trainer, pl_module)
+        self.perplexity = None if before is None or after is None else (before, after)
+        pl_module.cpu()
+        if trainer.is_global_zero:
+            self._write(trainer, pl_module)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        windows = getattr(trainer.datamodule, "evaluation_windows", None)
+        if windows is None:
+            return None
+        show = self.progress and trainer.is_global_zero
+        model = find_language_model(pl_module)
+        return perplexity(model, windows, batch_size=self.batch_size, progress=show, ranks=world(trainer))
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.rounding is not None
+        pruned = next((c.pruner.pattern for c in trainer.callbacks if isinstance(c, OneShotPrune)), None)
+        self.compression = save_compressed(
+            find_language_model(pl_module),
+            self.rounding.masks,
+            self.dirpath / "compressed",
+            pattern=pruned,
+            scales=self.rounding.scales,
+            grid=self.pruner.grid,
+            tokenizer=self.tokenizer,
+        )
+        windows = getattr(trainer.datamodule, "evaluation_windows", None)
+        record: dict[str, Any] = {"grid": repr(self.pruner.grid)} | self.compression.record()
+        if self.perplexity is not None and windows is not None:
+            record["perplexity"] = {
+                "dataset": getattr(trainer.datamodule, "evaluation_title", None),
+                "seq_len": windows.shape[1],
+                "before": self.perplexity[0],
+                "after": self.perplexity[1],
+            }
+            rank_zero_info(
+                f"perplexity {self.perplexity[0]:.2f} before rounding, {self.perplexity[1]:.2f} after "
+                f"({len(windows)} windows of {windows.shape[1]} tokens)"
+            )
+        write_json(self.dirpath / "compression.json", record)
+        rank_zero_info(f"{self.compression}; in {self.dirpath / 'compressed'}")

@@ -1,0 +1,93 @@
+"""ShrinkModel: writes the smaller model when a fit ends."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prune_callbacks.calibration import find_language_model, model_bytes
+from prune_callbacks.calibration.saving import replacing
+from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
+from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
+from prune_callbacks.deploy.shrinking import changed_settings, logits_difference, shrink
+from prune_callbacks.evaluation.report import write_json
+from prune_callbacks.parallel.strategies import refuse_sharded
+from prune_callbacks.pruners import Structured
+
+
+class ShrinkModel(Callback):
+    """
+    Takes the removed channels and heads out of the model that `OneShotPrune(Structured(...))` pruned; see `shrink`.
+
+    At the end of the fit it writes the smaller model into `dirpath/shrunk` (`save_pretrained`), compares its logits
+    with those of the module, and writes `dirpath/shrunk.json`: parameters of both, bytes, and the largest difference.
+    The module stays as it is.
+
+    Args:
+        dirpath: the run's folder.
+        tokenizer: saved beside the model.
+
+    Attributes:
+        model: the smaller model.
+        record: what `shrunk.json` holds.
+    """
+
+    def __init__(self, dirpath: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self.dirpath = Path(dirpath)
+        self.tokenizer = tokenizer
+        self.model: PreTrainedModel | None = None
+        self.record: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        refuse_sharded(trainer.strategy, "ShrinkModel")
+        found = [c.pruner for c in trainer.callbacks if isinstance(c, OneShotPrune)]
+        if not any(isinstance(pruner, Structured) for pruner in found):
+            raise ValueError(f"ShrinkModel needs OneShotPrune(Structured(Columns(...))), found {found or 'none'}")
+        names = [type(c).__name__ for c in trainer.callbacks if isinstance(c, OneShotPrune | ShrinkModel)]
+        if names[0] != "OneShotPrune":
+            raise ValueError(f"ShrinkModel needs OneShotPrune before it among the callbacks, found {names}")
+        if resumed_checkpoint(trainer) is None and trainer.is_global_zero:
+            self._shrunk(trainer, pl_module)  # what cannot be done is to be known now, not after training
+
+    @staticmethod
+    def _shrunk(trainer: Trainer, pl_module: LightningModule) -> PreTrainedModel:
+        prune = next(c for c in trainer.callbacks if isinstance(c, OneShotPrune))
+        if prune.report is None:
+            raise ValueError("OneShotPrune has pruned nothing: the checkpoint was written without it")
+        return shrink(find_language_model(pl_module), prune.report.masks, prune.blocks)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        whole = find_language_model(pl_module)
+        self.model = self._shrunk(trainer, pl_module)
+        windows = getattr(trainer.datamodule, "evaluation_windows", None)
+        tokens = torch.arange(64)[None] if windows is None else windows[:1]
+        folder = self.dirpath / "shrunk"
+        with replacing(folder) as partial:
+            self.model.save_pretrained(partial)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(partial)
+        self.record = {
+            "parameters": {name: _parameters(m) for name, m in (("whole", whole), ("shrunk", self.model))},
+            "parameter_bytes": {name: model_bytes(m) for name, m in (("whole", whole), ("shrunk", self.model))},
+            "file_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+            "configuration": changed_settings(whole, self.model),
+            "logits_difference": logits_difference(whole, self.model, tokens),
+        }
+        write_json(self.dirpath / "shrunk.json", self.record)
+        counts = self.record["parameters"]
+        changes = ", ".join(f"{name} {old} to {new}" for name, (old, new) in self.record["configuration"].items())
+        rank_zero_info(
+            f"{counts['whole']:,} parameters shrunk to {counts['shrunk']:,}, logits differ by at most "
+            f"{self.record['logits_difference']:.1e}; {changes}; in {folder}"
+        )
+
+
+def _parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
