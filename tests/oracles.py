@@ -177,3 +177,97 @@ def layer_inputs(model, names: list[str], batches) -> dict[str, torch.Tensor]:
     for hook in hooks:
         hook.remove()
     return {name: torch.cat(inputs) for name, inputs in gathered.items()}
+
+
+def nearest(column: torch.Tensor, scale: torch.Tensor, largest: int) -> torch.Tensor:
+    """Every weight at the nearest whole multiple of its scale, at most `largest` of them; halves go to even ones."""
+    points = torch.arange(-largest, largest + 1, dtype=torch.float64)
+    grid = points * scale[:, None]
+    distance = (column[:, None] - grid).abs()
+    return grid.gather(1, (distance + 1e-12 * (points % 2).abs()).argmin(1, keepdim=True))[:, 0]
+
+
+def best_scale(rows: torch.Tensor, largest: int, shares, costs: torch.Tensor) -> torch.Tensor:
+    """Of the grids that end at these shares of a row's largest weight, the scale whose squared errors cost least."""
+    scales = []
+    for row in rows:
+        candidates = []
+        for share in shares:
+            scale = (share * row.abs().max() / largest).half().double()
+            scale = scale if scale > 0 else torch.tensor(1.0, dtype=torch.float64)
+            error = (nearest(row, scale.expand(len(row)), largest) - row).square() @ costs
+            candidates.append((float(error), float(scale)))
+        scales.append(min(candidates, key=lambda pair: pair[0])[1])
+    return torch.tensor(scales, dtype=torch.float64)
+
+
+def gptq_obs(
+    weight: torch.Tensor, x: torch.Tensor, damping: float, step: int, choose, group: int, largest: int, shares
+):
+    """
+    Optimal Brain Surgeon, one column at a time, left to right, each with a fresh inverse of what is left.
+
+    A column is set to its grid, or zero; `choose(scores, start)` gives the mask of `step` columns.
+    """
+    h = damped(x, damping)
+    rest = weight.clone()
+    rest[:, x.square().sum(0) == 0] = 0
+    keep, scales = torch.ones_like(weight, dtype=torch.bool), []
+    width = weight.shape[1]
+    # diag(U)^2 of a column is the first entry of the inverse of what is left when the sweep is there.
+    pivots = torch.tensor([float(torch.linalg.inv(h[j:, j:])[0, 0]) for j in range(width)], dtype=torch.float64)
+
+    def mask(start, end):
+        return choose(rest[:, start:end] ** 2 / pivots[start:end], start)
+
+    for j in range(width):
+        if j % step == 0:
+            keep[:, j : j + step] = mask(j, min(j + step, width))
+        if j % group == 0:
+            end = min(j + group, width)
+            # The group as it would be if it were pruned only.
+            foreseen, kept = rest.clone(), torch.ones_like(keep)
+            for c in range(j, end):
+                if (c - j) % min(step, group) == 0:
+                    till = min(c + min(step, group), end)
+                    kept[:, c:till] = choose(foreseen[:, c:till] ** 2 / pivots[c:till], c)
+                gone = foreseen[:, c] * ~kept[:, c]
+                inverse = torch.linalg.inv(h[c:, c:])
+                foreseen[:, c:] -= torch.outer(gone / inverse[0, 0], inverse[0])
+                foreseen[:, c] *= kept[:, c]
+            scales.append(best_scale(foreseen[:, j:end], largest, shares, 1 / pivots[j:end]))
+        settled = nearest(rest[:, j], scales[-1], largest) * keep[:, j]
+        inverse = torch.linalg.inv(h[j:, j:])
+        rest[:, j:] -= torch.outer((rest[:, j] - settled) / inverse[0, 0], inverse[0])
+        rest[:, j] = settled
+    return rest, keep, torch.stack(scales, 1)
+
+
+def greedy_units(weight: torch.Tensor, x: torch.Tensor, damping: float, width: int, pools: int, removed: int):
+    """
+    Removes the unit whose loss is least, again and again, each loss from a direct solve for all that would stay.
+
+    The loss of a set is that of the least-squares weights on the features that are left, of the damped objective.
+    """
+    h = damped(x, damping)
+    weight = weight.clone()
+    weight[:, x.square().sum(0) == 0] = 0
+    units = weight.shape[1] // width
+    kept = list(range(units))
+    each = units // pools
+
+    def objective(units_kept):
+        features = [u * width + i for u in units_kept for i in range(width)]
+        solved = torch.zeros_like(weight)
+        solved[:, features] = torch.linalg.solve(h[features][:, features], (h @ weight.T)[features]).T
+        change = solved - weight
+        return float(((change @ h) * change).sum()), solved
+
+    for _ in range(pools * removed):
+        full = [sum(u // each == pool for u in kept) == each - removed for pool in range(pools)]
+        candidates = [u for u in kept if not full[u // each]]
+        losses = [(float(f"{objective([k for k in kept if k != u])[0]:.9g}"), -u) for u in candidates]
+        kept.remove(-min(losses)[1])
+    mask = torch.zeros(units, dtype=torch.bool)
+    mask[kept] = True
+    return mask, objective(kept)[1]

@@ -17,14 +17,17 @@ from torch.distributed.fsdp import fully_shard
 from prune_callbacks import (
     NM,
     CausalLM,
+    Columns,
     IMPSchedule,
     IterativePrune,
     Magnitude,
     MaskEnforcer,
     MaskSet,
     OneShotPrune,
+    PermuteChannels,
     Rewind,
     SparseGPT,
+    Structured,
     Unstructured,
     Wanda,
 )
@@ -250,6 +253,7 @@ def one_shot(folder, precision):
     """What two ranks make of the same calibration batches; run with one process it is what they are compared with."""
     devices = int(os.environ.get("WORLD_SIZE", 1))
     pruners = {"sparsegpt": SparseGPT(Unstructured(0.5)), "wanda": Wanda(NM(2, 4)), "magnitude": Magnitude(NM(1, 4))}
+    pruners |= {"structured": Structured(Columns(0.25)), "permuted": Wanda(NM(2, 4))}
     for label, pruner in pruners.items():
         torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # every rank draws other training batches
         module = Module(seed=dist.get_rank() if dist.is_initialized() else 0)  # and another model: rank 0's counts
@@ -258,7 +262,8 @@ def one_shot(folder, precision):
         prune = OneShotPrune(pruner, data(12).split(4), progress=False)
         strategy = "ddp" if devices > 1 else "auto"
         before = Snapshot()
-        trainer = trainer_of(strategy, folder, [prune, MaskEnforcer(), before], max_steps=1, devices=devices)
+        first = [PermuteChannels(NM(2, 4), data(12).split(4), progress=False)] if label == "permuted" else []
+        trainer = trainer_of(strategy, folder, [*first, prune, MaskEnforcer(), before], max_steps=1, devices=devices)
         trainer.fit(module, datamodule=batches())
         report = prune.report
         what = {

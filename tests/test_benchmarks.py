@@ -114,3 +114,34 @@ def test_enforcer_measures_the_step_its_share_and_its_memory(tmp_path, monkeypat
     assert row["step_seconds_with"] > 0
     assert row["bits_per_weight_here"] == 1
     assert row["mask_bytes_here"] == 4 * (128 * 128 * 2 + 64 * 128 * 2 + 3 * 384 * 128) // 8
+
+
+def test_deployment_measures_every_cell_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, tokenizer):
+    bench = load("deployment")
+    tiny_llama(hidden_size=32, layers=2).save_pretrained(tmp_path / "model")
+    windows = {name: torch.randint(3, 200, (8, 32)) for name in ("calibration", "wikitext2")}
+    save_file(windows, tmp_path / "w.safetensors")
+    command = ["deployment.py", str(tmp_path / "w.safetensors"), "--model", str(tmp_path / "model")]
+    command += ["--results", str(tmp_path / "r.json"), "--matmul-precision", "highest", "--only"]
+    names = [name for name in bench.CELLS if "MRP" not in name and "50 %" not in name]
+    monkeypatch.setattr(sys, "argv", [*command, *names])
+    bench.main()
+    cells = json.loads((tmp_path / "r.json").read_text())["cells"]
+    assert list(cells) == names
+    losses = cells["same Gram"]["losses"]
+    assert len(losses) == 14
+    assert {name for name, one in losses.items() if "Wanda, permuted" in one} == {n for n in losses if "down_proj" in n}
+    assert all(one["Wanda, permuted"] < one["Wanda"] for one in losses.values() if "Wanda, permuted" in one)
+    assert all(one["rounded to nearest"] > one["SparseGPT"] for one in losses.values())
+    assert cells["Wanda 2:4, permuted"]["logits_change"]["float64"] < 1e-10
+    assert cells["Wanda 2:4"]["compression_fp16"]["packed_over_dense"] == 0.5625
+    small = cells["shrunk 25 %, loss"]
+    assert small["perplexity_shrunk"] == pytest.approx(small["perplexity"], abs=0.002)
+    assert small["bytes"]["whole"] - small["bytes"]["shrunk"] == pytest.approx(
+        4 * (small["parameters"]["whole"] - small["parameters"]["shrunk"]), abs=2000
+    )
+    output = capsys.readouterr().out
+    assert "| joint / rounded to nearest |" in output
+    assert "whole window, all logits" in output
+    monkeypatch.setattr(bench, "CELLS", dict.fromkeys(bench.CELLS))  # nothing is measured again
+    bench.main()

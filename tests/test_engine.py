@@ -154,7 +154,7 @@ def test_layers_that_share_an_input_share_one_factorisation(tiny, batches, monke
         count += 1
         return damp(gram, damping)
 
-    monkeypatch.setattr("prune_callbacks.pruners.damp", counting)
+    monkeypatch.setattr("prune_callbacks.pruners.stacked.damp", counting)
     report = prune_sequentially(tiny, batches, MRP(NM(2, 4)))
     assert len(report.layers) == 2 * 7
     assert count == 2 * 4  # q, k, v; o; gate, up; down

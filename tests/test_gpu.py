@@ -8,22 +8,32 @@ from torch.utils.data import DataLoader
 
 from prune_callbacks import (
     ALPS,
+    GPTQ,
     MRP,
     NM,
     CausalLM,
+    Columns,
     Gram,
+    Grid,
     IMPSchedule,
     IterativePrune,
     LoRARecovery,
     MaskEnforcer,
     MaskSet,
     OneShotPrune,
+    QuantizeWeights,
     Rewind,
     SparseGPT,
+    SparseGPTQ,
     SquareHead,
+    Structured,
     Unstructured,
     Wanda,
+    load_compressed,
+    permute_channels_,
     prune_sequentially,
+    save_compressed,
+    shrink,
 )
 from prune_callbacks.parallel.packed import PackedKeep, zero_removed
 from prune_callbacks.sparsity.selection import keep_largest, keep_largest_of_all
@@ -47,6 +57,54 @@ def test_pruning_on_the_device_equals_pruning_on_the_cpu(pruner):
         assert (on_cpu.masks[name] == on_gpu.masks[name]).float().mean() > 0.99
     assert on_gpu.sparsity == on_cpu.sparsity
     assert on_gpu.peak_memory_bytes < 1e9
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: SparseGPTQ(p, Grid(4, 128)),
+        lambda p: GPTQ(SparseGPT(p), Grid(4, None)),
+        lambda p: Structured(Columns(0.25)),
+    ],
+)
+def test_rounding_and_structured_losses_on_the_device_are_those_of_the_cpu(make):
+    x = torch.randn(4000, 256) @ torch.randn(256, 256).mul_(torch.arange(1, 257) ** -0.4)
+    weight, losses = torch.randn(128, 256), []
+    for device in ("cpu", "cuda"):
+        gram = Gram(256, device)
+        gram.update(x.to(device))
+        pruned = make(NM(2, 4)).prune(weight.to(device), gram)
+        assert pruned.weight.device.type == device
+        losses.append(pruned.loss)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_permuting_on_the_device_keeps_the_logits_and_the_gain(tmp_path):
+    batches = list(torch.randint(3, 200, (6, 64)).split(2))
+    model = tiny_llama(hidden_size=64, layers=2).eval()
+    with torch.no_grad():
+        before = model(batches[0]).logits
+        there = permute_channels_(model, batches, NM(2, 4), device="cuda", progress=False)
+        torch.testing.assert_close(model(batches[0]).logits, before, rtol=1e-4, atol=1e-4)
+    here = permute_channels_(tiny_llama(hidden_size=64, layers=2), batches, NM(2, 4), progress=False)
+    for name, gain in here.items():
+        assert there[name].before == pytest.approx(gain.before, rel=1e-3)
+        assert there[name].after == pytest.approx(gain.after, rel=0.02)
+
+
+def test_packed_files_of_a_model_on_the_device(tmp_path):
+    batches = list(torch.randint(3, 200, (6, 64)).split(2))
+    model = tiny_llama(hidden_size=64, layers=2).cuda()
+    report = prune_sequentially(model, batches, SparseGPTQ(NM(2, 4), Grid(4, 32)), progress=False)
+    save_compressed(model, report.masks, tmp_path / "a", pattern=NM(2, 4), scales=report.scales, grid=Grid(4, 32))
+    state = load_compressed(tmp_path / "a").state_dict()
+    assert all(torch.equal(state[name], tensor.cpu()) for name, tensor in model.state_dict().items())
+    structured = prune_sequentially(model, batches, Structured(Columns(0.25)), progress=False)
+    smaller = shrink(model, structured.masks)
+    assert next(smaller.parameters()).is_cuda
+    with torch.no_grad():
+        logits = [one.eval()(batches[0].cuda()).logits for one in (model, smaller)]
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("make", [MRP, ALPS, lambda p: MRP(p, "MM"), lambda p: MRP(p, "MS")])
@@ -172,3 +230,14 @@ def test_zeros_hold_under_fsdp2_on_the_device(tmp_path):
     module = fit([one_shot(), enforcer], "bf16-mixed", tmp_path, strategy=strategy)
     whole = {name: parameter.full_tensor() for name, parameter in module.named_parameters()}
     assert enforcer.masks.violations(whole) == {}
+
+
+def test_rounding_at_the_end_of_a_fit(tmp_path):
+    """Lightning has moved the module to the CPU by then; scales and codes come together on it."""
+    batches = list(torch.randint(3, 200, (6, 64)).split(2))
+    quantize = QuantizeWeights(tmp_path, Grid(4, 32), batches, progress=False)
+    prune = OneShotPrune(Wanda(NM(2, 4)), batches, progress=False)
+    module = fit([prune, MaskEnforcer(), quantize], "32-true", tmp_path)
+    loaded = load_compressed(tmp_path / "compressed").state_dict()
+    assert all(torch.equal(loaded[name], tensor.cpu()) for name, tensor in module.model.state_dict().items())
+    assert prune.report.masks.violations(module.model.named_parameters()) == {}

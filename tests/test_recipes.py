@@ -16,6 +16,7 @@ from prune_callbacks import (
     MRP,
     NM,
     CausalLM,
+    Columns,
     ConstantSchedule,
     CubicSchedule,
     IMPSchedule,
@@ -27,6 +28,7 @@ from prune_callbacks import (
     RunReport,
     SparseGPT,
     SquareHead,
+    Structured,
     Unstructured,
     Wanda,
 )
@@ -51,6 +53,11 @@ PRUNERS = {
     "recover_deepspeed": SparseGPT(NM(2, 4)),
     "recover_distill": SparseGPT(NM(2, 4)),
     "recover_masked_lora": SparseGPT(NM(2, 4)),
+    "deploy_2of4": SparseGPT(NM(2, 4)),
+    "deploy_2of4_int8": SparseGPT(NM(2, 4)),
+    "sparse_int4": SparseGPT(NM(2, 4)),
+    "shrink_25": Structured(Columns(0.25)),
+    "permute_2of4": Wanda(NM(2, 4)),
 }
 SCHEDULES = {
     "imp_90": IMPSchedule(0.9, rounds=10, every=270, begin=300),
@@ -76,7 +83,8 @@ def test_every_recipe_is_instantiated(name, tmp_path):
     assert cfg.name == name
     callbacks = instantiate(cfg.callbacks)
     prunes = "iterative" if name in SCHEDULES else "one_shot"
-    assert list(callbacks)[:3] == ["report", prunes, "enforcer"]
+    before = ["permute"] if name == "permute_2of4" else []
+    assert list(callbacks)[: 3 + len(before)] == ["report", *before, prunes, "enforcer"]
     assert isinstance(callbacks.report, RunReport)
     assert isinstance(callbacks[prunes], IterativePrune if name in SCHEDULES else OneShotPrune)
     assert isinstance(callbacks.enforcer, MaskEnforcer)

@@ -25,7 +25,7 @@ def data(folder):
     corpora = [PythonDocs(part) for part in ("train", "calibration", "evaluation")]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     module = TokenDataModule(
-        tokenizer, *corpora, seq_len=256, train_windows=1, calibration_windows=8, evaluation_windows=6
+        tokenizer, *corpora, seq_len=256, train_windows=1, calibration_windows=40, evaluation_windows=6
     )
     module.setup("fit")
     return module

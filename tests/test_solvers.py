@@ -244,7 +244,13 @@ def test_low_damping_and_few_tokens_end_well_in_every_method(inexact, damping):
             exact.matrix, exact.tokens = gram.matrix.double(), gram.tokens
             reference = pruner.prune(weight.double(), exact)
             assert pruned.weight.isfinite().all()
-            assert pruned.loss <= reference.loss * 1.2
+            # Judged by what is minimised, the damped loss: of 64 tokens the undamped one is 1e-8 of the output.
+            damped = exact.matrix + damping * exact.matrix.diagonal().mean() * torch.eye(256, dtype=torch.float64)
+            found, least = (
+                float(((change @ damped) * change).sum())
+                for change in (result.weight.double() - weight.double() for result in (pruned, reference))
+            )
+            assert found <= least * 1.05
 
 
 def test_the_solver_leaves_inexact_products_where_they_make_the_matrix_indefinite(inexact):

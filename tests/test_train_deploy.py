@@ -1,0 +1,63 @@
+"""The recipes for speed and size from the command line, through every stage on a tiny model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import run
+from transformers import AutoModelForCausalLM
+
+from prune_callbacks import MaskSet, load_compressed, measure_compression
+
+RECIPES = ["deploy_2of4", "deploy_2of4_int8", "sparse_int4", "shrink_25", "permute_2of4"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for name in RECIPES:
+        made[name] = tmp_path_factory.mktemp("runs") / name
+        done = run(f"recipe={name}", "smoke=true", f"output_dir={made[name]}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        (made[name] / "output.txt").write_text(done.stdout + done.stderr)
+    return made
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_run_leaves_a_report_and_zeros_that_held(folders, name):
+    report = json.loads((folders[name] / "report.json").read_text())
+    assert report["violations"] == {}
+    masks = MaskSet.load(folders[name] / "masks.safetensors")
+    assert masks.violations(load_file(folders[name] / "model/model.safetensors")) == {}
+
+
+@pytest.mark.parametrize("name", ["deploy_2of4", "deploy_2of4_int8"])
+def test_without_a_gpu_nothing_is_converted_and_a_cpu_was_measured(folders, name):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    output = (folders[name] / "output.txt").read_text().replace("\n", " ")
+    assert "the model stays dense: torch sees no NVIDIA GPU" in output
+    record = json.loads((folders[name] / "latency.json").read_text())
+    assert record["setting"]["kind"] == "cpu"
+    assert "this says nothing about GPUs" in record["verdict"][0]
+    assert {cell["variant"] for cell in record["cells"]} == {"dense", "CSR"}
+    assert (folders[name] / "latency.png").stat().st_size > 10_000
+
+
+def test_sparse_int4_leaves_a_packed_model(folders):
+    record = json.loads((folders["sparse_int4"] / "compression.json").read_text())
+    assert record["effective_bits"] < 3.3
+    assert record["file_bytes"] == measure_compression(folders["sparse_int4"] / "compressed").file_bytes
+    loaded = load_compressed(folders["sparse_int4"] / "compressed")
+    assert MaskSet.load(folders["sparse_int4"] / "masks.safetensors").violations(loaded.named_parameters()) == {}
+
+
+def test_shrink_25_leaves_a_smaller_model(folders):
+    record = json.loads((folders["shrink_25"] / "shrunk.json").read_text())
+    small = AutoModelForCausalLM.from_pretrained(folders["shrink_25"] / "shrunk")
+    assert sum(p.numel() for p in small.parameters()) == record["parameters"]["shrunk"]
+    assert set(record["configuration"]) >= {"intermediate_size", "num_attention_heads"}
+    assert record["logits_difference"] < 1e-3
+    variants = {c["variant"] for c in json.loads((folders["shrink_25"] / "latency.json").read_text())["cells"]}
+    assert variants == {"dense", "CSR", "shrunk"}
