@@ -1,6 +1,5 @@
 """MaskEnforcer: pruned weights stay exactly zero while a model is trained."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from prune_callbacks.calibration import find_blocks, find_language_model, find_targets
+from prune_callbacks.callbacks.lost_process import LostProcessWatch
 from prune_callbacks.callbacks.trainer_state import logs_now, one_shot_report
 from prune_callbacks.parallel import (
     ParamAccess,
-    lost_a_process,
     masks_of_zeros,
-    newest_checkpoint,
     param_access,
     refuse_unserved,
     stepping_optimizers,
@@ -49,6 +47,7 @@ class MaskEnforcer(Callback):
         self._restored: MaskSet | None = None
         self._access: ParamAccess | None = None
         self._hooks: list[RemovableHandle] = []
+        self._watch: LostProcessWatch | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -67,6 +66,7 @@ class MaskEnforcer(Callback):
         decided = next((found for found in masks if isinstance(found, MaskSet)), None) or self._restored
         self.hold(decided or self._find_masks(trainer, pl_module), trainer)
         self._hooks = [o.register_step_post_hook(self._after_step) for o in stepping_optimizers(trainer)]
+        self._watch = LostProcessWatch(trainer)
 
     def hold(self, masks: MaskSet, trainer: Trainer) -> None:
         """Puts masks in force in a running fit: zeroes the weights and the optimizer's moments at pruned places."""
@@ -98,19 +98,8 @@ class MaskEnforcer(Callback):
         pl_module.log_dict({"sparsity": self.masks.sparsity(), "violations": float(violations)}, sync_dist=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not lost_a_process(exception):
-            return
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-        saved = newest_checkpoint(folder) if folder else None
-        logging.getLogger(__name__).error(
-            "rank %d of %d: another process of the training is gone, after %d optimizer steps. %s",
-            trainer.global_rank,
-            trainer.world_size,
-            trainer.global_step,
-            f"Go on with the same settings and ckpt_path={saved}"
-            if saved
-            else "No complete checkpoint is seen from here; ModelCheckpoint() writes them",
-        )
+        if self._watch is not None:
+            self._watch.note(exception)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
@@ -126,6 +115,9 @@ class MaskEnforcer(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._watch is not None:
+            self._watch.end()
+        self._watch = None
         self._access = None
         self._restored = None
 
