@@ -7,6 +7,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from prune_callbacks.callbacks.lost_process import LostProcessWatch
 
@@ -53,11 +54,25 @@ def test_a_sigterm_that_interrupts_the_error_on_its_way_is_answered(tmp_path, ca
     )
 
 
+def test_a_sigterm_does_not_cut_the_message_off(tmp_path, caplog, monkeypatch, collective_in_the_handler):
+    """It comes while checkpoints are looked through."""
+
+    def looking(folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return folder
+
+    monkeypatch.setattr("prune_callbacks.callbacks.lost_process.newest_checkpoint", looking)
+    LostProcessWatch(trainer(tmp_path)).note(RuntimeError(GLOO))
+    (record,) = caplog.records
+    assert f"ckpt_path={tmp_path}" in record.getMessage()
+
+
 def test_the_newest_checkpoint_is_named(tmp_path, caplog):
-    (tmp_path / "step_3.ckpt").write_bytes(b"")
+    torch.save({"state_dict": {}, "global_step": 3}, tmp_path / "step_3.ckpt")
     LostProcessWatch(trainer(tmp_path, world_size=1)).note(RuntimeError(GLOO))
     LostProcessWatch(trainer(tmp_path, world_size=1)).note(RuntimeError("CUDA out of memory"))
-    assert len(caplog.records) == 1
+    (record,) = caplog.records  # of the first
+    assert f"Go on with the same settings and ckpt_path={tmp_path / 'step_3.ckpt'}" in record.getMessage()
 
 
 def test_the_handler_is_put_back(tmp_path, collective_in_the_handler):

@@ -15,8 +15,8 @@ class LostProcessWatch:
     Names the newest complete checkpoint, once, when a collective fails because another process has ended.
 
     Lightning's handler of SIGTERM begins with a collective. A launcher sends that signal as soon as it sees a process
-    die, often while the error of the first failing collective is on its way to the callbacks; the handler's own error
-    then takes its place and they never hear of either. So the handler is watched as well.
+    die, often while the error of the first failing collective is on its way to the callbacks, or in their hands; the
+    handler's own error then takes its place. So the handler is watched as well, and not called once the loss is known.
 
     Args:
         trainer: of a fit that has started.
@@ -57,6 +57,8 @@ class LostProcessWatch:
 
     def _terminated(self, signum: int, frame: FrameType | None) -> None:
         assert callable(self._handler)
+        if self._said:
+            return  # nobody is left to tell, and the fit is ending; its collective would cut the message off
         try:
             self._handler(signum, frame)
         except Exception as error:
