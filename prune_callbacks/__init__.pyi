@@ -1,4 +1,11 @@
-from .calibration import PruneReport, permute_channels_, prune_sequentially
+from .calibration import (
+    OWL,
+    LagrangianAllocation,
+    PruneReport,
+    SensitivityAllocation,
+    permute_channels_,
+    prune_sequentially,
+)
 from .callbacks import (
     IterativePrune,
     LoRARecovery,
@@ -36,6 +43,7 @@ __all__ = [
     "GPTQ",
     "MRP",
     "NM",
+    "OWL",
     "Block",
     "CausalLM",
     "Columns",
@@ -46,6 +54,7 @@ __all__ = [
     "IMPSchedule",
     "InputNorm",
     "IterativePrune",
+    "LagrangianAllocation",
     "LanguageModeling",
     "LinearSchedule",
     "LoRARecovery",
@@ -62,6 +71,7 @@ __all__ = [
     "Rows",
     "RunReport",
     "SemiStructuredConvert",
+    "SensitivityAllocation",
     "ShrinkModel",
     "SparseGPT",
     "SparseGPTQ",

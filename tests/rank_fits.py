@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from prune_callbacks import (
     NM,
+    OWL,
     CausalLM,
     Columns,
     IMPSchedule,
@@ -253,13 +254,14 @@ def one_shot(folder, precision):
     """What two ranks make of the same calibration batches; run with one process it is what they are compared with."""
     devices = int(os.environ.get("WORLD_SIZE", 1))
     pruners = {"sparsegpt": SparseGPT(Unstructured(0.5)), "wanda": Wanda(NM(2, 4)), "magnitude": Magnitude(NM(1, 4))}
-    pruners |= {"structured": Structured(Columns(0.25)), "permuted": Wanda(NM(2, 4))}
+    pruners |= {"structured": Structured(Columns(0.25)), "permuted": Wanda(NM(2, 4)), "owl": Wanda(Unstructured(0.5))}
     for label, pruner in pruners.items():
         torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # every rank draws other training batches
         module = Module(seed=dist.get_rank() if dist.is_initialized() else 0)  # and another model: rank 0's counts
         if precision == "64-true":
             module.double()
-        prune = OneShotPrune(pruner, data(12).split(4), progress=False)
+        allocation = OWL(threshold=2.0, reach=0.05) if label == "owl" else None
+        prune = OneShotPrune(pruner, data(12).split(4), allocation=allocation, progress=False)
         strategy = "ddp" if devices > 1 else "auto"
         before = Snapshot()
         first = [PermuteChannels(NM(2, 4), data(12).split(4), progress=False)] if label == "permuted" else []

@@ -145,3 +145,20 @@ def test_deployment_measures_every_cell_and_goes_on_where_it_stopped(tmp_path, m
     assert "whole window, all logits" in output
     monkeypatch.setattr(bench, "CELLS", dict.fromkeys(bench.CELLS))  # nothing is measured again
     bench.main()
+
+
+def test_allocation_meets_one_total_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    bench = load("allocation")
+    tiny_llama(hidden_size=32, layers=3).save_pretrained(tmp_path / "model")
+    windows = {name: torch.randint(3, 200, (8, 32)) for name in ("calibration", "wikitext2")}
+    save_file(windows, tmp_path / "w.safetensors")
+    command = ["allocation.py", str(tmp_path / "w.safetensors"), "--model", str(tmp_path / "model")]
+    monkeypatch.setattr(sys, "argv", [*command, "--results", str(tmp_path / "r.json")])
+    bench.main()
+    cells = json.loads((tmp_path / "r.json").read_text())["cells"]
+    assert list(cells) == list(bench.ALLOCATIONS)
+    assert {cell["removed"] for name, cell in cells.items() if name != "uniform"} == {round(0.6 * 3 * 12288)}
+    assert len(json.loads((tmp_path / "r_blocks.json").read_text())["cells"]) == 3
+    assert "rank correlation (Spearman)" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "prune_sequentially", None)  # nothing is measured again
+    bench.main()

@@ -154,7 +154,7 @@ def pruned(tmp_path_factory):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])
-@pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "magnitude", "structured", "permuted"])
+@pytest.mark.parametrize("pruner", ["sparsegpt", "wanda", "magnitude", "structured", "permuted", "owl"])
 def test_two_ranks_prune_as_one_does(pruned, pruner, precision):
     """Each with its share of the batches and of the layers, though the ranks began with other weights."""
     alone = loaded(pruned, f"{pruner}_{precision}_1_0")

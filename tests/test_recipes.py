@@ -15,12 +15,14 @@ from prune_callbacks import (
     ALPS,
     MRP,
     NM,
+    OWL,
     CausalLM,
     Columns,
     ConstantSchedule,
     CubicSchedule,
     IMPSchedule,
     IterativePrune,
+    LagrangianAllocation,
     LanguageModeling,
     Magnitude,
     MaskEnforcer,
@@ -39,7 +41,7 @@ ROOT = Path(__file__).parent.parent
 train = importlib.util.spec_from_file_location("train", ROOT / "train.py")
 train.loader.exec_module(importlib.util.module_from_spec(train))  # the resolvers that recipes use
 FILES = sorted(path.stem for path in (ROOT / "recipes/recipe").glob("*.yaml"))
-NAMES = [name for name in FILES if name != "consolidate"]  # which trains nothing
+NAMES = [name for name in FILES if name not in ("consolidate", "sensitivity")]  # which train nothing
 PRUNERS = {
     "magnitude_50": Magnitude(Unstructured(0.5)),
     "wanda_50": Wanda(Unstructured(0.5)),
@@ -106,7 +108,17 @@ def test_every_recipe_is_instantiated(name, tmp_path):
 
 
 def test_the_recipes_of_the_readme_exist():
-    assert set(PRUNERS) | set(SCHEDULES) | {"demo", "recover_lora", "consolidate"} == set(FILES)
+    assert set(PRUNERS) | set(SCHEDULES) | {"demo", "recover_lora", "consolidate", "sensitivity"} == set(FILES)
+
+
+@pytest.mark.parametrize(
+    ("allocation", "wanted"),
+    [(None, None), ("owl", OWL(5.0, 0.08)), ("lagrangian", LagrangianAllocation(0.15, 3))],
+)
+def test_allocations_are_instantiated(allocation, wanted, tmp_path):
+    given = [f"allocation={allocation}"] if allocation else []
+    cfg = compose("recipe=wanda_50", "model=tiny_llama", f"output_dir={tmp_path}", *given)
+    assert instantiate(cfg.callbacks.one_shot).allocation == wanted
 
 
 def test_imp_and_what_it_is_measured_against_share_all_but_the_method(tmp_path):

@@ -1,5 +1,6 @@
 """Running a model block by block over calibration windows, and pruning it on the way."""
 
+from prune_callbacks.calibration.allocating import OWL, Allocation, LagrangianAllocation, SensitivityAllocation
 from prune_callbacks.calibration.blocks import (
     find_blocks,
     find_language_model,
@@ -16,9 +17,13 @@ from prune_callbacks.calibration.saving import savable, save_sparse_model
 from prune_callbacks.calibration.shrink import Scope, check_shrinkable, shrink_masks
 
 __all__ = [
+    "OWL",
+    "Allocation",
+    "LagrangianAllocation",
     "LayerReport",
     "PruneReport",
     "Scope",
+    "SensitivityAllocation",
     "check_shrinkable",
     "find_blocks",
     "find_language_model",

@@ -36,6 +36,7 @@ class BlockPruning:
         self.ranks = ranks
         self.coupled = {group.reader: group for group in coupled}
         self.removed = removed or {}
+        self.pruners: dict[str, Pruner] = {}  # of layers with a pattern of their own
         self.masks: list[MaskSet] = []
         self.layers: list[LayerReport] = []
         self.skipped: dict[str, str] = {}
@@ -67,7 +68,7 @@ class BlockPruning:
     ) -> None:
         """Prunes the layers in place, each on one rank, or notes why not; calls `advance` with how many are done."""
         groups = [[c.reader, *c.writers] for reader, c in self.coupled.items() if reader in layers]
-        groups = groups or _sharing_an_input(layers, statistics, self.pruner)
+        groups = groups or _sharing_an_input(layers, statistics, self._pruner_of)
         owners = _shared_out(
             [_cost([layers[n] for n in names], statistics.get(names[0])) for names in groups], self.ranks
         )
@@ -89,6 +90,9 @@ class BlockPruning:
         for name, layer in layers.items():
             self._note(f"{name}.weight", layer, everything[name])
 
+    def _pruner_of(self, name: str) -> Pruner:
+        return self.pruners.get(name, self.pruner)
+
     def _note(self, name: str, layer: nn.Module, outcome: "_Outcome") -> None:
         if isinstance(outcome, str):
             self.skipped[name] = outcome
@@ -104,7 +108,8 @@ class BlockPruning:
     def _solve(self, layers: dict[str, nn.Module], statistic: Gram | InputNorm | None) -> dict[str, "_Outcome"]:
         """Prunes layers that share their input in place, or says why not."""
         leader, first = next(iter(layers.items()))
-        if statistic is None and self.pruner.statistic(1) is not None:
+        pruner = self._pruner_of(leader)
+        if statistic is None and pruner.statistic(1) is not None:
             reason = "its forward was never called during calibration, so nothing is known about its inputs"
             warnings.warn(f"{leader} stays dense: {reason}. Leave it out of `targets` to silence this.", stacklevel=3)
             return dict.fromkeys(layers, reason)
@@ -119,15 +124,15 @@ class BlockPruning:
         weights = [oriented(layer, layer.get_parameter("weight").detach()) for layer in layers.values()]
         for name, weight in zip(layers, weights, strict=True):
             with naming(name):
-                check_weight(weight, self.pruner.pattern)
+                check_weight(weight, pruner.pattern)
         with naming(", ".join(layers)):
-            if isinstance(self.pruner, Structured):
+            if isinstance(pruner, Structured):
                 group, removed = self.coupled[leader], self.removed[leader]
-                results = self.pruner.prune_units(weights[0], weights[1:], statistic, group.width, group.pools, removed)
-            elif isinstance(self.pruner, JointPruner):
-                results = self.pruner.prune_together(weights, statistic)
+                results = pruner.prune_units(weights[0], weights[1:], statistic, group.width, group.pools, removed)
+            elif isinstance(pruner, JointPruner):
+                results = pruner.prune_together(weights, statistic)
             else:
-                results = [self.pruner.prune(weight, statistic) for weight in weights]
+                results = [pruner.prune(weight, statistic) for weight in weights]
         seconds = time.perf_counter() - begin
         rows = sum(len(weight) for weight in weights)
         return {
@@ -173,14 +178,15 @@ def _shared_out(costs: Sequence[float], ranks: Ranks) -> list[int]:
 
 
 def _sharing_an_input(
-    layers: dict[str, nn.Module], statistics: dict[str, Gram | InputNorm], pruner: Pruner
+    layers: dict[str, nn.Module], statistics: dict[str, Gram | InputNorm], pruner_of: Callable[[str], Pruner]
 ) -> list[list[str]]:
     """The layers in order, those together that a joint pruner can solve for together."""
     groups: dict[object, list[str]] = {}
     for name, layer in layers.items():
-        weight, statistic = layer.get_parameter("weight"), statistics.get(name)
+        weight, statistic, pruner = layer.get_parameter("weight"), statistics.get(name), pruner_of(name)
         joint = statistic is not None and isinstance(pruner, JointPruner)
-        groups.setdefault((id(statistic), weight.dtype, weight.device) if joint else name, []).append(name)
+        together = (id(statistic), weight.dtype, weight.device, repr(pruner.pattern))
+        groups.setdefault(together if joint else name, []).append(name)
     return list(groups.values())
 
 

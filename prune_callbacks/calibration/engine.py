@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from prune_callbacks.calibration.allocating import Allocation, allocate, check_allocation
 from prune_callbacks.calibration.block_pruning import BlockPruning
 from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, weight_shape
 from prune_callbacks.calibration.capture import Batch, BlockInputs
@@ -35,6 +36,7 @@ def prune_sequentially(
     targets: Sequence[str] | str | None = None,
     blocks: str | None = None,
     device: torch.device | str | None = None,
+    allocation: Allocation | None = None,
     progress: bool = True,
     ranks: Ranks = ALONE,
 ) -> PruneReport:
@@ -52,6 +54,7 @@ def prune_sequentially(
         targets: patterns of layer names; None for every Linear and Conv1D inside the blocks.
         blocks: name of the list of decoder blocks, where it cannot be found.
         device: where blocks are moved, one at a time, to be run and solved; None: where the model is.
+        allocation: spreads the pattern's sparsity over the layers, e.g. `OWL()`; None: the same in all of them.
         progress: show a progress bar.
         ranks: processes that share the work, each with the same model and with batches of its own (maybe none): the
             statistics are summed over them, every layer is solved on one of them, and all end with the same weights.
@@ -62,6 +65,8 @@ def prune_sequentially(
             layer, for activations that are not finite or a Gram that cannot be factorised.
     """
     begin = time.perf_counter()
+    if allocation is not None:
+        check_allocation(allocation, pruner)
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model that is meant
     found = find_blocks(model, blocks)
     for block_name, block in found:
@@ -81,8 +86,9 @@ def prune_sequentially(
             pruner.pattern.check_shape(weight_shape(layer))
     forced = None if device is None else torch.device(device)
     calibrated = pruner.statistic(1) is not None
-    if calibrated and batches is None:
-        raise ValueError(f"{type(pruner).__name__} needs calibration batches, got None")
+    observed = calibrated or (allocation is not None and allocation.statistic(1) is not None)
+    if observed and batches is None:
+        raise ValueError(f"{type(pruner if calibrated else allocation).__name__} needs calibration batches, got None")
     if forced is not None and forced.type == "cuda":
         torch.cuda.reset_peak_memory_stats(forced)
     last = max(i for i, (block_name, _) in enumerate(found) if any(_inside(n, block_name) for n in chosen))
@@ -93,9 +99,12 @@ def prune_sequentially(
     share_weights(model, ranks)
     with evaluating(model), layer_progress(len(chosen), progress and ranks.rank == 0) as (bar, task):
         inputs: list[BlockInputs] = []
-        if calibrated and batches is not None:
+        if observed and batches is not None:
             bar.update(task, description="embedding the calibration windows")
             inputs = calibration_inputs(model, [block for _, block in found], batches, ranks)
+        if allocation is not None:
+            bar.update(task, description=f"{type(allocation).__name__}: measuring the dense model")
+            run.pruners = allocate(allocation, pruner, found[: last + 1], chosen, inputs, forced, ranks)
         for index, (block_name, block) in enumerate(found[: last + 1]):
             layers = {n: m for n, m in chosen.items() if _inside(n, block_name)}
             bar.update(task, description=f"pruning {block_name}")
@@ -104,10 +113,10 @@ def prune_sequentially(
             ranks.attempt(lambda block=block, where=where: block.to(where))  # type: ignore[misc]
             if layers:
                 seen = {name: layer for name, layer in layers.items() if not coupled or name in readers}
-                statistics = collect(pruner, index, block, seen, inputs, where, ranks) if calibrated else {}
+                statistics = collect(pruner.statistic, index, block, seen, inputs, where, ranks) if calibrated else {}
                 run.prune(layers, statistics, lambda count: bar.advance(task, count))
                 del statistics
-            if index < last:
+            if index < last and calibrated:
                 next_inputs(index, block, inputs, where, ranks)
             block.to(home)
     if not run.layers:

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from prune_callbacks.calibration.capture import BlockInputs, run_block
-from prune_callbacks.pruners import Pruner
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.solvers import Gram, InputNorm
 
 
 def collect(
-    pruner: Pruner,
+    statistic: Callable[[int, torch.device], Gram | InputNorm | None],
     index: int,
     block: nn.Module,
     layers: dict[str, nn.Module],
@@ -21,10 +20,10 @@ def collect(
     ranks: Ranks = ALONE,
 ) -> dict[str, Gram | InputNorm]:
     """
-    Streams the layers' inputs into the pruner's statistics; layers that get the same tensor share one.
+    Streams the layers' inputs into statistics; layers that get the same tensor share one.
 
     Args:
-        pruner: makes the statistics.
+        statistic: makes an empty one, as `Pruner.statistic`.
         index: of the block.
         block: is run on the inputs.
         layers: of the block, by full name.
@@ -34,7 +33,7 @@ def collect(
     """
 
     def make(size: int) -> Gram | InputNorm:
-        made = pruner.statistic(size, where)
+        made = statistic(size, where)
         assert made is not None
         return made
 

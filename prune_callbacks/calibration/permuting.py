@@ -98,7 +98,7 @@ def permute_channels_(
             ranks.attempt(lambda block=block, where=where: block.to(where))  # type: ignore[misc]
             readers = {group.reader: model.get_submodule(group.reader) for group in groups}
             before = [run_block(index, block, batch, where) for batch in inputs[:1]]
-            statistics = collect(Wanda(pattern), index, block, readers, inputs, where, ranks)
+            statistics = collect(Wanda(pattern).statistic, index, block, readers, inputs, where, ranks)
             for group in groups:
                 if group.reader in statistics:
                     done[group.reader] = _permute(model, group, statistics[group.reader], pattern, ranks)

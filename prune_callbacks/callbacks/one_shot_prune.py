@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from prune_callbacks.calibration import PruneReport, find_language_model, prune_sequentially, savable, save_sparse_model
+from prune_callbacks.calibration.allocating import Allocation, check_allocation
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.trainer_state import logs_now, resumed_checkpoint
@@ -36,6 +37,8 @@ class OneShotPrune(Callback):
             `calibration_dataloader()` gives, or the first 128 batches of the training data.
         targets: patterns of layer names, e.g. `["*.mlp.*"]`; None for all linear layers of the decoder blocks.
         blocks: name of the list of decoder blocks, where it cannot be found.
+        allocation: spreads the pattern's sparsity over the layers, with the same total: `OWL()`,
+            `LagrangianAllocation()`, `SensitivityAllocation(...)`; None: the same in every layer.
         save_dir: write the pruned model and its masks here as soon as they exist, so that whatever fails later
             costs nothing: `model/` (`save_pretrained`) and `masks.safetensors`.
         progress: show a progress bar.
@@ -52,6 +55,7 @@ class OneShotPrune(Callback):
         targets: Sequence[str] | str | None = None,
         *,
         blocks: str | None = None,
+        allocation: Allocation | None = None,
         save_dir: str | Path | None = None,
         progress: bool = True,
     ) -> None:
@@ -59,7 +63,10 @@ class OneShotPrune(Callback):
             raise ValueError(f"OneShotPrune takes a pruner such as Wanda(Unstructured(0.5)), got {pruner!r}")
         if num_batches is not None and num_batches < 1:
             raise ValueError(f"OneShotPrune: num_batches must be at least 1, got {num_batches}")
+        if allocation is not None:
+            check_allocation(allocation, pruner)
         self.pruner = pruner
+        self.allocation = allocation
         self.batches = batches
         self.num_batches = num_batches
         self.targets = targets
@@ -90,7 +97,7 @@ class OneShotPrune(Callback):
         if self.save_dir is not None:
             savable(model)
         with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:
-            needed = self.pruner.statistic(1) is not None
+            needed = any(part is not None and part.statistic(1) is not None for part in (self.pruner, self.allocation))
             self.report = prune_sequentially(
                 model,
                 calibration_batches(trainer, ranks, self.batches, self.num_batches) if needed else None,
@@ -98,6 +105,7 @@ class OneShotPrune(Callback):
                 targets=self.targets,
                 blocks=self.blocks,
                 device=trainer.strategy.root_device,
+                allocation=self.allocation,
                 progress=self.progress,
                 ranks=ranks,
             )

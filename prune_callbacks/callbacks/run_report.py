@@ -3,6 +3,8 @@
 import math
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.calibration import find_language_model, free_memory, model_bytes, peak_memory, save_sparse_model
@@ -19,6 +22,7 @@ from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.evaluation.report import draw_report, refuse_existing_run, summary_table, write_json
+from prune_callbacks.evaluation.zero_shot import ZeroShot
 from prune_callbacks.parallel import gathered_state_dict, param_access, world
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.sparsity.schedules import Unit
@@ -36,12 +40,15 @@ class RunReport(Callback):
     under its `evaluation_title`. With `IterativePrune` "dense" is the model before the first change, "pruned" the one
     right after the last change (and its rewinding), and `rounds` has the trained model before every change.
 
+    With `zero_shot` the same three models' accuracy on tasks is measured too, on one process.
+
     Args:
         dirpath: the run's folder; refused if it already holds a run, unless the fit resumes from a checkpoint.
         recipe: name of the recipe, for the report.
         model: name of the model, for the report.
         tokenizer: saved beside the model, so that the folder is complete.
         batch_size: evaluation windows per forward pass.
+        zero_shot: tasks to measure accuracy on; needs the tokenizer.
         every_round: measure perplexity before every change of `IterativePrune`, not the first only.
         progress: show progress bars.
 
@@ -57,12 +64,16 @@ class RunReport(Callback):
         model: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         batch_size: int = 1,
+        zero_shot: ZeroShot | None = None,
         every_round: bool = True,
         progress: bool = True,
     ) -> None:
+        if zero_shot is not None and tokenizer is None:
+            raise ValueError("RunReport needs a tokenizer to measure zero-shot accuracy: pass tokenizer=")
         self.dirpath = Path(dirpath)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.zero_shot = zero_shot
         self.every_round = every_round
         self.progress = progress
         self.record: dict[str, Any] = {
@@ -70,6 +81,7 @@ class RunReport(Callback):
             "model": model,
             "stage": "dense",
             "perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None},
+            "zero_shot": {},
             "rounds": [],
             "changes": [],
             "seconds": {"prune": None, "recover": 0.0, "evaluate": 0.0},
@@ -88,6 +100,9 @@ class RunReport(Callback):
         self._find_pruning(trainer)
         if getattr(trainer.datamodule, "evaluation_windows", None) is None:
             raise ValueError("RunReport needs a data module with evaluation_windows, such as TokenDataModule")
+        if self.zero_shot is not None:
+            _refuse_several(trainer)
+            self.zero_shot.check()
         if resumed_checkpoint(trainer) is None:
             # Rank 0 answers for all: it may have begun to write when another looks.
             world(trainer).attempt(lambda: refuse_existing_run(self.dirpath) if trainer.is_global_zero else None)
@@ -101,7 +116,7 @@ class RunReport(Callback):
         if not fits:
             rank_zero_warn(
                 f"the dense model takes {needed / 2**30:.1f} GiB before it is sharded, more than {device} has: its "
-                "perplexity is not measured"
+                "quality is not measured"
             )
         return fits
 
@@ -220,28 +235,49 @@ class RunReport(Callback):
         self.record["perplexity"] |= {"dataset": getattr(trainer.datamodule, "evaluation_title", None)} | measured
         self.record["stage"] = stage
         rank_zero_info(f"{stage} perplexity {value:.2f} ({len(windows)} windows of {windows.shape[1]} tokens)")
+        if self.zero_shot is not None:
+            self._measure_zero_shot(self.zero_shot, trainer, pl_module, stage)
         return value
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        with self._measuring(trainer, pl_module) as model:
+            return perplexity(
+                model,
+                trainer.datamodule.evaluation_windows,
+                batch_size=self.batch_size,
+                progress=self.progress and trainer.is_global_zero,
+                ranks=world(trainer),
+            )
+
+    def _measure_zero_shot(self, zero_shot: ZeroShot, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        assert self.tokenizer is not None
+        with self._measuring(trainer, pl_module) as model:
+            results = zero_shot(model, self.tokenizer)
+        record = self.record.setdefault("zero_shot", {})  # checkpoints of earlier versions have none
+        for task, result in results.items():
+            measured = {key: result.pop(key) for key in ("value", "stderr", "all")}
+            before = record.get(task, {})
+            if not result.items() <= before.items():
+                before = {}  # measured on other examples, before the fit was resumed with other settings
+            record[task] = before | result | {stage: measured}
+            error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.2%}"
+            rank_zero_info(f"{stage} {task} {result['metric']} {measured['value']:.2%}{error}")
+
+    @contextmanager
+    def _measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[nn.Module]:
+        """The language model, on its device meanwhile; the time does not count as training."""
         begin = time.perf_counter()
         model = find_language_model(pl_module)
         home, device = next(model.parameters()).device, trainer.strategy.root_device
         if home.type != device.type:
             model.to(device)  # in setup and after the fit it is on the CPU
-        value = perplexity(
-            model,
-            trainer.datamodule.evaluation_windows,
-            batch_size=self.batch_size,
-            progress=self.progress and trainer.is_global_zero,
-            ranks=world(trainer),
-        )
+        yield model
         if home.type != device.type:
             model.to(home)
         seconds = time.perf_counter() - begin
         self.record["seconds"]["evaluate"] += seconds
         if self._train_begin:
-            self._train_begin += seconds  # it does not count as training
-        return value
+            self._train_begin += seconds
 
     def _masks(self) -> MaskSet:
         masks = self._iterative.masks if self._iterative is not None else None
@@ -279,6 +315,7 @@ class RunReport(Callback):
         )
         self.record |= {
             "pruner": ", then ".join(repr(callback.pruner) for callback in pruning),
+            "allocation": repr(self._one_shot.allocation) if self._one_shot and self._one_shot.allocation else None,
             "schedule": repr(self._iterative.schedule) if self._iterative is not None else None,
             "optimizer_steps": trainer.global_step,
             "strategy": type(trainer.strategy).__name__,
@@ -293,11 +330,20 @@ class RunReport(Callback):
                 report.peak_memory_bytes if report else 0, peak_memory(trainer.strategy.root_device)
             ),
             "versions": {name: version(name) for name in ("prune-callbacks", "torch", "lightning", "transformers")}
+            | ({} if self.zero_shot is None else {"lm_eval": version("lm_eval")})
             | {"python": platform.python_version()},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         }
         write_json(self.dirpath / "report.json", self.record)
         draw_report(self.record, self.dirpath / "report.png")
+
+
+def _refuse_several(trainer: Trainer) -> None:
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"zero-shot accuracy is measured on one process, and this fit has {trainer.world_size}. Leave zero_shot "
+            "away, and measure model/ of the run's folder afterwards: ZeroShot(...)(model, tokenizer)"
+        )
 
 
 def _finite(value: float) -> float | None:

@@ -59,18 +59,19 @@ class Unstructured:
 
     Args:
         sparsity: fraction removed, in [0, 1).
-        per: "row": every output row loses the same count (Wanda's convention). "tensor": the whole layer is
-            one pool (SparseGPT and MRP: the pool is one block of columns at a time). None: what the
-            pruner's paper does, which is "row" for Wanda and "tensor" for the others.
+        per: "row": every output row loses the same count (Wanda's convention). "even": the same count up to one, so
+            that the layer's total is exact to one weight; where rows differ, those lose one more whose next weight
+            scores least. "tensor": the whole layer is one pool (SparseGPT and MRP: the pool is one block of columns
+            at a time). None: what the pruner's paper does, which is "row" for Wanda and "tensor" for the others.
     """
 
     sparsity: float
-    per: Literal["row", "tensor"] | None = None
+    per: Literal["row", "even", "tensor"] | None = None
 
     def __post_init__(self) -> None:
         _check_sparsity("Unstructured", self.sparsity)
-        if self.per not in ("row", "tensor", None):
-            raise ValueError(f'Unstructured: per must be "row", "tensor" or None, got {self.per!r}')
+        if self.per not in ("row", "even", "tensor", None):
+            raise ValueError(f'Unstructured: per must be "row", "even", "tensor" or None, got {self.per!r}')
 
     def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
         """The mask of the largest scores; see `Pattern`."""
@@ -80,6 +81,8 @@ class Unstructured:
         if self.per == "row":
             return keep_largest(scores, columns - _removed(self.sparsity, end, start))
         removed = _removed(self.sparsity, rows * end, rows * start)
+        if self.per == "even":
+            return _keep_evenly(scores, removed)
         return keep_largest(scores.flatten(), scores.numel() - removed).view(scores.shape)
 
     def check_shape(self, shape: tuple[int, int]) -> None:
@@ -87,10 +90,24 @@ class Unstructured:
 
     def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
         """Whether enough weights are gone, by the count that `per` names; None: by either count."""
-        columns = keep.shape[1]
-        by_row = bool((keep.sum(1) <= columns - _removed(self.sparsity, columns)).all())
+        columns, in_rows = keep.shape[1], keep.sum(1)
+        by_row = bool((in_rows <= columns - _removed(self.sparsity, columns)).all())
         by_tensor = int(keep.sum()) <= keep.numel() - _removed(self.sparsity, keep.numel())
-        return {"row": by_row, "tensor": by_tensor, None: by_row or by_tensor}[self.per]
+        evenly = by_tensor and int(in_rows.max() - in_rows.min()) <= 1
+        return {"row": by_row, "even": evenly, "tensor": by_tensor, None: by_row or by_tensor}[self.per]
+
+
+def _keep_evenly(scores: Tensor, removed: int) -> Tensor:
+    """The largest scores of every row, as many in each up to one."""
+    rows, columns = scores.shape
+    each, further = divmod(removed, rows)
+    keep = keep_largest(scores, columns - each)
+    if further:
+        fewer = keep_largest(scores, columns - each - 1)
+        next_to_go = scores[keep & ~fewer]  # one of every row
+        loses = ~keep_largest(next_to_go, rows - further)
+        keep[loses] = fewer[loses]
+    return keep
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,258 @@
+"""How much perplexity rises when one layer, or one block, is pruned and all others stay dense."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from prune_callbacks.calibration import find_blocks, find_targets, naming, oriented, weight_shape
+from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_inputs, to_device
+from prune_callbacks.calibration.observing import collect
+from prune_callbacks.calibration.walking import (
+    check_dense,
+    evaluating,
+    layer_progress,
+    next_inputs,
+    refuse_compiled,
+)
+from prune_callbacks.evaluation import perplexity
+from prune_callbacks.evaluation.report import open_results, write_json
+from prune_callbacks.pruners import Pruner, Structured
+from prune_callbacks.ranks import ALONE
+from prune_callbacks.solvers import Gram, InputNorm
+from prune_callbacks.solvers.linalg import row_dot
+
+Unit = Literal["layer", "block"]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """
+    What pruning each layer, or each block, alone does.
+
+    Attributes:
+        unit: "layer" or "block".
+        dense: perplexity of the dense model.
+        increase: how much it rises, by the name of the layer or block; below zero where pruning helped.
+        proxy: the squared error of the unit's layers on the dense model's inputs, relative to the squared norm of
+            their outputs and summed over the unit: known without a single evaluation.
+    """
+
+    unit: Unit
+    dense: float
+    increase: Mapping[str, float]
+    proxy: Mapping[str, float]
+
+    @property
+    def rank_correlation(self) -> float:
+        """Spearman's, of the proxy and the increase, over all units; NaN of fewer than three."""
+        if len(self.increase) < 3:
+            return float("nan")
+        names = list(self.increase)
+        return float(spearmanr([self.increase[n] for n in names], [self.proxy[n] for n in names]).statistic)
+
+
+@torch.no_grad()
+def sensitivity(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    windows: Int[Tensor, "windows tokens"],
+    pruner: Pruner,
+    *,
+    unit: Unit = "layer",
+    targets: Sequence[str] | str | None = None,
+    blocks: str | None = None,
+    batch_size: int = 1,
+    path: Path | None = None,
+    setting: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Sensitivity:
+    """
+    Prunes one unit at a time, measures perplexity, and puts the dense weights back.
+
+    Equivalent to pruning a fresh copy of the dense model for every unit and measuring it whole; here what lies in
+    front of the pruned block is computed once.
+
+    Args:
+        model: a causal LM; ends as it was, bit for bit.
+        batches: calibration batches, as of `prune_sequentially`.
+        windows: token ids on which perplexity is measured; each window is scored on its own.
+        pruner: what is done to a unit.
+        unit: "layer" or "block".
+        targets: patterns of layer names; None for all linear layers of the decoder blocks.
+        blocks: name of the list of decoder blocks, where it cannot be found.
+        batch_size: windows per forward pass.
+        path: a JSON file that gets every unit's result as soon as it is known; what it holds is not measured again.
+        setting: what else the results depend on (model, text); a file of another setting is refused.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: before any work for targets, shapes or blocks that do not fit, or a file of another setting; on
+            the way, naming the layer, for what the pruner cannot solve.
+    """
+    if unit not in ("layer", "block"):
+        raise ValueError(f'unit must be "layer" or "block", got {unit!r}')
+    if isinstance(pruner, Structured):
+        raise ValueError("Structured removes coupled layers' units together; there is no single layer to prune by it")
+    found = find_blocks(model, blocks)
+    chosen = find_targets(found, targets)
+    for name, block in found:
+        refuse_compiled(name, block)
+    for name, layer in chosen.items():
+        with naming(name):
+            check_dense(layer.get_parameter("weight"))
+            pruner.pattern.check_shape(weight_shape(layer))
+    described = {"pruner": repr(pruner), "unit": unit, "windows": list(windows.shape)} | dict(setting or {})
+    results: dict[str, Any] = {"setting": described, "cells": {}} if path is None else open_results(path, described)
+    modules = [block for _, block in found]
+    with evaluating(model), layer_progress(len(chosen), progress) as (bar, task):
+        if "dense" not in results:
+            results["dense"] = perplexity(model, windows, batch_size=batch_size, progress=False)
+        inputs = capture_inputs(model, modules, batches)
+        shown = capture_inputs(model, modules, windows.split(batch_size))
+        for index, (block_name, block) in enumerate(found):
+            layers = {n: m for n, m in chosen.items() if f"{n}.".startswith(f"{block_name}.")}
+            units = {block_name: layers} if unit == "block" else {n: {n: m} for n, m in layers.items()}
+            left = {name: members for name, members in units.items() if members and name not in results["cells"]}
+            bar.update(task, description=f"sensitivity of {block_name}", advance=len(layers) if not left else 0)
+            where = next(block.parameters()).device
+            statistics = collect(Gram, index, block, layers, inputs, where) if left else {}
+            for name, members in left.items():
+                with _pruned(members, statistics, pruner) as proxy, _entering(modules, index, shown):
+                    value = perplexity(model, windows, batch_size=batch_size, progress=False)
+                results["cells"][name] = {"increase": value - results["dense"], "proxy": proxy}
+                if path is not None:
+                    write_json(path, results)
+                bar.advance(task, len(members))
+            for batches_here in (inputs, shown) if index < len(found) - 1 else ():
+                next_inputs(index, block, batches_here, where, ALONE)
+    cells = results["cells"]
+    return Sensitivity(
+        unit,
+        results["dense"],
+        {name: cell["increase"] for name, cell in cells.items()},
+        {name: cell["proxy"] for name, cell in cells.items()},
+    )
+
+
+@contextmanager
+def _pruned(
+    layers: Mapping[str, nn.Module], statistics: Mapping[str, Gram | InputNorm], pruner: Pruner
+) -> Iterator[float]:
+    """The layers pruned for a while; their relative loss, summed."""
+    dense = {name: layer.get_parameter("weight").data.clone() for name, layer in layers.items()}
+    loss = 0.0
+    try:
+        for name, layer in layers.items():
+            if name not in statistics:
+                raise ValueError(f"{name}: its forward was never called during calibration; leave it out of `targets`")
+            statistic, kept = statistics[name], layer.get_parameter("weight").data
+            assert isinstance(statistic, Gram)
+            weight = oriented(layer, kept)
+            with naming(name):
+                pruned = pruner.prune(weight, statistic)
+            before, after = (part.to(statistic.matrix) for part in (weight, pruned.weight))
+            output = row_dot(before @ statistic.matrix, before)
+            loss += row_dot((after - before) @ statistic.matrix, after - before) / output if output > 0 else 0.0
+            kept.copy_(oriented(layer, pruned.weight))
+        yield loss
+    finally:
+        for name, layer in layers.items():
+            layer.get_parameter("weight").data.copy_(dense[name])
+
+
+@contextmanager
+def _entering(blocks: Sequence[nn.Module], index: int, batches: Sequence[BlockInputs]) -> Iterator[None]:
+    """Block `index` gets, batch after batch, the hidden states in `batches`; what lies in front does not run."""
+    first = batches[0]
+    args, kwargs = to_device(first.calls[0], first.hidden.device)
+    as_tuple = isinstance(blocks[0](first.hidden, *args, **kwargs), tuple)  # in transformers 4
+    stored = iter(batches)
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden,) if as_tuple else hidden
+
+    def last(*args: Any, **kwargs: Any) -> Any:
+        return forward(next(stored).hidden)
+
+    replaced = [block.__dict__.get("forward") for block in blocks[:index]]
+    try:
+        for i, block in enumerate(blocks[:index]):
+            block.forward = last if i == index - 1 else forward
+        yield
+    finally:
+        for block, original in zip(blocks[:index], replaced, strict=True):
+            block.__dict__.pop("forward", None)
+            if original is not None:
+                block.forward = original
+
+
+@runtime_checkable
+class CalibrationAndEvaluation(Protocol):
+    """A data module such as `TokenDataModule`, as far as a study needs it."""
+
+    calibration_windows: Tensor | None
+    evaluation_windows: Tensor | None
+    evaluation_title: str
+    calibration_batch_size: int
+
+    def setup(self, stage: str) -> None: ...
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    data: CalibrationAndEvaluation,
+    pruner: Pruner,
+    dirpath: str | Path,
+    *,
+    name: str | None = None,
+    unit: Unit = "layer",
+    targets: Sequence[str] | str | None = None,
+    batch_size: int = 1,
+) -> Sensitivity:
+    """
+    `sensitivity` of a model into `dirpath/sensitivity.json`, going on where it stopped, and as a table.
+
+    Args:
+        model: a causal LM.
+        data: has calibration and evaluation windows.
+        pruner: what is done to a unit.
+        dirpath: the folder.
+        name: of the model, for the file.
+        unit: "layer" or "block".
+        targets: patterns of layer names; None for all linear layers of the decoder blocks.
+        batch_size: evaluation windows per forward pass.
+    """
+    data.setup("fit")
+    assert data.calibration_windows is not None
+    assert data.evaluation_windows is not None
+    folder = Path(dirpath)
+    folder.mkdir(parents=True, exist_ok=True)
+    measured = sensitivity(
+        model,
+        data.calibration_windows.split(data.calibration_batch_size),
+        data.evaluation_windows,
+        pruner,
+        unit=unit,
+        targets=targets,
+        batch_size=batch_size,
+        path=folder / "sensitivity.json",
+        setting={"model": name, "text": data.evaluation_title, "calibration": list(data.calibration_windows.shape)},
+    )
+    seq_len = data.evaluation_windows.shape[1]
+    table = Table(title=f"perplexity {measured.dense:.2f} (windows of {seq_len}) rises by, when one {unit} is pruned")
+    for column in (unit, "increase", "loss of its layers, relative"):
+        table.add_column(column, justify="left" if column == unit else "right")
+    for part in sorted(measured.increase, key=lambda n: -measured.increase[n])[:15]:
+        table.add_row(part, f"{measured.increase[part]:+.3f}", f"{measured.proxy[part]:.3f}")
+    Console().print(table)
+    Console().print(f"rank correlation (Spearman) of increase and loss: {measured.rank_correlation:.2f}")
+    return measured
