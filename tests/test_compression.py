@@ -25,6 +25,7 @@ from prune_callbacks import (
     prune_sequentially,
     save_compressed,
 )
+from prune_callbacks.calibration.saving import filling
 from prune_callbacks.deploy.packing import (
     pack_bits,
     pack_codes,
@@ -243,3 +244,13 @@ def test_damaged_files_are_named(tmp_path):
     save_file({"a": torch.ones(2)}, path)
     with pytest.raises(ValueError, match="not one that save_compressed wrote"):
         load_compressed(tmp_path)
+
+
+def test_folders_inside_an_earlier_compressed_model_are_replaced(tmp_path):
+    """As tokenizers with several chat templates have them."""
+    for text in ("old", "new"):
+        with filling(tmp_path / "small") as partial:
+            (partial / "additional_chat_templates").mkdir()
+            (partial / "additional_chat_templates" / f"{text}.jinja").write_text(text)
+    assert [file.name for file in (tmp_path / "small/additional_chat_templates").iterdir()] == ["new.jinja"]
+    assert not (tmp_path / "small.partial").exists()

@@ -97,6 +97,15 @@ def test_the_smaller_model_is_written_and_the_module_stays(data, tmp_path):
     assert "num_attention_heads" in record["configuration"]
 
 
+def test_what_masked_adapters_learned_is_in_the_smaller_model(data, tmp_path):
+    out = tmp_path / "run"
+    prune = OneShotPrune(Structured(Columns(0.5)), progress=False)
+    model = fit(data, tmp_path, prune, ShrinkModel(out), LoRARecovery(masked=True), MaskEnforcer())
+    loaded = AutoModelForCausalLM.from_pretrained(out / "shrunk")
+    windows = data.evaluation_windows
+    assert perplexity(loaded, windows, progress=False) == pytest.approx(perplexity(model, windows, progress=False))
+
+
 def test_channels_are_permuted_before_pruning_and_training(data, tmp_path):
     out = tmp_path / "run"
     permute = PermuteChannels(NM(2, 4), progress=False)
@@ -194,6 +203,15 @@ def test_training_what_was_rounded_is_warned_of(data, tmp_path):
             "stands before QuantizeWeights",
         ),
         (lambda out: [OneShotPrune(Wanda(NM(2, 4))), ShrinkModel(out)], r"needs OneShotPrune\(Structured"),
+        (lambda out: [OneShotPrune(Structured(Columns(0.5))), ShrinkModel(out)], "without MaskEnforcer"),
+        (
+            lambda out: [OneShotPrune(Structured(Columns(0.5))), LoRARecovery(), MaskEnforcer(), ShrinkModel(out)],
+            "put it before LoRARecovery",
+        ),
+        (
+            lambda out: [OneShotPrune(Structured(Columns(0.5))), ShrinkModel(out), LoRARecovery(masked=False)],
+            "keeps its adapter beside them",
+        ),
     ],
 )
 def test_wrong_callbacks_are_refused_before_any_work(data, tmp_path, callbacks, message, unchecked):

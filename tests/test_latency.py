@@ -41,15 +41,15 @@ def test_calls_take_turns_and_each_is_prepared_for():
 
 
 def test_times_are_those_of_known_calls_and_one_slow_turn_does_not_move_the_median():
-    slow = iter([0.0, 0.1] + [0.0] * 20)  # the first turn that counts
+    slow = iter([0.0, 1.0] + [0.0] * 20)  # the first turn that counts
     calls = {
-        "2 ms": lambda: time.sleep(0.002),
-        "4 ms": lambda: time.sleep(0.004),
-        "2 ms, once 102": lambda: time.sleep(0.002 + next(slow)),
+        "20 ms": lambda: time.sleep(0.02),
+        "40 ms": lambda: time.sleep(0.04),
+        "20 ms, once 1020": lambda: time.sleep(0.02 + next(slow)),
     }
     times = time_in_turns(calls, CPU, repeats=9, warmup=1, prepare=lambda _: time.sleep(0.001))
     two, four, odd = times.values()
-    assert 0.002 <= two.low <= two.median <= two.high
+    assert 0.02 <= two.low <= two.median <= two.high
     assert 1.5 < four.median / two.median < 2.5
     assert odd.median < 1.5 * two.median
     assert odd.high > 2 * odd.median  # the spread shows it

@@ -237,3 +237,20 @@ def test_bad_input(unchecked, make, message):
 def test_a_weight_too_large_for_scales():
     with pytest.raises(ValueError, match=r"largest weight, 1e\+07, is too large for scales in float16"):
         round_to_nearest(torch.full((1, 4), 1e7), Grid(4))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_that_calibration_never_saw_are_rounded_and_not_erased(bits):
+    """A ReLU's channels that no calibration token opened, all of a group of the grid."""
+    x = torch.randn(200, 64)
+    x[:, 16:32] = 0
+    gram = Gram(64)
+    gram.update(x)
+    weight = torch.randn(8, 64)
+    weight[:, 20] *= 3
+    grid = Grid(bits, 16)
+    pruned = GPTQ(grid=grid).prune(weight, gram)
+    assert bool(pruned.weight[:, 16:32].any(1).all())
+    alone, _ = round_to_nearest(weight[:, 16:32], grid)
+    assert torch.allclose(pruned.weight[:, 16:32], alone, atol=1e-6)
+    assert torch.equal(pruned.weight, grid.decode(grid.encode(pruned.weight, pruned.scale), pruned.scale, weight.dtype))

@@ -17,7 +17,7 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from prune_callbacks import NM, CausalLM, LoRARecovery, Magnitude, MaskEnforcer, OneShotPrune, prune_sequentially
 from prune_callbacks.callbacks.semi_structured_convert import SemiStructuredConvert
@@ -354,6 +354,16 @@ def test_shared_weights_are_left_alone(stand_in):
 def test_conv1d_is_named(stand_in):
     model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=259, n_positions=32)).bfloat16()
     with pytest.warns(UserWarning, match=r"4 of 4 layers stay dense.*Conv1D stores its weight as \(in, out\)"):
+        conversion = convert_(stand_in(model), progress=False)
+    assert len(conversion.skipped) == 4
+
+
+def test_linear_layers_with_a_forward_of_their_own_are_named(stand_in):
+    """Falcon's transposes its weight, which a 2:4 tensor refuses."""
+    config = FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=259)
+    model = FalconForCausalLM(config).bfloat16()
+    prune_sequentially(model, None, Magnitude(NM(2, 4)), progress=False)
+    with pytest.warns(UserWarning, match=r"4 of 4 layers stay dense.*a FalconLinear multiplies in its own way"):
         conversion = convert_(stand_in(model), progress=False)
     assert len(conversion.skipped) == 4
 

@@ -43,6 +43,7 @@ FAMILIES = {
     "llama, as many values, biases, tied": LlamaConfig(
         **COMMON, intermediate_size=64, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
     ),
+    "llama, one head of keys and values": LlamaConfig(**COMMON, num_key_value_heads=1, intermediate_size=64),
     "mistral": MistralConfig(**GROUPED),
     "qwen2": Qwen2Config(**GROUPED),
     "qwen3": Qwen3Config(**GROUPED, head_dim=8),

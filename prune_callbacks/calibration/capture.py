@@ -74,7 +74,7 @@ def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Itera
             calls.clear()
             entering.clear()
             with suppress(_AllBlocksReachedError):
-                _forward(model, batch)
+                run_model(model, batch)
             if len(calls) != len(blocks):
                 raise ValueError(
                     f"the forward pass of {type(model).__name__} called {len(calls)} of {len(blocks)} decoder blocks; "
@@ -91,7 +91,8 @@ def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Itera
     return captured
 
 
-def _forward(model: nn.Module, batch: Batch) -> None:
+def run_model(model: nn.Module, batch: Batch) -> None:
+    """A whole forward pass, for what hooks see of it."""
     device = next(model.parameters()).device
     inputs = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else {"input_ids": batch}
     if isinstance(model, PreTrainedModel):

@@ -35,6 +35,7 @@ class Coupled:
             of the writers.
         width: features of a unit: 1 (a channel), or the size of a head.
         pools: equal stretches of units of which the same number must go: groups of queries, else 1.
+        grouped: whether several heads of queries share a head of keys and values, which stays.
     """
 
     reader: str
@@ -42,6 +43,7 @@ class Coupled:
     values: str
     width: int
     pools: int
+    grouped: bool = False
 
 
 def find_coupled(blocks: Sequence[tuple[str, nn.Module]]) -> list[Coupled]:
@@ -52,11 +54,14 @@ def find_coupled(blocks: Sequence[tuple[str, nn.Module]]) -> list[Coupled]:
         ValueError: a block has none of a known kind.
     """
     found: list[Coupled] = []
+    # Values that another block reads too (Gemma 3n and 4) cannot change with the layer of one block.
+    shared = any(_reads_other_values(owner) for _, block in blocks for owner in block.modules())
     for block_name, block in blocks:
         here = [
             coupled
             for name, owner in block.named_modules()
             for coupled in _of(f"{block_name}.{name}" if name else block_name, owner)
+            if coupled.width == 1 or not shared
         ]
         if not here:
             raise ValueError(
@@ -91,7 +96,7 @@ def coupled_targets(
     if not chosen:
         raise ValueError("none of the targets is coupled with others, so no unit can go")
     inside = {name for coupled in chosen for name in (coupled.reader, *coupled.writers)}
-    shared = {coupled.values.rpartition(".")[0] for coupled in chosen if coupled.pools > 1}
+    shared = {coupled.values.rpartition(".")[0] for coupled in chosen if coupled.grouped}
     reasons = {
         name: "its heads stay: several heads of queries share each of them"
         if name.rpartition(".")[0] in shared
@@ -110,15 +115,17 @@ def planned_removal(
 
     Warns, once for all layers that are alike, where that is less than was asked for.
     """
-    alike: dict[tuple[int, int, int], list[Coupled]] = {}
+    alike: dict[tuple[int, int, int, bool], list[Coupled]] = {}
     for group in coupled:
         units = weight_shape(layers[group.reader])[1] // group.width // group.pools
-        alike.setdefault((units, group.width, group.pools), []).append(group)
+        alike.setdefault((units, group.width, group.pools, group.grouped), []).append(group)
     plan: dict[str, int] = {}
-    for (units, width, pools), groups in alike.items():
+    for (units, width, pools, grouped), groups in alike.items():
         asked = removed = pruner.removed(units)
         if width > 1 and isinstance(model, PreTrainedModel):
-            while removed and not serves_heads(model, groups[0].writers[0], _left(units - removed, pools), width):
+            while removed and not serves_heads(
+                model, groups[0].writers[0], _left(units - removed, pools, grouped), width
+            ):
                 removed -= 1
         if removed < asked or asked == 0:
             what = "channels" if width == 1 else f"heads of {width} features that may go together"
@@ -136,9 +143,9 @@ def planned_removal(
     return plan
 
 
-def _left(units: int, pools: int) -> tuple[int, int]:
+def _left(units: int, pools: int, grouped: bool) -> tuple[int, int]:
     """Heads of queries, and of keys and values."""
-    return units * pools, pools if pools > 1 else units
+    return units * pools, pools if grouped else units
 
 
 def _of(name: str, owner: nn.Module) -> list[Coupled]:
@@ -160,8 +167,15 @@ def _of(name: str, owner: nn.Module) -> list[Coupled]:
             together = ["q_proj"] if grouped else ["q_proj", "k_proj", "v_proj"]
             names = tuple(f"{name}.{writer}" for writer in together)
             pools = values if grouped else 1
-            found.append(Coupled(f"{name}.{READS_HEADS}", names, f"{name}.v_proj", heads, pools))
+            found.append(Coupled(f"{name}.{READS_HEADS}", names, f"{name}.v_proj", heads, pools, grouped))
     return found
+
+
+def _reads_other_values(owner: nn.Module) -> bool:
+    """Whether attention reads keys and values that another block computes."""
+    children = {child for child, _ in owner.named_children()}
+    lacks = {"q_proj", READS_HEADS} <= children and "v_proj" not in children
+    return lacks or bool(getattr(owner, "is_kv_shared_layer", False))
 
 
 def _knows_units(owner: nn.Module, layers: set[str], sizes: set[int]) -> bool:

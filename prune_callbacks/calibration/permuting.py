@@ -3,12 +3,13 @@
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prune_callbacks.calibration.blocks import find_blocks, naming, oriented, weight_shape
-from prune_callbacks.calibration.capture import Batch, run_block
+from prune_callbacks.calibration.capture import Batch, run_block, run_model
 from prune_callbacks.calibration.coupling import Coupled, find_coupled
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.walking import (
@@ -87,8 +88,10 @@ def permute_channels_(
             check_dense(reader.get_parameter("weight"))
             pattern.check_shape((weight_shape(reader)[0], _width(model, group)))
     done: dict[str, Permuted] = {}
+    batches = batches if isinstance(batches, Tensor) else list(batches)
     share_weights(model, ranks)
     with evaluating(model), layer_progress(len(coupled), progress and ranks.rank == 0) as (bar, task):
+        dense = [] if isinstance(batches, Tensor) else [_output_of(model, found[-1][1], b) for b in batches[:1]]
         inputs = calibration_inputs(model, [block for _, block in found], batches, ranks)
         for index, (block_name, block) in enumerate(found):
             groups = [group for group in coupled if group.reader.startswith(f"{block_name}.")]
@@ -110,7 +113,22 @@ def permute_channels_(
             if index < len(found) - 1:
                 next_inputs(index, block, inputs, where, ranks)
             block.to(home)
+        # Blocks may be coupled with each other, which none of them shows by itself.
+        _check_unchanged(dense, [_output_of(model, found[-1][1], batch) for batch in batches[: len(dense)]])
     return done
+
+
+def _output_of(model: nn.Module, block: nn.Module, batch: Batch) -> Tensor:
+    """What a block hands on in a pass of the whole model."""
+    seen: list[Any] = []
+    hook = block.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        run_model(model, batch)
+    finally:
+        hook.remove()
+    hidden = seen[-1][0] if isinstance(seen[-1], tuple) else seen[-1]
+    assert isinstance(hidden, Tensor)
+    return hidden
 
 
 def _check_unchanged(before: list[Tensor], after: list[Tensor]) -> None:
@@ -119,7 +137,7 @@ def _check_unchanged(before: list[Tensor], after: list[Tensor]) -> None:
         allowed = max(1e-3, 8 * torch.finfo(old.dtype).eps)
         if not change <= allowed:
             raise ValueError(
-                f"permuting changed what the block computes, by {change:.1e} of its norm: something in it knows the "
+                f"permuting changed what is computed, by {change:.1e} of its norm: something in it knows the "
                 "order of its channels. The model cannot be permuted; load it again"
             )
 

@@ -82,6 +82,8 @@ def filling(folder: Path) -> Iterator[Path]:
     yield partial
     folder.mkdir(exist_ok=True)
     for file in sorted(partial.iterdir()):
+        if file.is_dir():  # of tokenizers with several chat templates; a folder is not replaced by one
+            shutil.rmtree(folder / file.name, ignore_errors=True)
         file.replace(folder / file.name)
     partial.rmdir()
 

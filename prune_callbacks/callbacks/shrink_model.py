@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_callbacks.calibration import find_language_model, model_bytes
 from prune_callbacks.calibration.saving import replacing
+from prune_callbacks.callbacks.lora_recovery import LoRARecovery
+from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
 from prune_callbacks.deploy.shrinking import changed_settings, logits_difference, shrink
@@ -51,8 +53,28 @@ class ShrinkModel(Callback):
         names = [type(c).__name__ for c in trainer.callbacks if isinstance(c, OneShotPrune | ShrinkModel)]
         if names[0] != "OneShotPrune":
             raise ValueError(f"ShrinkModel needs OneShotPrune before it among the callbacks, found {names}")
+        self._check_callbacks(trainer)
         if resumed_checkpoint(trainer) is None and trainer.is_global_zero:
             self._shrunk(trainer, pl_module)  # what cannot be done is to be known now, not after training
+
+    def _check_callbacks(self, trainer: Trainer) -> None:
+        adapters = [c for c in trainer.callbacks if isinstance(c, LoRARecovery)]
+        if any(not callback.masked for callback in adapters):
+            raise ValueError(
+                "ShrinkModel shrinks whole weights, and LoRARecovery(masked=False) keeps its adapter beside them; use "
+                "masked=True, which merges it"
+            )
+        before = trainer.callbacks[: trainer.callbacks.index(self)]
+        if any(callback in before for callback in adapters):
+            raise ValueError(
+                "ShrinkModel tries at the start what it will do at the end; put it before LoRARecovery, whose adapters "
+                "are in the way then and merged at the end"
+            )
+        if not adapters and not any(isinstance(callback, MaskEnforcer) for callback in trainer.callbacks):
+            raise ValueError(
+                "ShrinkModel takes out what is zero when training ends, and without MaskEnforcer() training may bring "
+                "it back; add it to the callbacks"
+            )
 
     @staticmethod
     def _shrunk(trainer: Trainer, pl_module: LightningModule) -> PreTrainedModel:

@@ -100,6 +100,10 @@ def find_two_four(model: nn.Module, targets: Sequence[str] | str | None, blocks:
         others = [other for other in owners[id(layer.weight)] if other != name]
         if not isinstance(layer, nn.Linear):
             skipped[name] = f"a {type(layer).__name__} stores its weight as (in, out); 2:4 kernels want nn.Linear"
+        elif type(layer) is not nn.Linear:
+            skipped[name] = (
+                f"a {type(layer).__name__} multiplies in its own way, and 2:4 tensors know that of nn.Linear"
+            )
         elif others:
             skipped[name] = f"shares its weight with {others[0]}"
         elif (reason := why_not_two_four(layer.weight.detach())) is not None:

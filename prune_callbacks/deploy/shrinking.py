@@ -93,10 +93,10 @@ def _smaller_configuration(model: PreTrainedModel, kept: Mapping[Coupled, Tensor
 def _heads(group: Coupled, units: Tensor) -> tuple[int, int]:
     """Heads of queries and of keys and values that stay."""
     left = units.view(group.pools, -1).sum(1)
-    if group.pools > 1 and len(set(left.tolist())) > 1:
+    if len(set(left.tolist())) > 1:
         raise ValueError(f"{group.reader} keeps {left.tolist()} heads of its groups of queries; they must be equal")
     total = int(units.sum())
-    return total, group.pools if group.pools > 1 else total
+    return total, group.pools if group.grouped else total
 
 
 def _slice(state: dict[str, Tensor], model: nn.Module, layer: str, features: Tensor, *, columns: bool) -> None:

@@ -144,7 +144,7 @@ class GPTQ:
             return keep[:, start : start + scores.shape[1]]
 
         width = _block(self.block_size, self.grid, sparse.shape[1])
-        solved, kept, scale = gptq(sparse, system, held, width, width, self.grid)
+        solved, kept, scale = gptq(sparse, system, held, width, width, self.grid, unseen=sparse)
         # Of features that calibration never saw nothing is known: not their cost, but also not that they do nothing.
         unseen = self.grid.spread(scale, sparse.shape[1])[:, system.dead]
         solved[:, system.dead] = self.grid.rounded(sparse[:, system.dead], unseen)

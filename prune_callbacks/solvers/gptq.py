@@ -122,7 +122,13 @@ def round_to_nearest(weight: Float[Tensor, "out in"], grid: Grid) -> tuple[Tenso
 
 
 def gptq(
-    weight: Float[Tensor, "out in"], system: DampedGram, choose: Choose, step: int, block_size: int, grid: Grid
+    weight: Float[Tensor, "out in"],
+    system: DampedGram,
+    choose: Choose,
+    step: int,
+    block_size: int,
+    grid: Grid,
+    unseen: Float[Tensor, "out in"] | None = None,
 ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"], Float[Tensor, "out groups"]]:
     """
     Rounds what `choose` keeps and removes the rest, in one sweep.
@@ -141,6 +147,8 @@ def gptq(
         block_size: columns that are updated together; a multiple of `step`. A group must lie in one block, or begin
             where one does.
         grid: what is rounded to.
+        unseen: weights that give the scales to groups whose features are all dead; None: such weights become 0, and no
+            scale matters.
 
     Returns:
         The new weights, the mask, and the scales, in the weight's dtype.
@@ -159,7 +167,10 @@ def gptq(
             if bool((foreseen * ~mask(foreseen.T, j).T).any()):
                 sweep_block(foreseen, factor[part, part], foreseen.bool(), mask, min(step, width), masked, j)
             # What rounding a column costs once those behind it make up for it.
-            scales.append(grid.fit(foreseen.T, diagonal[part].square().reciprocal()))
+            cost, dead = diagonal[part].square().reciprocal(), system.dead[part]
+            if unseen is not None and bool(dead.all()):
+                foreseen = unseen.T[part]
+            scales.append(grid.fit(foreseen.T, cost))
         return grid.rounded(ahead[0], scales[-1]).mul_(kept)
 
     solved, keep = sweep(weight, system, mask, step, block_size, settle)
