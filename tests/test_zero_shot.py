@@ -624,6 +624,6 @@ def test_recipes_are_instantiated(tmp_path):
 
     report = instantiate(compose("zero_shot=hub").callbacks.report)
     assert report.zero_shot == ZeroShot()
-    local = compose("zero_shot=local", "++data.root=somewhere", "zero_shot.limit=500", "callbacks=iterate_and_hold")
+    local = compose("zero_shot=local", "zero_shot.root=somewhere", "zero_shot.limit=500", "callbacks=iterate_and_hold")
     assert instantiate(local.callbacks.report).zero_shot == ZeroShot(root="somewhere", limit=500)
     assert instantiate(compose().callbacks.report).zero_shot is None

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,20 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.calibration import find_language_model, free_memory, model_bytes, peak_memory, save_sparse_model
+from prune_callbacks.callbacks.fit_warnings import FitWarnings
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
 from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.report import draw_report, refuse_existing_run, summary_table, write_json
+from prune_callbacks.evaluation.page import write_page
+from prune_callbacks.evaluation.report import (
+    draw_report,
+    refuse_existing_run,
+    repeat_command,
+    summary_table,
+    write_json,
+)
 from prune_callbacks.evaluation.zero_shot import ZeroShot
 from prune_callbacks.parallel import gathered_state_dict, param_access, world
 from prune_callbacks.sparsity import MaskSet
@@ -30,7 +39,7 @@ from prune_callbacks.sparsity.schedules import Unit
 
 class RunReport(Callback):
     """
-    Writes `report.json`, `report.png`, `masks.safetensors` and `model/` into one folder.
+    Writes `report.html`, `report.json`, `report.png`, `masks.safetensors` and `model/` into one folder.
 
     Put it **before** `OneShotPrune` and `IterativePrune`: it measures what they are about to prune. The one-shot
     pruned model and its masks are saved before the first training step (`OneShotPrune(save_dir=...)` does so earlier),
@@ -76,9 +85,11 @@ class RunReport(Callback):
         self.zero_shot = zero_shot
         self.every_round = every_round
         self.progress = progress
+        self._warnings = FitWarnings()
         self.record: dict[str, Any] = {
             "recipe": recipe,
             "model": model,
+            "command": repeat_command(sys.argv),
             "stage": "dense",
             "perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None},
             "zero_shot": {},
@@ -86,6 +97,7 @@ class RunReport(Callback):
             "changes": [],
             "seconds": {"prune": None, "recover": 0.0, "evaluate": 0.0},
             "training_loss": [],
+            "warnings": self._warnings.texts,
         }
         self._train_begin = 0.0
         self._saw_the_last = False
@@ -97,6 +109,7 @@ class RunReport(Callback):
         if stage != "fit":
             return
         self._finished = False
+        self._warnings.start()
         self._find_pruning(trainer)
         if getattr(trainer.datamodule, "evaluation_windows", None) is None:
             raise ValueError("RunReport needs a data module with evaluation_windows, such as TokenDataModule")
@@ -211,6 +224,12 @@ class RunReport(Callback):
             summary_table(self.record)
             rank_zero_info(f"the sparse model, its masks and the report are in {self.dirpath}")
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._warnings.stop()  # Lightning tears nothing down then
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._warnings.stop()
+
     def state_dict(self) -> dict[str, Any]:
         seconds = self.record["seconds"] | {"recover": self._recover_seconds()}
         return {"record": self.record | {"seconds": seconds}, "saw_the_last": self._saw_the_last}
@@ -221,7 +240,9 @@ class RunReport(Callback):
             raise ValueError(
                 f"the checkpoint is one of recipe {recipe}, and this is {ours}; go on with the same recipe"
             )
-        self.record = state_dict["record"]
+        self._warnings.put_before(state_dict["record"].get("warnings", ()))  # 0.1 had none, and no command
+        command = {"command": self.record["command"]}
+        self.record = command | state_dict["record"] | {"warnings": self._warnings.texts}
         self._saw_the_last = state_dict["saw_the_last"]
 
     def _recover_seconds(self) -> float:
@@ -336,6 +357,7 @@ class RunReport(Callback):
         }
         write_json(self.dirpath / "report.json", self.record)
         draw_report(self.record, self.dirpath / "report.png")
+        write_page(self.dirpath)
 
 
 def _refuse_several(trainer: Trainer) -> None:

@@ -2,23 +2,26 @@
 
 import json
 import os
-import re
-import textwrap
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
-STAGES = ("dense", "pruned", "recovered")
+from prune_callbacks.evaluation.drawing import (
+    STAGES,
+    draw_layers,
+    draw_perplexity,
+    draw_rounds,
+    draw_training,
+    title_perplexity,
+)
 
 
 def refuse_existing_run(dirpath: Path) -> None:
@@ -33,10 +36,29 @@ def refuse_existing_run(dirpath: Path) -> None:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes a report; a reader never sees half of it."""
+    write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file at once, under another name first; its folder is made if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def repeat_command(argv: Sequence[str]) -> str | None:
+    """The shell line that repeats a run of train.py, in a folder of its own; None if `argv` is of another program."""
+    if not argv or Path(argv[0]).name != "train.py":
+        return None
+    left_out = ("output_dir", "ckpt_path")
+    return shlex.join(
+        [
+            "python",
+            "train.py",
+            *(argument for argument in argv[1:] if argument.split("=")[0].lstrip("+") not in left_out),
+        ]
+    )
 
 
 def read_report(dirpath: Path) -> dict[str, Any] | None:
@@ -107,7 +129,7 @@ def compare(records: dict[str, dict[str, Any]], path: Path) -> None:
     Console().print(table)
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for name, record in records.items():
-        _draw_rounds(axis, record["rounds"], f"{name}, {record['optimizer_steps']} steps in all")
+        draw_rounds(axis, record["rounds"], f"{name}, {record['optimizer_steps']} steps in all")
     axis.set_title(
         f"held-out perplexity, {first['dataset'] or 'evaluation text'}, windows of {first['seq_len']} tokens"
     )
@@ -126,81 +148,14 @@ def draw_report(record: dict[str, Any], path: Path) -> None:
     how = record["schedule"] or record["pruner"]
     figure.suptitle(f"{record['model'] or 'model'}: {how}, {record['sparsity']['achieved']:.1%} zeros")
     if record["rounds"]:
-        _draw_rounds(axes[0], record["rounds"], "trained")
-        _title_perplexity(axes[0], record["perplexity"])
+        draw_rounds(axes[0], record["rounds"], "trained")
+        title_perplexity(axes[0], record["perplexity"])
     else:
-        _draw_perplexity(axes[0], record["perplexity"])
-    _draw_training(axes[1], record["training_loss"], record["changes"])
-    _draw_layers(axes[2], record["reconstruction_loss"], record["sparsity"]["layers"])
+        draw_perplexity(axes[0], record["perplexity"])
+    draw_training(axes[1], record["training_loss"], record["changes"])
+    draw_layers(axes[2], record["reconstruction_loss"], record["sparsity"]["layers"])
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _draw_perplexity(axis: Axes, measured: dict[str, Any]) -> None:
-    stages = [stage for stage in STAGES if measured[stage] is not None]
-    bars = axis.bar(
-        stages, [measured[stage] for stage in stages], color=["#4c78a8", "#e45756", "#54a24b"][: len(stages)]
-    )
-    axis.bar_label(bars, fmt="%.1f")
-    _title_perplexity(axis, measured)
-
-
-def _draw_rounds(axis: Axes, rounds: list[dict[str, Any]], label: str) -> None:
-    points = [(entry["sparsity"], entry["perplexity"]) for entry in rounds if entry["perplexity"] is not None]
-    if points:
-        # Of two points nothing is known in between.
-        axis.plot(*zip(*points, strict=True), marker="o", label=label, linestyle="-" if len(points) > 2 else ":")
-        axis.annotate(f"{points[-1][1]:.2f}", points[-1], textcoords="offset points", xytext=(6, 0), va="center")
-    axis.xaxis.set_major_formatter(PercentFormatter(1))
-    axis.set_xlabel("zeros in pruned layers")
-    axis.set_ylabel("perplexity")
-    axis.margins(x=0.12)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _title_perplexity(axis: Axes, measured: dict[str, Any]) -> None:
-    dataset = textwrap.fill(measured["dataset"] or "evaluation text", 30)
-    axis.set_title(f"perplexity\n{dataset}\nwindows of {measured['seq_len']} tokens", fontsize=10)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_training(axis: Axes, curve: list[list[int | float | None]], changes: list[int]) -> None:
-    axis.set_title("training loss with masks held" + (" (dotted: masks change)" if changes else ""))
-    axis.set_xlabel("optimizer step")
-    for step in changes:
-        axis.axvline(step, color="#bbbbbb", linestyle=":", linewidth=1)
-    if curve:
-        steps, losses = zip(*curve, strict=True)
-        axis.plot(steps, [np.nan if loss is None else loss for loss in losses], color="#4c78a8", linewidth=1)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    else:
-        axis.text(0.5, 0.5, "not trained yet", ha="center", va="center", transform=axis.transAxes)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_layers(axis: Axes, losses: dict[str, float | None], sparsity: dict[str, float]) -> None:
-    measured = {name: loss for name, loss in losses.items() if loss is not None}
-    values, title = (measured, "squared error of layer outputs, relative") if measured else (sparsity, "sparsity")
-    places = {name: _place(name) for name in values}
-    blocks = sorted({block for block, _ in places.values()})
-    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
-    grid = np.full((len(blocks), len(kinds)), np.nan)
-    for name, (block, kind) in places.items():
-        grid[blocks.index(block), kinds.index(kind)] = values[name]
-    image = axis.imshow(grid, aspect="auto", cmap="viridis")
-    axis.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
-    axis.set_yticks(
-        range(0, len(blocks), max(1, len(blocks) // 10)), [str(b) for b in blocks][:: max(1, len(blocks) // 10)]
-    )
-    axis.set_ylabel("decoder block")
-    axis.set_title(title)
-    axis.figure.colorbar(image, ax=axis)
-
-
-def _place(parameter: str) -> tuple[int, str]:
-    """Block number and layer kind: "model.layers.3.mlp.up_proj.weight" is (3, "up_proj")."""
-    number = re.search(r"\.(\d+)\.", parameter)
-    return int(number.group(1)) if number else 0, parameter.split(".")[-2]
 
 
 def draw_sparsity(history: list[dict[str, Any]], path: Path) -> None:
@@ -224,3 +179,9 @@ def draw_sparsity(history: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    from prune_callbacks.evaluation.comparison import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -71,7 +71,7 @@ class Unstructured:
     def __post_init__(self) -> None:
         _check_sparsity("Unstructured", self.sparsity)
         if self.per not in ("row", "even", "tensor", None):
-            raise ValueError(f'Unstructured: per must be "row", "even", "tensor" or None, got {self.per!r}')
+            raise ValueError(f'Unstructured: per must be "row", "tensor" or None, or "even", got {self.per!r}')
 
     def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
         """The mask of the largest scores; see `Pattern`."""

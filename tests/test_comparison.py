@@ -1,0 +1,107 @@
+"""Runs side by side, and the command line that puts them there."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from runs import NAMES, RECORD, make_run, perplexity, words
+
+from prune_callbacks.evaluation.comparison import grouped, main, write_comparison
+from prune_callbacks.evaluation.run_folder import read_run
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda name="run", **changes: make_run(tmp_path / name, **changes)
+
+
+def test_runs_side_by_side(tmp_path, make, capsys):
+    a = make("a", pruner="Wanda(NM(2, 4))", **perplexity(recovered=6.25))
+    b = make("b", violations={NAMES[0]: 3})
+    half = make("half", stage="pruned", **perplexity(recovered=None))
+    shutil.rmtree(half / "model")
+    assert main([str(a), str(b), str(half), "--output", str(tmp_path / "new/both.html")]) == 0
+    printed = capsys.readouterr().out
+    assert "windows of 2048" in " ".join(printed.split())
+    assert "half (not complete)" in printed
+    page = (tmp_path / "new/both.html").read_text(encoding="utf-8")
+    text = words(page)
+    assert "3 runs side by side" in text
+    assert "recovered perplexity 6.25 5.50 -" in text
+    assert re.findall(r'class="best">([^<]+)<', page) == ["5.50"]
+    assert "of what pruning cost, taken back 38 % 75 % -" in text
+    assert "b: 3 pruned weights are not zero" in text
+    assert "half is not complete: The recovered model's perplexity: training has not come to its end." in text
+    assert "dense piqa (acc, 1838 examples) 81.25 % ± 1.00 %" in text
+    assert "dense perplexity, C4 validation, 256 windows of 1024 7.25 7.25 7.25" in text
+    differing = re.findall(r'<tr class="differs"><th>([^<]+)', page)
+    assert differing == ["pruner"]
+    assert text.count("cannot be compared") == 0
+    assert page.count("<section") == 1
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"model": "other"}, {"width": 128}, perplexity(dataset="C4"), perplexity(seq_len=4096)],
+    ids=["model", "architecture", "text", "context length"],
+)
+def test_what_cannot_be_compared_is_split(tmp_path, make, capsys, other):
+    folders = [make("a"), make("b"), make("c", **(perplexity(recovered=1.5) | other))]
+    if "perplexity" in other:
+        (folders[2] / "report.json").write_text(json.dumps(RECORD | other))
+    assert main([*map(str, folders), "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    first, second = page.split("<section")[1:]
+    assert ("<th>a</th>" in first, "<th>b</th>" in first, "<th>c</th>" in first) == (True, True, False)
+    assert ("<th>a</th>" in second, "<th>c</th>" in second) == (False, True)
+    assert "These runs fall into 2 groups that cannot be compared with each other" in words(page)
+    assert words("<section" + second).startswith("Group 2 of 2:")
+    assert "do not compare across" in capsys.readouterr().out
+
+
+def test_runs_that_started_from_other_weights_are_noticed(tmp_path, make):
+    write_comparison([make("a"), make("b", **perplexity(dense=5.2))], tmp_path / "page.html")
+    assert "did not start from the same weights" in words((tmp_path / "page.html").read_text(encoding="utf-8"))
+
+
+def test_tasks_measured_on_other_examples_are_not_side_by_side(tmp_path, make):
+    fewer = {"piqa": RECORD["zero_shot"]["piqa"] | {"limit": 100, "examples": 100}}
+    write_comparison([make("a"), make("b", zero_shot=fewer)], tmp_path / "page.html")
+    text = words((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "dense piqa (acc, 1838 examples) 81.25 % ± 1.00 % - " in text
+    assert "dense piqa (acc, 100 examples) - 81.25 % ± 1.00 %" in text
+
+
+def test_unnamed_models_are_told_apart(make):
+    runs = {name: read_run(make(name, model=None, width=width)) for name, width in (("a", 8), ("b", 8), ("c", 16))}
+    assert [list(group) for group in grouped(runs).values()] == [["a", "b"], ["c"]]
+
+
+def test_the_command_line(tmp_path, make, capsys):
+    folders = [str(make()), str(make("two"))]
+    words = [sys.executable, "-W", "error::RuntimeWarning", "-m", "prune_callbacks.evaluation.report", *folders]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2 runs side by side" in (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert main(folders[:1]) == 0
+    assert capsys.readouterr().out == f"wrote {folders[0]}/report.html\n"
+    assert "75 %" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "two/report.html").exists()
+
+
+def test_bad_arguments_are_told_in_a_line(tmp_path, make, capsys):
+    folder = make()
+    for arguments, message in (
+        ([folder, f"{folder}/../run"], r"report: \S+/\.\./run is the same folder as \S+/run; name each run once\n$"),
+        ([folder, tmp_path / "none"], r"report: \S+/none does not exist; name the folder of a run"),
+        ([tmp_path / "none"], r"none does not exist"),
+        ([], r"the following arguments are required: RUN"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        assert left.value.code == 2
+        assert re.search(message, capsys.readouterr().err)
