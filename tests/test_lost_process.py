@@ -11,6 +11,7 @@ import torch
 
 from prune_callbacks.callbacks.lost_process import LostProcessWatch
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # a stand-in for the trainer
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2345"
 
 
