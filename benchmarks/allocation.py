@@ -67,7 +67,10 @@ def main() -> None:
         path=units,
         setting=setting,
     )
-    results["spearman_blocks"] = round(measured.rank_correlation, 3)
+    results["spearman_blocks"] = {
+        "loss": round(measured.rank_correlation, 3),
+        "shift": round(measured.shift_rank_correlation, 3),
+    }
     for name, make in ALLOCATIONS.items():
         if name not in results["cells"]:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -85,9 +88,7 @@ def main() -> None:
     for name, cell in results["cells"].items():
         value = cell["perplexity"]
         print(f"| {name} | {value:.2f} | {value / uniform:.3f} | {cell['removed']:,} |")
-    print(
-        f"rank correlation (Spearman) of a block's loss and its measured sensitivity: {measured.rank_correlation:.2f}"
-    )
+    print(f"rank correlation (Spearman) with a block's measured sensitivity: {results['spearman_blocks']}")
 
 
 if __name__ == "__main__":

@@ -112,6 +112,31 @@ def test_the_rank_correlation_is_spearmans():
     assert found.rank_correlation == pytest.approx(float(wanted))
 
 
+def test_the_shift_is_of_what_leaves_the_block():
+    """Against a fresh copy with hooks; real tokens only."""
+    ids, real = torch.cat(BATCHES), torch.ones(6, 48, dtype=torch.long)
+    real[:3, 40:] = 0
+    batches = [{"input_ids": ids, "attention_mask": real}]
+    pruner, name = Wanda(Unstructured(0.7)), "model.layers.1.mlp.down_proj"
+    found = sensitivity(fresh(), batches, WINDOWS, pruner, targets=["down_proj"], progress=False)
+
+    def leaving(model):
+        seen = []
+        hook = model.model.layers[1].register_forward_hook(lambda *call: seen.append(call[2]))
+        with torch.no_grad():
+            model(**batches[0])
+        hook.remove()
+        return seen[0].double()[real.bool()]
+
+    copy = fresh()
+    dense = leaving(copy)
+    prune_sequentially(copy, batches, pruner, targets=[name], progress=False)
+    wanted = ((leaving(copy) - dense).square().sum(-1) / dense.square().sum(-1)).mean()
+    assert 0 < found.shift[name] == pytest.approx(float(wanted), rel=1e-4)
+    correlation = spearmanr(list(found.increase.values()), list(found.shift.values())).statistic
+    assert found.shift_rank_correlation == pytest.approx(float(correlation))
+
+
 def test_what_cannot_be_measured_is_refused(tmp_path, unchecked):
     with pytest.raises(ValueError, match='unit must be "layer" or "block", got \'model\''):
         sensitivity(fresh(), BATCHES, WINDOWS, Wanda(Unstructured(0.5)), unit="model", progress=False)
@@ -135,6 +160,7 @@ def test_the_recipe_and_the_allocations_that_read_its_file(tmp_path):
     printed = run(*command, "recipe=sensitivity", f"output_dir={folder}")
     assert "rises by, when one layer is pruned" in " ".join(printed.split())
     assert "rank correlation (Spearman)" in printed
+    assert (folder / "sensitivity.png").stat().st_size > 10_000
     written = (folder / "sensitivity.json").read_bytes()
     run(*command, "recipe=sensitivity", f"output_dir={folder}")  # nothing is measured again
     assert (folder / "sensitivity.json").read_bytes() == written

@@ -5,6 +5,7 @@ import io
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -15,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from numpy import ndarray
@@ -170,6 +171,47 @@ def heat_map(values: Mapping[str, float], label: str, *, percent: bool) -> str:
                 colour = "white" if norm(value) > 0.6 else "black"
                 axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     return embedded(figure)
+
+
+@plain_text
+def draw_sensitivity(increase: Mapping[str, float], dense: float, seq_len: int, path: Path) -> None:
+    """
+    A heat map over blocks and kinds of layers of how much perplexity rises, or bars if the names are blocks'.
+
+    Args:
+        increase: by the name of the layer or the block that was pruned alone.
+        dense: perplexity of the dense model.
+        seq_len: tokens per window.
+        path: the picture.
+    """
+    of_blocks = all(name.rpartition(".")[2].isdigit() for name in increase)
+    blocks, kinds, grid = layer_grid({name + ".block" * of_blocks: value for name, value in increase.items()})
+    size = max(5.0, 2.5 + 0.9 * len(kinds)), min(24.0, 2.0 + 0.3 * len(blocks))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    axis.set_yticks(range(len(blocks)), blocks)
+    if of_blocks:
+        axis.barh(range(len(blocks)), grid[:, 0], color="#e45756")
+        axis.invert_yaxis()
+        axis.set_xlabel("increase in perplexity")
+        axis.spines[["top", "right"]].set_visible(False)
+    else:
+        # A single layer out of all may cost a hundred times what the others do, and some cost less than nothing.
+        reach = max(float(np.nanmax(np.abs(grid))), 1e-12)
+        norm = SymLogNorm(reach / 100, vmin=-reach, vmax=reach)
+        image = axis.imshow(grid, aspect="auto", cmap="RdBu_r", norm=norm)
+        axis.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
+        for (row, column), value in np.ndenumerate(grid):
+            if np.isfinite(value):
+                colour = "white" if abs(norm(value) - 0.5) > 0.35 else "black"
+                axis.text(column, row, f"{value:+.2g}", ha="center", va="center", fontsize=8, color=colour)
+        ticks = [sign * reach * share for sign, share in ((-1, 1), (-1, 0.1), (0, 0), (1, 0.1), (1, 1))]
+        bar = figure.colorbar(image, ax=axis, label="increase in perplexity", ticks=ticks, format="%+.2g")
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_ylabel("decoder block pruned alone" if of_blocks else "decoder block of the layer pruned alone")
+    axis.set_title(f"dense perplexity {dense:.2f} rises by\nwindows of {seq_len} tokens", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def draw_corner(keep: Bool[ndarray, "out in"]) -> str:

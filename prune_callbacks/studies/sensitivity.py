@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from prune_callbacks.calibration import find_blocks, find_targets, naming, oriented, weight_shape
-from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_inputs, to_device
+from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_inputs, run_block, to_device
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.walking import (
     check_dense,
@@ -24,6 +24,7 @@ from prune_callbacks.calibration.walking import (
     refuse_compiled,
 )
 from prune_callbacks.evaluation import perplexity
+from prune_callbacks.evaluation.drawing import draw_sensitivity
 from prune_callbacks.evaluation.report import open_results, write_json
 from prune_callbacks.pruners import Pruner, Structured
 from prune_callbacks.ranks import ALONE
@@ -44,20 +45,32 @@ class Sensitivity:
         increase: how much it rises, by the name of the layer or block; below zero where pruning helped.
         proxy: the squared error of the unit's layers on the dense model's inputs, relative to the squared norm of
             their outputs and summed over the unit: known without a single evaluation.
+        shift: how far the hidden states that leave the block move, squared, relative to their squared norm, averaged
+            over calibration tokens: one more pass through the block. It knows what `proxy` does not, how much of the
+            residual stream the unit's output is.
     """
 
     unit: Unit
     dense: float
     increase: Mapping[str, float]
     proxy: Mapping[str, float]
+    shift: Mapping[str, float]
 
     @property
     def rank_correlation(self) -> float:
         """Spearman's, of the proxy and the increase, over all units; NaN of fewer than three."""
-        if len(self.increase) < 3:
-            return float("nan")
-        names = list(self.increase)
-        return float(spearmanr([self.increase[n] for n in names], [self.proxy[n] for n in names]).statistic)
+        return _spearman(self.increase, self.proxy)
+
+    @property
+    def shift_rank_correlation(self) -> float:
+        """Spearman's, of the shift and the increase, over all units; NaN of fewer than three."""
+        return _spearman(self.increase, self.shift)
+
+
+def _spearman(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+    if len(one) < 3:
+        return float("nan")
+    return float(spearmanr(list(one.values()), [other[name] for name in one]).statistic)
 
 
 @torch.no_grad()
@@ -125,22 +138,33 @@ def sensitivity(
             bar.update(task, description=f"sensitivity of {block_name}", advance=len(layers) if not left else 0)
             where = next(block.parameters()).device
             statistics = collect(Gram, index, block, layers, inputs, where) if left else {}
+            outputs = [run_block(index, block, batch, where) for batch in inputs] if left else []
             for name, members in left.items():
-                with _pruned(members, statistics, pruner) as proxy, _entering(modules, index, shown):
-                    value = perplexity(model, windows, batch_size=batch_size, progress=False)
-                results["cells"][name] = {"increase": value - results["dense"], "proxy": proxy}
+                with _pruned(members, statistics, pruner) as proxy:
+                    shift = _shift(index, block, inputs, outputs)
+                    with _entering(modules, index, shown):
+                        value = perplexity(model, windows, batch_size=batch_size, progress=False)
+                results["cells"][name] = {"increase": value - results["dense"], "proxy": proxy, "shift": shift}
                 if path is not None:
                     write_json(path, results)
                 bar.advance(task, len(members))
             for batches_here in (inputs, shown) if index < len(found) - 1 else ():
                 next_inputs(index, block, batches_here, where, ALONE)
     cells = results["cells"]
-    return Sensitivity(
-        unit,
-        results["dense"],
-        {name: cell["increase"] for name, cell in cells.items()},
-        {name: cell["proxy"] for name, cell in cells.items()},
-    )
+    columns = ({name: cell[key] for name, cell in cells.items()} for key in ("increase", "proxy", "shift"))
+    return Sensitivity(unit, results["dense"], *columns)
+
+
+def _shift(index: int, block: nn.Module, inputs: Sequence[BlockInputs], dense: Sequence[Tensor]) -> float:
+    """Mean over real tokens of the squared change of what leaves the block, relative to its squared norm."""
+    total, count = 0.0, 0
+    for batch, before in zip(inputs, dense, strict=True):
+        after = run_block(index, block, batch, before.device)
+        real = slice(None) if batch.tokens is None else batch.tokens.to(before.device)
+        old, new = before[real].double(), after[real].double()
+        ratios = (new - old).square().sum(-1) / old.square().sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
+        total, count = total + float(ratios.sum()), count + ratios.numel()
+    return total / count
 
 
 @contextmanager
@@ -249,10 +273,15 @@ def measure_sensitivity(
     )
     seq_len = data.evaluation_windows.shape[1]
     table = Table(title=f"perplexity {measured.dense:.2f} (windows of {seq_len}) rises by, when one {unit} is pruned")
-    for column in (unit, "increase", "loss of its layers, relative"):
+    for column in (unit, "increase", "loss of its layers, relative", "shift of the block's output"):
         table.add_column(column, justify="left" if column == unit else "right")
     for part in sorted(measured.increase, key=lambda n: -measured.increase[n])[:15]:
-        table.add_row(part, f"{measured.increase[part]:+.3f}", f"{measured.proxy[part]:.3f}")
+        loss, shift = measured.proxy[part], measured.shift[part]
+        table.add_row(part, f"{measured.increase[part]:+.3f}", f"{loss:.3f}", f"{shift:.2g}")
     Console().print(table)
-    Console().print(f"rank correlation (Spearman) of increase and loss: {measured.rank_correlation:.2f}")
+    Console().print(
+        f"rank correlation (Spearman) of increase and loss {measured.rank_correlation:.2f}, of increase and shift "
+        f"{measured.shift_rank_correlation:.2f}"
+    )
+    draw_sensitivity(measured.increase, measured.dense, seq_len, folder / "sensitivity.png")
     return measured
