@@ -12,10 +12,14 @@ from lightning import seed_everything
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from prune_callbacks.evaluation.comparison import write_comparison
 from prune_callbacks.evaluation.report import compare, read_report, refuse_existing_run
 from prune_callbacks.parallel import newest_checkpoint
 
-SHARED = ("smoke", "seed", "model", "data", "pattern", "objective", "optimizer", "trainer", "logger")
+SHARED = (
+    *("smoke", "seed", "model", "data", "evaluate", "zero_shot", "pattern", "allocation"),
+    *("objective", "optimizer", "trainer", "logger"),
+)
 """What recipes that are compared have in common: overrides of these reach the recipes `beside` one too."""
 
 OUTPUT_DIR = "PRUNE_CALLBACKS_OUTPUT_DIR"
@@ -29,7 +33,15 @@ def processes(devices: Any, nodes: int) -> int:
     return devices * nodes
 
 
+def needed(value: Any, key: str) -> Any:
+    """A value that may be left out elsewhere, and not where this stands."""
+    if value is None:
+        raise ValueError(f"this needs {key}=...")
+    return value
+
+
 OmegaConf.register_new_resolver("half", lambda number: number // 2, replace=True)
+OmegaConf.register_new_resolver("needed", needed, replace=True)
 OmegaConf.register_new_resolver("processes", processes, replace=True)
 OmegaConf.register_new_resolver("devices", lambda: max(1, torch.cuda.device_count()), replace=True)
 
@@ -134,6 +146,7 @@ def run_all(cfg: DictConfig, given: list[str]) -> None:
     if cfg.beside and cfg.job is None:
         records = {name: read_report(folder) for name, folder in folders.items()}
         rank_zero_only(compare)(records, Path(cfg.output_dir) / "compared.png")
+        rank_zero_only(write_comparison)(list(folders.values()), Path(cfg.output_dir) / "compare.html")
 
 
 @hydra.main(version_base="1.3", config_path="recipes", config_name="train")

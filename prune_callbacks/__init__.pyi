@@ -22,6 +22,7 @@ from .callbacks import (
 )
 from .consolidation import consolidate
 from .deploy import convert_, load_compressed, measure_compression, revert_, save_compressed, shrink
+from .evaluation import ZeroShot
 from .pruners import ALPS, GPTQ, MRP, Magnitude, Pruned, SparseGPT, SparseGPTQ, Structured, Wanda
 from .solvers import Gram, Grid, InputNorm
 from .sparsity import (
@@ -82,6 +83,7 @@ __all__ = [
     "TokenDataModule",
     "Unstructured",
     "Wanda",
+    "ZeroShot",
     "consolidate",
     "convert_",
     "load_compressed",

@@ -50,3 +50,10 @@ def run(*command, timeout=240):
 def fits(scenario, *arguments, launcher=TORCHRUN):
     """Runs a scenario of rank_fits.py."""
     return run(*launcher, HERE / "rank_fits.py", scenario, *arguments)
+
+
+def train(*overrides, timeout=240):
+    """train.py's exit code and what it printed."""
+    with started([sys.executable, HERE.parent / "train.py", *overrides]) as process:
+        output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output

@@ -141,6 +141,9 @@ def test_imp_beside_one_shot(tmp_path):
     assert imp["rounds"][-1]["perplexity"] == imp["perplexity"]["recovered"]
     assert "the trained model at the end of every round" in done.stdout
     assert "oneshot_90" in done.stdout
+    page = (tmp_path / "compare.html").read_text()
+    assert f"{tmp_path.name}/oneshot_90" in page
+    assert "2 runs side by side" in page
     for picture in ("compared.png", "sparsity.png", "report.png", "oneshot_90/report.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
     # Again: the run itself is refused. Without it, what is finished beside it is not run again, and not for other data.
@@ -215,3 +218,15 @@ def test_recovery_recipes_in_small(tmp_path, recipe):
     assert masks.violations(weights) == {}
     assert not [name for name in weights if "lora" in name or "base_layer" in name]
     assert (tmp_path / "adapter/adapter_model.safetensors").exists() == (recipe == "recover_lora")
+
+
+def test_weights_and_biases_offline(tmp_path):
+    pytest.importorskip("wandb")
+    arguments = ["recipe=magnitude_50", "smoke=true", "logger=wandb", f"output_dir={tmp_path}"]
+    environment = ENVIRONMENT | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    assert b"train_loss" in content
+    assert b"magnitude_50" in content

@@ -22,6 +22,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from prune_callbacks import NM, CausalLM, Magnitude, MaskEnforcer, OneShotPrune, RunReport, TokenDataModule
+from prune_callbacks.callbacks.run_quality import RunQuality
 from prune_callbacks.evaluation.zero_shot import HEADLINE, ZeroShot
 from prune_callbacks.evaluation.zero_shot_tasks import hellaswag_query
 from prune_callbacks.tasks import PythonDocs, tiny_llama
@@ -552,7 +553,7 @@ def test_a_run_reports_every_stage(tmp_path, root, tiny, data, tokenizer):
     again.load_state_dict(copy.deepcopy(report.state_dict()))
     assert again.record["zero_shot"] == written
     other = ZeroShot("hellaswag", root=root, limit=1)
-    again._measure_zero_shot(other, trainer, module, "recovered")
+    RunQuality(tokenizer, 1, other, progress=False).measure(trainer, module, "recovered", again.record)
     assert "dense" not in again.record["zero_shot"]["hellaswag"]
     assert again.record["zero_shot"]["lambada_openai"] == written["lambada_openai"]
 
@@ -580,7 +581,11 @@ def train(*arguments):
 
 
 def test_a_recipe_with_local_files(tmp_path, root):
-    arguments = ["recipe=wanda_50", "smoke=true", "zero_shot=local", f"zero_shot.root={root}"]
+    arguments = ["recipe=wanda_50", "smoke=true", "zero_shot=local"]
+    failed = train(*arguments, f"output_dir={tmp_path / 'failed'}")
+    assert failed.returncode == 1
+    assert "this needs data.root=..." in failed.stderr
+    arguments.append(f"data.root={root}")
     done = train(*arguments, f"output_dir={tmp_path / 'run'}", "zero_shot.limit=2")
     assert done.returncode == 0, done.stderr[-3000:]
     written = json.loads((tmp_path / "run/report.json").read_text())["zero_shot"]

@@ -12,7 +12,14 @@ from prune_callbacks.calibration.blocks import (
 )
 from prune_callbacks.calibration.engine import prune_sequentially
 from prune_callbacks.calibration.permuting import permute_channels_
-from prune_callbacks.calibration.prune_report import LayerReport, PruneReport, free_memory, model_bytes, peak_memory
+from prune_callbacks.calibration.prune_report import (
+    LayerReport,
+    PruneReport,
+    free_memory,
+    model_bytes,
+    peak_memory,
+    reset_peak_memory,
+)
 from prune_callbacks.calibration.saving import savable, save_sparse_model
 from prune_callbacks.calibration.shrink import Scope, check_shrinkable, shrink_masks
 
@@ -33,6 +40,7 @@ __all__ = [
     "naming",
     "oriented",
     "peak_memory",
+    "reset_peak_memory",
     "permute_channels_",
     "prune_sequentially",
     "savable",

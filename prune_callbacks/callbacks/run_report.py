@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from prune_callbacks.calibration import find_language_model, free_memory, model_bytes, peak_memory, save_sparse_model
+from prune_callbacks.calibration import find_language_model, peak_memory, save_sparse_model
 from prune_callbacks.callbacks.fit_warnings import FitWarnings
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
+from prune_callbacks.callbacks.run_quality import RunQuality, finite
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
-from prune_callbacks.evaluation import perplexity
 from prune_callbacks.evaluation.page import write_page
 from prune_callbacks.evaluation.report import (
     draw_report,
@@ -46,8 +45,9 @@ class RunReport(Callback):
     the recovered one when the fit ends.
 
     Perplexity is measured on the data module's `evaluation_windows`, (windows, tokens) of token ids, and reported
-    under its `evaluation_title`. With `IterativePrune` "dense" is the model before the first change, "pruned" the one
-    right after the last change (and its rewinding), and `rounds` has the trained model before every change.
+    under its `evaluation_title`; on those in `further_evaluation`, if it has any, under their names too. With
+    `IterativePrune` "dense" is the model before the first change, "pruned" the one right after the last change (and its
+    rewinding), and `rounds` has the trained model before every change.
 
     With `zero_shot` the same three models' accuracy on tasks is measured too, on one process.
 
@@ -81,10 +81,9 @@ class RunReport(Callback):
             raise ValueError("RunReport needs a tokenizer to measure zero-shot accuracy: pass tokenizer=")
         self.dirpath = Path(dirpath)
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
         self.zero_shot = zero_shot
         self.every_round = every_round
-        self.progress = progress
+        self._quality = RunQuality(tokenizer, batch_size, zero_shot, progress)
         self._warnings = FitWarnings()
         self.record: dict[str, Any] = {
             "recipe": recipe,
@@ -92,6 +91,7 @@ class RunReport(Callback):
             "command": repeat_command(sys.argv),
             "stage": "dense",
             "perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None},
+            "corpora": {},
             "zero_shot": {},
             "rounds": [],
             "changes": [],
@@ -111,27 +111,12 @@ class RunReport(Callback):
         self._finished = False
         self._warnings.start()
         self._find_pruning(trainer)
-        if getattr(trainer.datamodule, "evaluation_windows", None) is None:
-            raise ValueError("RunReport needs a data module with evaluation_windows, such as TokenDataModule")
-        if self.zero_shot is not None:
-            _refuse_several(trainer)
-            self.zero_shot.check()
+        self._quality.check(trainer)
         if resumed_checkpoint(trainer) is None:
             # Rank 0 answers for all: it may have begun to write when another looks.
             world(trainer).attempt(lambda: refuse_existing_run(self.dirpath) if trainer.is_global_zero else None)
-            if self._one_shot is not None and self._fits(trainer, pl_module):
+            if self._one_shot is not None and self._quality.fits(trainer, pl_module):
                 self._evaluate(trainer, pl_module, "dense")
-
-    def _fits(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether one device can hold the model, which is not sharded yet; the same answer on every rank."""
-        needed, device = model_bytes(find_language_model(pl_module)), trainer.strategy.root_device
-        fits = all(world(trainer).gather(needed < 0.9 * free_memory(device)))
-        if not fits:
-            rank_zero_warn(
-                f"the dense model takes {needed / 2**30:.1f} GiB before it is sharded, more than {device} has: its "
-                "quality is not measured"
-            )
-        return fits
 
     def _find_pruning(self, trainer: Trainer) -> None:
         known = [c for c in trainer.callbacks if isinstance(c, RunReport | OneShotPrune | IterativePrune)]
@@ -175,7 +160,7 @@ class RunReport(Callback):
         loss = trainer.callback_metrics.get("train_loss")
         curve = self.record["training_loss"]
         if loss is not None and (not curve or curve[-1][0] != trainer.global_step):
-            value = _finite(float(loss))
+            value = finite(float(loss))
             curve.append([trainer.global_step, None if value is None else round(value, 5)])
         self._before_a_change(trainer, pl_module, "step", trainer.global_step)
 
@@ -190,14 +175,16 @@ class RunReport(Callback):
         if self.record["perplexity"]["dense"] is None:
             self._round(trainer, self._evaluate(trainer, pl_module, "dense"))
         elif self.every_round:
-            self._round(trainer, self._measure(trainer, pl_module))
+            with self._evaluating():
+                value = self._quality.perplexity(trainer, pl_module)
+            self._round(trainer, value)
             self._write(trainer, pl_module)
 
     def _round(self, trainer: Trainer, value: float) -> None:
         assert self._iterative is not None
         assert self._iterative.masks is not None
         sparsity = self._iterative.masks.sparsity()
-        self.record["rounds"].append({"step": trainer.global_step, "sparsity": sparsity, "perplexity": _finite(value)})
+        self.record["rounds"].append({"step": trainer.global_step, "sparsity": sparsity, "perplexity": finite(value)})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, pl_module)  # while the strategy still has the weights
@@ -250,51 +237,16 @@ class RunReport(Callback):
         return float(self.record["seconds"]["recover"]) + running
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> float:
-        value = self._measure(trainer, pl_module)
-        windows = trainer.datamodule.evaluation_windows
-        measured = {"seq_len": windows.shape[1], stage: _finite(value)}
-        self.record["perplexity"] |= {"dataset": getattr(trainer.datamodule, "evaluation_title", None)} | measured
+        with self._evaluating():
+            value = self._quality.measure(trainer, pl_module, stage, self.record)
         self.record["stage"] = stage
-        rank_zero_info(f"{stage} perplexity {value:.2f} ({len(windows)} windows of {windows.shape[1]} tokens)")
-        if self.zero_shot is not None:
-            self._measure_zero_shot(self.zero_shot, trainer, pl_module, stage)
         return value
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        with self._measuring(trainer, pl_module) as model:
-            return perplexity(
-                model,
-                trainer.datamodule.evaluation_windows,
-                batch_size=self.batch_size,
-                progress=self.progress and trainer.is_global_zero,
-                ranks=world(trainer),
-            )
-
-    def _measure_zero_shot(self, zero_shot: ZeroShot, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        assert self.tokenizer is not None
-        with self._measuring(trainer, pl_module) as model:
-            results = zero_shot(model, self.tokenizer)
-        record = self.record.setdefault("zero_shot", {})  # checkpoints of earlier versions have none
-        for task, result in results.items():
-            measured = {key: result.pop(key) for key in ("value", "stderr", "all")}
-            before = record.get(task, {})
-            if not result.items() <= before.items():
-                before = {}  # measured on other examples, before the fit was resumed with other settings
-            record[task] = before | result | {stage: measured}
-            error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.2%}"
-            rank_zero_info(f"{stage} {task} {result['metric']} {measured['value']:.2%}{error}")
-
     @contextmanager
-    def _measuring(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[nn.Module]:
-        """The language model, on its device meanwhile; the time does not count as training."""
+    def _evaluating(self) -> Iterator[None]:
+        """The time meanwhile does not count as training."""
         begin = time.perf_counter()
-        model = find_language_model(pl_module)
-        home, device = next(model.parameters()).device, trainer.strategy.root_device
-        if home.type != device.type:
-            model.to(device)  # in setup and after the fit it is on the CPU
-        yield model
-        if home.type != device.type:
-            model.to(home)
+        yield
         seconds = time.perf_counter() - begin
         self.record["seconds"]["evaluate"] += seconds
         if self._train_begin:
@@ -358,15 +310,3 @@ class RunReport(Callback):
         write_json(self.dirpath / "report.json", self.record)
         draw_report(self.record, self.dirpath / "report.png")
         write_page(self.dirpath)
-
-
-def _refuse_several(trainer: Trainer) -> None:
-    if trainer.world_size > 1:
-        raise ValueError(
-            f"zero-shot accuracy is measured on one process, and this fit has {trainer.world_size}. Leave zero_shot "
-            "away, and measure model/ of the run's folder afterwards: ZeroShot(...)(model, tokenizer)"
-        )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -4,6 +4,7 @@ from prune_callbacks.tasks.causal_lm import CausalLM
 from prune_callbacks.tasks.corpora import HubText, PythonDocs, TextFile
 from prune_callbacks.tasks.data import TokenDataModule
 from prune_callbacks.tasks.models import byte_tokenizer, smollm2_135m, tiny_llama
+from prune_callbacks.tasks.named_corpora import corpus
 from prune_callbacks.tasks.objectives import LanguageModeling, LogitsDistillation, Objective, SquareHead
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "TextFile",
     "TokenDataModule",
     "byte_tokenizer",
+    "corpus",
     "smollm2_135m",
     "tiny_llama",
 ]

@@ -120,6 +120,7 @@ class HubText:
         field: the column of the text.
         join: a string: the rows are lines of one document, joined with it. None: every row is a document.
         limit: stream only the first so many rows instead of downloading all.
+        revision: branch, tag or commit of the dataset.
     """
 
     path: str
@@ -129,9 +130,12 @@ class HubText:
     field: str = "text"
     join: str | None = None
     limit: int | None = None
+    revision: str | None = None
 
     @property
     def title(self) -> str:
+        if Path(self.path).name == self.path and self.data_files is not None:  # a format such as "json"
+            return Path(self.data_files).name
         return f"{self.path}{'/' + self.name if self.name else ''} {self.split}"
 
     def documents(self) -> list[str]:
@@ -140,7 +144,12 @@ class HubText:
 
         files = None if self.data_files is None else {self.split: self.data_files}
         rows = datasets.load_dataset(
-            self.path, self.name, split=self.split, data_files=files, streaming=self.limit is not None
+            self.path,
+            self.name,
+            split=self.split,
+            data_files=files,
+            streaming=self.limit is not None,
+            revision=self.revision,
         )
         if self.limit is not None:
             rows = rows.take(self.limit)

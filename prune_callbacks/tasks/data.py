@@ -1,7 +1,8 @@
 """TokenDataModule: windows of tokens for training, calibration and evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.calibration.windows import contiguous_windows, random_windows
-from prune_callbacks.tasks.corpora import SHARES, Corpus, TextFile
+from prune_callbacks.tasks.corpora import SHARES, Corpus, Part, TextFile
+from prune_callbacks.tasks.named_corpora import corpus
 
 
 class _Windows(Dataset[dict[str, Tensor]]):
@@ -108,29 +110,38 @@ class TokenDataModule(LightningDataModule):
 
     Args:
         tokenizer: of the model.
-        train: corpus to train on.
+        train: corpus to train on; here and below a corpus, or its name or path (see `corpus`).
         calibration: corpus to calibrate pruning on.
         evaluation: corpus for perplexity.
+        evaluate: names or paths of further corpora for perplexity.
+        root: folder where named corpora are looked for; None: the Hub.
         seq_len: tokens per window.
         batch_size: windows per training batch.
         train_windows: use only the first so many; None for all.
         calibration_windows: how many to draw; an error if the corpus holds fewer.
         calibration_batch_size: windows per calibration and evaluation batch.
-        evaluation_windows: use only the first so many; None for all.
+        evaluation_windows: use only the first so many of every corpus; None for all.
         seed: draws the calibration windows and shuffles the training windows.
 
     Attributes:
         evaluation_windows: the evaluation windows, (windows, seq_len), after `setup`.
         evaluation_title: what text they are from.
+        further_evaluation: title and windows of every further corpus, by its name or the name of its file, after
+            `setup`.
+
+    Raises:
+        ValueError: a corpus is unknown or its file is missing, or two of `evaluate` have one name.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        train: Corpus,
-        calibration: Corpus,
-        evaluation: Corpus,
+        train: Corpus | str,
+        calibration: Corpus | str,
+        evaluation: Corpus | str,
         *,
+        evaluate: Sequence[str] = (),
+        root: str | Path | None = None,
         seq_len: int = 512,
         batch_size: int = 4,
         train_windows: int | None = None,
@@ -146,8 +157,15 @@ class TokenDataModule(LightningDataModule):
                 f"got {seq_len} and {calibration_windows}"
             )
         self.tokenizer = tokenizer
-        self.corpora: dict[str, Corpus] = {"train": train, "calibration": calibration, "evaluation": evaluation}
-        self.evaluation_title = evaluation.title
+        parts: tuple[tuple[Part, Corpus | str], ...]
+        parts = (("train", train), ("calibration", calibration), ("evaluation", evaluation))
+        self.corpora: dict[str, Corpus] = {
+            part: corpus(given, part, root) if isinstance(given, str) else given for part, given in parts
+        }
+        self.evaluation_title = self.corpora["evaluation"].title
+        self._further = {Path(name).name: corpus(name, "evaluation", root) for name in evaluate}
+        if len(self._further) < len(evaluate):
+            raise ValueError(f"evaluate names one corpus twice: {list(evaluate)}")
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.calibration_batch_size = calibration_batch_size
@@ -158,6 +176,7 @@ class TokenDataModule(LightningDataModule):
         self.train_windows: Int[Tensor, "windows tokens"] | None = None
         self.calibration_windows: Int[Tensor, "windows tokens"] | None = None
         self.evaluation_windows: Int[Tensor, "windows tokens"] | None = None
+        self.further_evaluation: dict[str, tuple[str, Tensor]] = {}
 
     @classmethod
     def from_text_file(
@@ -167,14 +186,27 @@ class TokenDataModule(LightningDataModule):
         train, calibration, evaluation = (TextFile(path, part, field) for part in SHARES)
         return cls(tokenizer, train, calibration, evaluation, **settings)
 
+    @property
+    def setting(self) -> dict[str, str | int | None]:
+        """What decides the calibration and evaluation windows, apart from the tokenizer; known before `setup`."""
+        parts: tuple[Part, ...] = ("calibration", "evaluation")
+        texts = {part: self.corpora[part].title for part in parts}
+        counts = {f"{part}_windows": self._limits[part] for part in parts}
+        return texts | counts | {"seq_len": self.seq_len, "seed": self.seed}
+
     def setup(self, stage: str) -> None:
         """Reads and tokenizes the corpora, once."""
         if self.train_windows is None:
             self.train_windows = self._contiguous("train")
             self.evaluation_windows = self._contiguous("evaluation")
+            for name, further in self._further.items():
+                cut = self._cut("evaluation", further, contiguous_windows, self.seq_len, self._limits["evaluation"])
+                self.further_evaluation[name] = further.title, cut
             count = self._limits["calibration"]
             assert count is not None
-            self.calibration_windows = self._cut("calibration", random_windows, count, self.seq_len, self.seed)
+            self.calibration_windows = self._cut(
+                "calibration", self.corpora["calibration"], random_windows, count, self.seq_len, self.seed
+            )
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.train_windows is not None
@@ -212,17 +244,16 @@ class TokenDataModule(LightningDataModule):
         return DataLoader(_Windows(windows), self.calibration_batch_size, generator=torch.Generator())
 
     def _contiguous(self, part: str) -> Tensor:
-        return self._cut(part, contiguous_windows, self.seq_len, self._limits[part])
+        return self._cut(part, self.corpora[part], contiguous_windows, self.seq_len, self._limits[part])
 
-    def _cut(self, part: str, cut: Any, *args: Any) -> Tensor:
-        corpus = self.corpora[part]
-        documents = [text for text in corpus.documents() if text.strip()]
+    def _cut(self, part: str, source: Corpus, cut: Any, *args: Any) -> Tensor:
+        documents = [text for text in source.documents() if text.strip()]
         if not documents:
-            raise ValueError(f"the {part} corpus, {corpus.title}, holds no text")
+            raise ValueError(f"the {part} corpus, {source.title}, holds no text")
         try:
             windows: Tensor = cut(documents, self._encode, *args)
         except ValueError as error:
-            raise ValueError(f"the {part} corpus, {corpus.title}: {error}") from error
+            raise ValueError(f"the {part} corpus, {source.title}: {error}") from error
         return windows
 
     def _encode(self, text: str) -> list[int]:

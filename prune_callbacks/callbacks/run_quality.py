@@ -1,0 +1,123 @@
+"""What RunReport measures of a model: perplexity on every text, and zero-shot accuracy."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from prune_callbacks.calibration import find_language_model, free_memory, model_bytes
+from prune_callbacks.evaluation import perplexity
+from prune_callbacks.evaluation.zero_shot import ZeroShot
+from prune_callbacks.parallel import world
+
+
+@dataclass(frozen=True)
+class RunQuality:
+    """
+    The measurements of one stage of a run.
+
+    Args:
+        tokenizer: for `zero_shot`.
+        batch_size: windows per forward pass.
+        zero_shot: tasks, or None.
+        progress: show progress bars.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None
+    batch_size: int
+    zero_shot: ZeroShot | None
+    progress: bool
+
+    def check(self, trainer: Trainer) -> None:
+        """Raises ValueError for what cannot be measured."""
+        if getattr(trainer.datamodule, "evaluation_windows", None) is None:
+            raise ValueError("RunReport needs a data module with evaluation_windows, such as TokenDataModule")
+        if self.zero_shot is None:
+            return
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"zero-shot accuracy is measured on one process, and this fit has {trainer.world_size}. Leave "
+                "zero_shot away, and measure model/ of the run's folder afterwards: ZeroShot(...)(model, tokenizer)"
+            )
+        self.zero_shot.check()
+
+    def fits(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether one device can hold the model, which is not sharded yet; the same answer on every rank."""
+        needed, device = model_bytes(find_language_model(pl_module)), trainer.strategy.root_device
+        fits = all(world(trainer).gather(needed < 0.9 * free_memory(device)))
+        if not fits:
+            rank_zero_warn(
+                f"the dense model takes {needed / 2**30:.1f} GiB before it is sharded, more than {device} has: its "
+                "quality is not measured"
+            )
+        return fits
+
+    def perplexity(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        """On the data module's evaluation windows."""
+        with _on_its_device(trainer, pl_module) as model:
+            return self._perplexity(trainer, model, trainer.datamodule.evaluation_windows)
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule, stage: str, record: dict[str, Any]) -> float:
+        """Everything, into the run's record; returns the perplexity on the evaluation windows."""
+        data = trainer.datamodule
+        windows, title = data.evaluation_windows, getattr(data, "evaluation_title", None)
+        with _on_its_device(trainer, pl_module) as model:
+            value = self._perplexity(trainer, model, windows)
+            measured = {"seq_len": windows.shape[1], stage: finite(value)}
+            record["perplexity"] |= {"dataset": title} | measured
+            _say(stage, value, windows)
+            corpora = record.setdefault("corpora", {})  # checkpoints of earlier versions have none
+            for name, (further, others) in getattr(data, "further_evaluation", {}).items():
+                same = torch.equal(others, windows)
+                again = value if same else self._perplexity(trainer, model, others)
+                known = {"dataset": further, "seq_len": others.shape[1], "windows": len(others)}
+                corpora[name] = corpora.get(name, {}) | known | {stage: finite(again)}
+                _say(f"{stage} {name}", again, others)
+            if self.zero_shot is not None:
+                self._zero_shot(self.zero_shot, model, stage, record)
+        return value
+
+    def _perplexity(self, trainer: Trainer, model: nn.Module, windows: Tensor) -> float:
+        progress = self.progress and trainer.is_global_zero
+        return perplexity(model, windows, batch_size=self.batch_size, progress=progress, ranks=world(trainer))
+
+    def _zero_shot(self, zero_shot: ZeroShot, model: nn.Module, stage: str, record: dict[str, Any]) -> None:
+        assert self.tokenizer is not None
+        results = zero_shot(model, self.tokenizer)
+        accuracies = record.setdefault("zero_shot", {})
+        for task, result in results.items():
+            measured = {key: result.pop(key) for key in ("value", "stderr", "all")}
+            before = accuracies.get(task, {})
+            if not result.items() <= before.items():
+                before = {}  # measured on other examples, before the fit was resumed with other settings
+            accuracies[task] = before | result | {stage: measured}
+            error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.2%}"
+            rank_zero_info(f"{stage} {task} {result['metric']} {measured['value']:.2%}{error}")
+
+
+def finite(value: float) -> float | None:
+    """JSON knows no others."""
+    return value if math.isfinite(value) else None
+
+
+def _say(what: str, value: float, windows: Tensor) -> None:
+    rank_zero_info(f"{what} perplexity {value:.2f} ({len(windows)} windows of {windows.shape[1]} tokens)")
+
+
+@contextmanager
+def _on_its_device(trainer: Trainer, pl_module: LightningModule) -> Iterator[nn.Module]:
+    """The language model, on the trainer's device meanwhile: in setup and after the fit it is on the CPU."""
+    model = find_language_model(pl_module)
+    home, device = next(model.parameters()).device, trainer.strategy.root_device
+    if home.type != device.type:
+        model.to(device)
+    yield model
+    if home.type != device.type:
+        model.to(home)

@@ -1,0 +1,181 @@
+"""Quality over sparsity, or over any other setting: many prunings of one model, one point at a time."""
+
+import atexit
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from prune_callbacks.calibration import prune_sequentially, reset_peak_memory
+from prune_callbacks.calibration.allocating import Allocation
+from prune_callbacks.evaluation import perplexity
+from prune_callbacks.evaluation.curves import draw_curves, sweep_table
+from prune_callbacks.evaluation.report import open_results, write_json
+from prune_callbacks.pruners import Pruner
+from prune_callbacks.sparsity import NM
+
+
+@runtime_checkable
+class SweepData(Protocol):
+    """A data module such as `TokenDataModule`, as far as a sweep needs it."""
+
+    calibration_windows: Tensor | None
+    evaluation_windows: Tensor | None
+    evaluation_title: str
+    calibration_batch_size: int
+
+    @property
+    def setting(self) -> Mapping[str, str | int | None]: ...
+
+    def setup(self, stage: str) -> None: ...
+
+
+@dataclass
+class _Kept:
+    """The dense model and the token windows, which the next points of this process use again."""
+
+    key: str = ""
+    model: nn.Module | None = None
+    dense: dict[str, Tensor] | None = None
+    windows: dict[str, tuple[Tensor, Tensor]] | None = None
+
+
+_kept = _Kept()
+
+
+def sweep_point(
+    model: Callable[[], nn.Module],
+    data: SweepData,
+    pruner: Pruner,
+    dirpath: str | Path,
+    *,
+    name: str | None = None,
+    allocation: Allocation | None = None,
+    targets: Sequence[str] | str | None = None,
+    device: str | None = None,
+    along: str = "sparsity",
+    at: int | float | str | None = None,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """
+    Prunes the dense model in one way and measures it, into `dirpath/sweep.json`, unless that has the point already.
+
+    Equivalent to `prune_sequentially` on a fresh model for every point. The model, its dense perplexity and the token
+    windows are made once and kept for the points to come; calibration statistics are not, because the inputs of every
+    block depend on how the blocks before were pruned. `sweep.png` is drawn again after every point.
+
+    Args:
+        model: makes the dense model, a causal LM; called once in a process.
+        data: has calibration and evaluation windows.
+        pruner: of this point.
+        dirpath: the folder.
+        name: of the model.
+        allocation: spreads the sparsity over layers; None: evenly.
+        targets: patterns of layer names; None for all linear layers of the decoder blocks.
+        device: where blocks are pruned and perplexity is measured; None: where the model is.
+        along: what the curves run along, for the axis; "sparsity" is the pattern's.
+        at: where on another axis this point is; None is "all".
+        batch_size: evaluation windows per forward pass.
+        progress: show progress bars.
+
+    Returns:
+        The point: perplexity, sparsity (achieved), seconds and peak_memory_bytes of pruning, and what it was.
+
+    Raises:
+        ValueError: the folder holds a sweep of another model or evaluation text, or what pruning raises; such a point
+            is noted in the file and tried again the next time.
+    """
+    folder, setting = Path(dirpath), dict(data.setting)
+    calibration = {key: setting.pop(key) for key in ("calibration", "calibration_windows", "seed")}
+    described = {"model": name, "along": along} | setting
+    results = open_results(folder / "sweep.json", described)
+    text, windows = calibration["calibration"], calibration["calibration_windows"]
+    key = f"{pruner!r}, {windows} windows of {text}, seed {calibration['seed']}"
+    key += "".join(f", {option!r}" for option in (allocation, targets) if option is not None)
+    found = results["cells"].get(key)
+    if found is not None and "error" not in found:
+        Console().print(f"{key}: measured before", markup=False, highlight=False, soft_wrap=True)
+        return dict(found)
+    network = _dense_model(model, f"{name}, {model!r}, {device}", device)
+    calibrating, evaluating = _windows(data, repr(data.setting))
+    point: dict[str, Any] = {
+        "series": _series(pruner, allocation, along),
+        "at": pruner.pattern.sparsity if along == "sparsity" else at,
+        "pruner": repr(pruner),
+        "allocation": None if allocation is None else repr(allocation),
+    } | calibration
+    where = next(network.parameters()).device
+    try:
+        if "dense" not in results:
+            results["dense"] = perplexity(network, evaluating, batch_size=batch_size, progress=progress)
+        reset_peak_memory(where)
+        batches = calibrating.split(data.calibration_batch_size)
+        how: dict[str, Any] = {"targets": targets, "allocation": allocation, "progress": progress}
+        report = prune_sequentially(network, batches, pruner, **how)
+        value = perplexity(network, evaluating, batch_size=batch_size, progress=progress)
+    except (ValueError, RuntimeError) as error:
+        results["cells"][key] = point | {"error": str(error)}
+        write_json(folder / "sweep.json", results)
+        raise
+    results["cells"][key] = point | {
+        "perplexity": value if math.isfinite(value) else None,
+        "sparsity": report.sparsity,
+        "seconds": round(report.seconds, 2),
+        "peak_memory_bytes": report.peak_memory_bytes,
+        "skipped": len(report.skipped),
+    }
+    write_json(folder / "sweep.json", results)
+    draw_curves(results, folder / "sweep.png")
+    Console().print(f"{key}: perplexity {value:.2f}", markup=False, highlight=False, soft_wrap=True)
+    return dict(results["cells"][key])
+
+
+def _dense_model(make: Callable[[], nn.Module], key: str, device: str | None) -> nn.Module:
+    """The model with its dense weights, from the first point of this process if that was of the same."""
+    if _kept.key != key or _kept.model is None or _kept.dense is None:
+        _kept.key, _kept.model, _kept.dense = key, None, None  # the old one goes before the new one comes
+        made = make().to(device) if device is not None else make()
+        _kept.model, _kept.dense = made, copy.deepcopy({n: p.data for n, p in made.named_parameters()})
+    with torch.no_grad():
+        for parameter_name, parameter in _kept.model.named_parameters():
+            parameter.copy_(_kept.dense[parameter_name])
+    return _kept.model
+
+
+def _windows(data: SweepData, key: str) -> tuple[Tensor, Tensor]:
+    if _kept.windows is None or key not in _kept.windows:
+        data.setup("fit")
+        assert data.calibration_windows is not None
+        assert data.evaluation_windows is not None
+        _kept.windows = {key: (data.calibration_windows, data.evaluation_windows)}
+    return _kept.windows[key]
+
+
+def _series(pruner: Pruner, allocation: Allocation | None, along: str) -> str:
+    """What points of one curve have in common."""
+    pattern = pruner.pattern
+    kind = f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else type(pattern).__name__.lower()
+    if along == "sparsity":
+        kind = "N:M" if isinstance(pattern, NM) else kind
+    elif not isinstance(pattern, NM):
+        kind = f"{kind} {pattern.sparsity:.4g}"
+    return ", ".join([type(pruner).__name__, kind] + ([type(allocation).__name__] if allocation is not None else []))
+
+
+_folders: set[Path] = set()
+
+
+def sweep_job(dirpath: str | Path, **settings: Any) -> dict[str, Any]:
+    """`sweep_point` for a process that measures many points and is not told which is the last: ends with the table."""
+    folder = Path(dirpath)
+    if folder not in _folders:
+        _folders.add(folder)
+        atexit.register(sweep_table, folder / "sweep.json")
+    return sweep_point(dirpath=folder, **settings)

@@ -1,0 +1,118 @@
+"""The corpora of the papers, by name: from the Hub, or from a folder of their published files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prune_callbacks.tasks.corpora import Corpus, HubText, Part, PythonDocs, TextFile
+
+NAMES = ("wikitext2", "ptb", "c4", "lambada", "python_docs")
+C4_ROWS = 1100
+"""Documents of C4's validation shard that the papers' perplexity is measured on: enough for 256 windows of 2048."""
+
+
+def corpus(name: str, part: Part, root: str | Path | None = None) -> Corpus:
+    """
+    A corpus by its name, or by the path of a local file.
+
+    The text is the papers' (SparseGPT, Wanda): WikiText-2 is the raw version, rows joined with blank lines; Penn
+    Treebank is Mikolov's, with its `<unk>` and `N`, sentences joined with spaces; C4 is its first validation documents
+    joined with spaces, and single documents to calibrate and to train on; LAMBADA is OpenAI's detokenised form of the
+    test passages, joined with blank lines. Nothing is detokenised beyond that.
+
+    Args:
+        name: "wikitext2", "ptb", "c4", "lambada", "python_docs" (see `PythonDocs`), or the path of a `.txt`, `.raw` or
+            `.jsonl` file, whose last 15 % of lines are for evaluation and the 15 % before for calibration (see
+            `TextFile`).
+        part: "train", "calibration" or "evaluation". The test split is evaluated on (of C4, validation), the training
+            split is for the two others; LAMBADA has its test passages only, which are cut as files are.
+        root: folder with the published files (see `local_files`); None: from the Hub.
+
+    Raises:
+        ValueError: there is no corpus and no file of that name, or the folder lacks the corpus's file.
+    """
+    if name == "python_docs":
+        return PythonDocs(part)
+    if name in NAMES:
+        return _from_hub(name, part) if root is None else _from_folder(name, part, Path(root))
+    if Path(name).suffix not in (".txt", ".raw", ".jsonl"):
+        raise ValueError(
+            f"no corpus {name!r}: accepted are {', '.join(NAMES)} and the path of a .txt, .raw or .jsonl file"
+        )
+    if not Path(name).is_file():
+        raise ValueError(f"no text file at {name}")
+    return TextFile(name, part)
+
+
+def local_files(name: str, part: Part) -> Sequence[str]:
+    """Where a named corpus is looked for inside of a root folder, as patterns; the first that matches is taken."""
+    split = "test" if part == "evaluation" else "train"
+    if name == "wikitext2":
+        return tuple(f"{folder}/wiki.{split}.raw" for folder in ("wikitext2-raw", "wikitext-2-raw"))
+    if name == "ptb":
+        return (f"ptb/ptb.{split}.txt",)
+    if name == "lambada":
+        return ("lambada/lambada_test.jsonl",)
+    which = "validation" if part == "evaluation" else "train"
+    return tuple(f"c4/{folder}*{which}*.{suffix}" for folder in ("", "en/") for suffix in ("jsonl", "json.gz"))
+
+
+def _from_hub(name: str, part: Part) -> Corpus:
+    split = "test" if part == "evaluation" else "train"
+    if name == "wikitext2":
+        return HubText("Salesforce/wikitext", "wikitext-2-raw-v1", split, join="\n\n")
+    if name == "ptb":  # published as a script, which `datasets` runs no more; the Hub keeps a converted copy
+        revision = "refs/convert/parquet"
+        return HubText("ptb-text-only/ptb_text_only", "penn_treebank", split, None, "sentence", " ", None, revision)
+    if name == "lambada":
+        return HubText("EleutherAI/lambada_openai", "default", "test", join="\n\n")
+    if part == "evaluation":
+        shard = "en/c4-validation.00000-of-00008.json.gz"
+        return HubText("allenai/c4", split="validation", data_files=shard, join=" ", limit=C4_ROWS)
+    shard = f"en/c4-train.0000{int(part == 'train')}-of-01024.json.gz"
+    return HubText("allenai/c4", split="train", data_files=shard, limit=20000)
+
+
+def _from_folder(name: str, part: Part, root: Path) -> Corpus:
+    patterns = local_files(name, part)
+    found = next((path for pattern in patterns for path in sorted(root.glob(pattern))), None)
+    if found is None:
+        what = f"{name}'s {part} text"
+        raise ValueError(
+            f"{root} has no file of {what}: looked for {' and '.join(patterns)}. Put it there, name a file by its path "
+            "in place of the corpus, or leave root away to take it from the Hub"
+        )
+    if name == "lambada":
+        return TextFile(str(found), None if part == "evaluation" else part)
+    if name == "c4":
+        if part == "evaluation":
+            return HubText("json", data_files=str(found), join=" ", limit=C4_ROWS)
+        return HubText("json", data_files=str(found))
+    test = "test" if part == "evaluation" else "train"
+    if name == "ptb":
+        return Lines(str(found), f"Penn Treebank {test}", join=" ", keep_ends=False)
+    return Lines(str(found), f"WikiText-2 raw {test}", join="\n\n", keep_ends=True)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """
+    The rows that the Hub makes of a file with one row a line, joined into one document.
+
+    Args:
+        path: the file.
+        title: for reports.
+        join: what stands between rows.
+        keep_ends: rows end in their newline, and blank ones are empty (WikiText); else rows are stripped.
+    """
+
+    path: str
+    title: str
+    join: str
+    keep_ends: bool
+
+    def documents(self) -> list[str]:
+        """One text."""
+        with Path(self.path).open(encoding="utf-8", newline="\n") as file:
+            rows = [(line if line.strip() else "") if self.keep_ends else line.strip() for line in file]
+        return [self.join.join(rows)]

@@ -1,0 +1,181 @@
+"""Sweeps: every point as in a fresh model, kept whatever happens, measured once; the recipes in real processes."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+
+import matplotlib.image
+import pytest
+import torch
+from launch import HERE, started, train
+
+from prune_callbacks import MRP, NM, OWL, Magnitude, SparseGPT, TokenDataModule, Unstructured, Wanda, prune_sequentially
+from prune_callbacks.calibration import peak_memory, reset_peak_memory
+from prune_callbacks.evaluation import perplexity
+from prune_callbacks.evaluation.curves import curves, draw_curves, sweep_table
+from prune_callbacks.studies import sweep_point
+from prune_callbacks.tasks import PythonDocs, tiny_llama
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def data(tokenizer):
+    return make_data(tokenizer)
+
+
+def make_data(tokenizer, **sizes):
+    corpora = [PythonDocs(part) for part in ("train", "calibration", "evaluation")]
+    given = {"train_windows": 2, "calibration_windows": 6, "evaluation_windows": 3} | sizes
+    return TokenDataModule(tokenizer, *corpora, seq_len=48, **given)
+
+
+def network():
+    return tiny_llama(hidden_size=32, layers=2)
+
+
+class Counted:
+    calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        return network()
+
+
+def test_every_point_is_that_of_a_fresh_model(tmp_path, data):
+    make = Counted()
+    pruners = [Wanda(Unstructured(0.3)), Wanda(Unstructured(0.6)), MRP(NM(1, 4)), SparseGPT(Unstructured(0.6))]
+    points = [sweep_point(make, data, pruner, tmp_path, progress=False) for pruner in pruners]
+    points.append(sweep_point(make, data, pruners[1], tmp_path, allocation=OWL(), progress=False))
+    assert make.calls == 1  # one dense model
+    for point, pruner, allocation in zip(points, [*pruners, pruners[1]], [None] * 4 + [OWL()], strict=True):
+        fresh = network()
+        report = prune_sequentially(
+            fresh, data.calibration_windows.split(4), pruner, allocation=allocation, progress=False
+        )
+        assert point["perplexity"] == pytest.approx(perplexity(fresh, data.evaluation_windows, progress=False))
+        assert point["sparsity"] == report.sparsity
+        assert point["at"] == pruner.pattern.sparsity
+        assert point["seconds"] > 0
+        assert point["peak_memory_bytes"] > 1e8
+    written = json.loads((tmp_path / "sweep.json").read_text())
+    assert written["dense"] == pytest.approx(perplexity(network(), data.evaluation_windows, progress=False))
+    assert list(written["cells"].values()) == points
+    assert {name: [point["at"] for point in found] for name, found in curves(written).items()} == {
+        "Wanda, unstructured": [0.3, 0.6],
+        "MRP, N:M": [0.75],
+        "SparseGPT, unstructured": [0.6],
+        "Wanda, unstructured, OWL": [0.6],
+    }
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path, tokenizer, data, monkeypatch, capsys):
+    first = sweep_point(network, data, Wanda(Unstructured(0.5)), tmp_path, progress=False)
+    before = (tmp_path / "sweep.json").read_bytes()
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("prune_callbacks.studies.sweep.prune_sequentially", refuse)
+        assert sweep_point(refuse, make_data(tokenizer), Wanda(Unstructured(0.5)), tmp_path, progress=False) == first
+        with pytest.raises(AssertionError, match="measured again"):  # the control: another point is
+            sweep_point(network, data, Wanda(Unstructured(0.4)), tmp_path, progress=False)
+    assert (tmp_path / "sweep.json").read_bytes() == before
+    assert "measured before" in capsys.readouterr().out
+    # Other calibration windows are another point, another evaluation text another sweep.
+    sweep_point(
+        network, make_data(tokenizer, calibration_windows=3), Wanda(Unstructured(0.5)), tmp_path, progress=False
+    )
+    assert len(json.loads((tmp_path / "sweep.json").read_text())["cells"]) == 2
+    other = make_data(tokenizer, evaluation_windows=2)
+    with pytest.raises(ValueError, match="holds results of another setting"):
+        sweep_point(network, other, Wanda(Unstructured(0.5)), tmp_path, progress=False)
+    with pytest.raises(ValueError, match="holds results of another setting"):
+        sweep_point(network, data, Wanda(Unstructured(0.5)), tmp_path, name="another", progress=False)
+
+
+def test_a_point_that_fails_is_noted_and_harms_no_other(tmp_path, data, capsys):
+    with pytest.raises(ValueError, match="q_proj"):
+        sweep_point(network, data, Magnitude(NM(2, 5)), tmp_path, progress=False)
+    good = sweep_point(network, data, Magnitude(NM(2, 4)), tmp_path, progress=False)
+    fresh = network()
+    prune_sequentially(fresh, None, Magnitude(NM(2, 4)), progress=False)
+    assert good["perplexity"] == pytest.approx(perplexity(fresh, data.evaluation_windows, progress=False))
+    cells = json.loads((tmp_path / "sweep.json").read_text())["cells"]
+    assert ["error" in cell for cell in cells.values()] == [True, False]
+    capsys.readouterr()
+    sweep_table(tmp_path / "sweep.json")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"failed: Magnitude\(pattern=NM\(n=2, m=5\)\).*needs an input size", printed)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process's peak begin again")
+def test_peaks_are_of_each_point():
+    big = torch.ones(100_000_000)
+    peak = peak_memory(CPU)
+    del big
+    reset_peak_memory(CPU)
+    assert peak_memory(CPU) < peak - 3e8
+
+
+def test_the_picture_of_numbers_names_and_everything(tmp_path):
+    def cell(at, value):
+        return {"series": "one", "at": at, "perplexity": value, "seconds": 1.0, "peak_memory_bytes": 1 << 30}
+
+    setting = {"model": "a $model$", "evaluation": "text", "seq_len": 8, "along": "damping"}
+    for values in ([1e-4, 1e-2, 1], [32, 128, None], ["c4", "ptb"], [0.5]):
+        cells = {str(at): cell(at, 10.0 + i) for i, at in enumerate(values)}
+        results = {"setting": setting, "dense": 9.0, "cells": cells | {"bad": cell(values[0], None) | {"series": "x"}}}
+        path = tmp_path / f"{len(values)}{values[0]}.png"
+        draw_curves(results, path)
+        assert matplotlib.image.imread(path).std() > 0.05
+        assert [point["at"] for point in curves(results)["one"]] == values
+
+
+def test_a_sweep_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
+    arguments = ["--multirun", "recipe=sweep", "pruner=magnitude,sparsegpt", "pattern.sparsity=0.4,0.6", "smoke=true"]
+    code, output = train(*arguments, f"output_dir={tmp_path / 'whole'}")
+    assert code == 0, output[-3000:]
+    assert len(re.findall(r"perplexity \d", output)) == 4
+    path = tmp_path / "killed/sweep.json"
+    for wanted in (1, 3):
+        with started([sys.executable, HERE.parent / "train.py", *arguments, f"output_dir={path.parent}"]) as process:
+            begin = time.monotonic()
+            while time.monotonic() - begin < 120 and (
+                not path.is_file() or len(json.loads(path.read_text())["cells"]) < wanted
+            ):
+                time.sleep(0.02)
+            os.killpg(process.pid, signal.SIGKILL)
+    done = set(json.loads(path.read_text())["cells"])
+    assert len(done) >= 3
+    code, output = train(*arguments, f"output_dir={path.parent}")
+    assert code == 0, output[-3000:]
+    assert output.count("measured before") == len(done)
+    whole, resumed = (json.loads(p.read_text()) for p in (tmp_path / "whole/sweep.json", path))
+    assert list(whole["cells"]) == list(resumed["cells"])
+    for key, cell in whole["cells"].items():
+        assert resumed["cells"][key]["perplexity"] == cell["perplexity"]
+    assert "SparseGPT, unstructured" in output
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_unknown_pruners_are_refused_before_any_point(tmp_path):
+    code, output = train("--multirun", "recipe=sweep", "pruner=magnitude,wando", f"output_dir={tmp_path / 'a'}")
+    assert code == 1
+    assert "Could not find 'pruner/wando'" in output
+    assert "sparsegpt" in output  # what there is
+    assert not (tmp_path / "a/sweep.json").exists()
+
+
+def test_an_ablation_sweeps_by_itself(tmp_path):
+    code, output = train(
+        "recipe=ablate_block_size", "smoke=true", "pruner.block_size=64,null", f"output_dir={tmp_path}"
+    )
+    assert code == 0, output[-3000:]
+    results = json.loads((tmp_path / "sweep.json").read_text())
+    assert results["setting"]["along"] == "block size"
+    assert [cell["at"] for cell in results["cells"].values()] == [64, None]
