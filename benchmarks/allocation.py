@@ -23,8 +23,11 @@ from prune_callbacks.evaluation.report import open_results, write_json
 from prune_callbacks.studies import sensitivity
 from prune_callbacks.tasks import smollm2_135m
 
+EXACT = "uniform, rows that differ by one weight"
+"""Wanda's convention rounds in every row; this removes as many weights as the allocations do."""
 ALLOCATIONS = {
     "uniform": lambda path: None,
+    EXACT: lambda path: None,
     "OWL": lambda path: OWL(),
     "Lagrangian": lambda path: LagrangianAllocation(),
     "Lagrangian, reach 0.3": lambda path: LagrangianAllocation(reach=0.3, points=5),
@@ -74,7 +77,8 @@ def main() -> None:
     for name, make in ALLOCATIONS.items():
         if name not in results["cells"]:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-            report = prune_sequentially(model, calibration.split(4), pruner, allocation=make(units))
+            how = Wanda(Unstructured(args.sparsity, per="even")) if name == EXACT else pruner
+            report = prune_sequentially(model, calibration.split(4), how, allocation=make(units))
             removed = sum(int((~keep).sum()) for keep in report.masks.values())
             results["cells"][name] = {
                 "perplexity": round(perplexity(model, evaluation), 3),
@@ -83,7 +87,7 @@ def main() -> None:
                 "sparsity": {layer.name: round(layer.sparsity, 4) for layer in report.layers},
             }
             write_json(args.results, results)
-    uniform = results["cells"]["uniform"]["perplexity"]
+    uniform = results["cells"][EXACT]["perplexity"]
     print("| allocation | perplexity | of uniform | weights removed |\n|---|---|---|---|")
     for name, cell in results["cells"].items():
         value = cell["perplexity"]

@@ -8,7 +8,7 @@ import torch
 from prune_callbacks import ALPS, MRP, NM, Gram, InputNorm, SparseGPT, Unstructured
 from prune_callbacks.solvers.least_squares import MaskedLeastSquares
 from prune_callbacks.solvers.linalg import NumericalError, damp, ridge_inverse
-from prune_callbacks.solvers.mrp import mask_m
+from prune_callbacks.solvers.mrp import mask_m, mrp_sm
 from prune_callbacks.solvers.split import split
 
 
@@ -28,6 +28,41 @@ def test_statistics_are_sums_over_tokens_whatever_the_batches(correlated):
     assert gram.matrix.dtype == torch.float32
     with pytest.raises(ValueError, match=r"expected inputs of shape \(..., 12\), got \(5, 3\)"):
         gram.update(torch.rand(5, 3))
+
+
+def test_statistics_of_a_few_rows_at_a_time_are_the_same(monkeypatch):
+    x = torch.randn(3, 7, 16).bfloat16()
+    whole = [Gram(16), InputNorm(16)]
+    for statistic in whole:
+        statistic.update(x)
+    monkeypatch.setattr("prune_callbacks.solvers.statistics.AT_ONCE", 5 * 16)
+    for statistic, before in zip([Gram(16), InputNorm(16)], whole, strict=True):
+        statistic.update(x)
+        assert statistic.tokens == before.tokens == 21
+        torch.testing.assert_close(statistic.squared_norm, before.squared_norm)
+        torch.testing.assert_close(before.squared_norm, x.float().square().sum((0, 1)))
+
+
+@pytest.mark.parametrize("heights", [[30], [7, 14, 2, 7]], ids=str)
+@pytest.mark.parametrize("block_size", [None, 32])
+def test_rows_solved_some_at_a_time_end_where_all_do(correlated, monkeypatch, heights, block_size):
+    x = correlated(96, tokens=400)
+    system, weight = damp(x.T @ x, 0.01), torch.randn(30, 96, dtype=torch.float64)
+    pattern = Unstructured(0.6)
+
+    def choose(scores, start):
+        return pattern.keep(scores)  # over all rows, in parts or not
+
+    whole, keep = mrp_sm(weight, system, choose, block_size, heights)
+    monkeypatch.setattr("prune_callbacks.solvers.mrp.AT_ONCE", 8 * 96)
+    seen = []
+    monkeypatch.setattr(
+        "prune_callbacks.solvers.mrp.MaskedLeastSquares", lambda *a: seen.append(a[2]) or MaskedLeastSquares(*a)
+    )
+    parts, kept = mrp_sm(weight, system, choose, block_size, heights)
+    assert seen == ([[8], [8], [8], [6]] if len(heights) == 1 else [[7], [8], [6, 2], [7]])
+    assert torch.equal(kept, keep)
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
 
 
 def test_damped_gram_and_its_inverse_factor(correlated):

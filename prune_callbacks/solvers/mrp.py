@@ -24,6 +24,13 @@ Solved = tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]
 CHUNK = 2**24
 """How many weights `mask_m` scores at once; it holds a few numbers for each."""
 
+AT_ONCE = 2**27
+"""
+How many weights are solved for at once: half a gigabyte for each array of the solver in float32.
+
+Rows of one mask are independent, so more of them make no product faster; a 70B model's gate_proj has twice as many.
+"""
+
 
 def mrp_sm(
     weight: Float[Tensor, "out in"],
@@ -141,13 +148,29 @@ def _in_blocks(
     dense = weight * (~system.dead).to(weight)
     columns = weight.shape[1]
     step = columns if block_size is None else block_size
-    solution = MaskedLeastSquares(dense, system, heights)
+    sizes = _parts([len(weight)] if heights is None else heights, max(1, AT_ONCE // columns))
+    rows = dense.split([sum(part) for part in sizes])
+    solutions = [MaskedLeastSquares(part, system, size) for part, size in zip(rows, sizes, strict=True)]
     keep = torch.ones_like(weight, dtype=torch.bool)
     for a in range(0, columns, step):
         b = min(a + step, columns)
-        keep[:, a:b] = choose(solution.weight[:, a:b], a)
-        solution.restrict(keep)
-        if b < columns:  # what lies between two blocks only serves to choose the next block's mask
-            solution.approach(2.5 * solution.tolerance)
-    solution.solve()
-    return solution.weight, keep
+        keep[:, a:b] = choose(torch.cat([solution.weight[:, a:b] for solution in solutions]), a)
+        for solution, kept in zip(solutions, keep.split([len(part) for part in rows]), strict=True):
+            solution.restrict(kept)
+            if b < columns:  # what lies between two blocks only serves to choose the next block's mask
+                solution.approach(2.5 * solution.tolerance)
+    for solution in solutions:
+        solution.solve()
+    return torch.cat([solution.weight for solution in solutions]), keep
+
+
+def _parts(heights: Sequence[int], most: int) -> list[list[int]]:
+    """Layers of so many rows, cut and put together to parts of at most `most` rows."""
+    parts: list[list[int]] = []
+    for height in heights:
+        for rows in [most] * (height // most) + [height % most] * (height % most > 0):
+            if parts and sum(parts[-1]) + rows <= most:
+                parts[-1].append(rows)
+            else:
+                parts.append([rows])
+    return parts

@@ -1,5 +1,6 @@
 """Streamed calibration statistics: sums over tokens, mergeable across batches and ranks (reduction: sum)."""
 
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -7,6 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prune_callbacks.ranks import Ranks
+
+AT_ONCE = 2**25
+"""How many numbers are converted to float32 at once: a batch in 16 bits is never copied whole."""
 
 
 @runtime_checkable
@@ -27,14 +31,15 @@ class Statistic(Protocol):
         """`||X_j||_2^2` of every input feature: the sum of its squares over all tokens."""
 
 
-def _vectors(x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of `x` and the sum so far, in float64 if either is, else in float32."""
+def _vectors(x: Tensor, total: Tensor) -> tuple[Iterator[Tensor], Tensor]:
+    """The rows of `x`, some at a time, and the sum so far, in float64 if either is, else in float32."""
     in_features = total.shape[-1]
     if x.shape[-1] != in_features:
         raise ValueError(f"expected inputs of shape (..., {in_features}), got {tuple(x.shape)}")
     if x.dtype == torch.float64:
         total = total.double()
-    return x.detach().reshape(-1, in_features).to(total), total
+    rows = x.detach().reshape(-1, in_features)
+    return (part.to(total) for part in rows.split(max(1, AT_ONCE // in_features))), total
 
 
 def _reduced(total: Tensor, tokens: int, ranks: Ranks) -> tuple[Tensor, int]:
@@ -56,9 +61,10 @@ class Gram:
 
     def update(self, x: Float[Tensor, "*batch in"]) -> None:
         """Adds `x^T x` for `x` of shape (..., in); see `Statistic`."""
-        rows, self.matrix = _vectors(x, self.matrix)
-        self.matrix.addmm_(rows.T, rows)
-        self.tokens += rows.shape[0]
+        parts, self.matrix = _vectors(x, self.matrix)
+        for rows in parts:
+            self.matrix.addmm_(rows.T, rows)
+            self.tokens += len(rows)
 
     def reduce(self, ranks: Ranks) -> None:
         """The sum over ranks; see `Statistic`."""
@@ -84,9 +90,10 @@ class InputNorm:
 
     def update(self, x: Float[Tensor, "*batch in"]) -> None:
         """Adds the squares of `x` of shape (..., in); see `Statistic`."""
-        rows, self.squares = _vectors(x, self.squares)
-        self.squares += rows.square().sum(0)
-        self.tokens += rows.shape[0]
+        parts, self.squares = _vectors(x, self.squares)
+        for rows in parts:
+            self.squares += rows.square().sum(0)
+            self.tokens += len(rows)
 
     def reduce(self, ranks: Ranks) -> None:
         """The sum over ranks; see `Statistic`."""
