@@ -271,3 +271,16 @@ def greedy_units(weight: torch.Tensor, x: torch.Tensor, damping: float, width: i
     mask = torch.zeros(units, dtype=torch.bool)
     mask[kept] = True
     return mask, objective(kept)[1]
+
+
+def time_steps(model, name: str, batches) -> torch.Tensor:
+    """The inputs of a Mamba mixer's `dt_proj`: the leading part of what `x_proj` returns (Gu & Dao 2023)."""
+    found: list[torch.Tensor] = []
+    rank = model.get_submodule(name).in_features
+    projection = model.get_submodule(name.replace("dt_proj", "x_proj"))
+    hook = projection.register_forward_hook(lambda _, args, out: found.append(out[..., :rank].reshape(-1, rank)))
+    with torch.no_grad():
+        for batch in batches:
+            model(input_ids=batch, use_cache=False)
+    hook.remove()
+    return torch.cat(found)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from prune_callbacks.calibration.experts import ExpertWeight
+
 PRUNABLE = (nn.Linear, Conv1D)
 """Layer types whose `weight` is pruned. `Conv1D` is GPT-2's Linear with a weight of shape (in, out)."""
 
@@ -136,7 +138,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 def stored_input_first(layer: nn.Module) -> bool:
     """Whether the layer's weight is (in, out)."""
-    return isinstance(layer, Conv1D)
+    return layer.input_first if isinstance(layer, ExpertWeight) else isinstance(layer, Conv1D)
 
 
 def oriented(layer: nn.Module, tensor: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
 """What reaches the layers of a block, streamed into statistics."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
+from prune_callbacks.calibration.blocks import oriented
 from prune_callbacks.calibration.capture import BlockInputs, run_block
+from prune_callbacks.calibration.experts import ExpertWeight
+from prune_callbacks.calibration.watching import watched, watched_experts
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.solvers import Gram, InputNorm
 
@@ -21,6 +25,9 @@ def collect(
 ) -> dict[str, Gram | InputNorm]:
     """
     Streams the layers' inputs into statistics; layers that get the same tensor share one.
+
+    A layer whose forward is not called is looked for a second time, by what its weight is multiplied with. Experts get
+    the tokens that are dealt to them. A layer of which nothing was seen has no statistic.
 
     Args:
         statistic: makes an empty one, as `Pruner.statistic`.
@@ -55,35 +62,74 @@ def _observe(
     seen: dict[int, tuple[Tensor, str]] = {}
     tokens: Tensor | None = None
 
+    def count(name: str, x: Tensor) -> None:
+        leaders[name] = name
+        if name not in statistics:
+            statistics[name] = make(x.shape[-1])
+        statistics[name].update(x)
+
+    def count_real(name: str, x: Tensor) -> None:
+        if tokens is not None and x.shape[:2] == tokens.shape:
+            x = x[tokens]
+        elif tokens is not None and x.ndim == 2 and len(x) == tokens.numel():  # OPT's MLP sees flat tokens
+            x = x[tokens.flatten()]
+        count(name, x)
+
     def observe(name: str, x: Tensor) -> None:
         # The tensor is held in `seen` for the length of one pass, so that its id stays its own.
         leader = seen.setdefault(id(x), (x, name))[1]
         if leaders.setdefault(name, leader) != leader:
             raise ValueError(f"{name} shares its input with {leaders[name]} in one batch and not in another")
-        if leader != name:
-            return
-        if name not in statistics:
-            statistics[name] = make(x.shape[-1])
-        if tokens is not None and x.shape[:2] == tokens.shape:
-            x = x[tokens]
-        elif tokens is not None and x.ndim == 2 and len(x) == tokens.numel():  # OPT's MLP sees flat tokens
-            x = x[tokens.flatten()]
-        statistics[name].update(x)
+        if leader == name:
+            count_real(name, x)
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))
-        for name, layer in layers.items()
-    ]
-    try:
+    def run() -> None:
+        nonlocal tokens
         for batch in inputs:
             seen.clear()
             tokens = None if batch.tokens is None else batch.tokens.to(where)
             run_block(index, block, batch, where)
-    finally:
-        for hook in hooks:
-            hook.remove()
         seen.clear()
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            if not isinstance(layer, ExpertWeight):
+                hook = layer.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))
+                stack.callback(hook.remove)
+        for owner, weights in _by_owner(layers):
+            label = next(iter(weights)).rsplit(".", 2)[0]
+            stack.enter_context(watched_experts(label, owner, weights, count, lambda: tokens))
+        run()
+    uncalled = {n: m for n, m in layers.items() if n not in leaders and not isinstance(m, ExpertWeight)}
+    if uncalled:  # Mamba's mixer multiplies with dt_proj.weight itself; only then is a second look worth its time
+        with ExitStack() as stack:
+            for parent, weights in _by_parent(block, uncalled):
+                stack.enter_context(watched(parent, weights, count_real))
+            run()
     return {name: (leader, statistics[leader]) for name, leader in leaders.items()}
+
+
+def _by_owner(layers: dict[str, nn.Module]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """The modules of experts, and the matrices of each that are among the layers."""
+    experts = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertWeight)}
+    owners = {id(layer.owner): layer.owner for layer in experts.values()}
+    return [
+        (owner, {name: _matrix(layer) for name, layer in experts.items() if layer.owner is owner})
+        for owner in owners.values()
+    ]
+
+
+def _by_parent(block: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """The modules that have layers as their children, and those layers' weights."""
+    found = [
+        (parent, {name: _matrix(layer) for name, layer in layers.items() if any(c is layer for c in parent.children())})
+        for parent in block.modules()
+    ]
+    return [(parent, weights) for parent, weights in found if weights]
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    return oriented(layer, layer.get_parameter("weight").detach())
 
 
 def _reduce(

@@ -1,0 +1,92 @@
+"""Mixtures of experts whose matrices lie in one parameter: what is pruned there, and what is not."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class ExpertWeight(nn.Module):
+    """
+    One expert's matrix, a view of the parameter that holds those of all experts; a target as a linear layer is one.
+
+    Its name is the parameter's with the expert's number: `model.layers.0.mlp.experts.gate_up_proj.3`.
+
+    Args:
+        owner: the module that has the parameter.
+        attribute: the parameter's name there; of shape (experts, out, in), or (experts, in, out).
+        index: the expert.
+        input_first: whether the matrix is stored as (in, out).
+    """
+
+    def __init__(self, owner: nn.Module, attribute: str, index: int, input_first: bool) -> None:
+        super().__init__()
+        self._owner = (owner,)  # in a tuple, so that it does not become a child of ours
+        self.attribute = attribute
+        self.index = index
+        self.input_first = input_first
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that has the parameter."""
+        return self._owner[0]
+
+    @property
+    def fused(self) -> nn.Parameter:
+        """The parameter that holds the matrices of all experts."""
+        return self.owner.get_parameter(self.attribute)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The matrix as it is stored; changing it in place changes the parameter."""
+        # Made anew each time: the parameter's data is another tensor once its block was moved.
+        return nn.Parameter(self.fused.data[self.index], requires_grad=False)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """`weight`, as a linear layer's."""
+        assert target == "weight"
+        return self.weight
+
+
+def fused_parameters(block: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Parameters of a block that hold several matrices: (module's name, module, parameter's name there, parameter)."""
+    for name, owner in block.named_modules():
+        for attribute, parameter in owner.named_parameters(recurse=False):
+            if parameter.ndim >= 3 and not isinstance(owner, CONVOLUTIONS):
+                yield name, owner, attribute, parameter
+
+
+def expert_weights(owner: nn.Module) -> Iterator[tuple[str, ExpertWeight]]:
+    """
+    The matrices of a module of experts, by the parameter's name there and the expert's number.
+
+    Only of modules that say how they store them: `is_transposed`, which transformers' interface for experts sets.
+    """
+    stored = getattr(owner, "is_transposed", None)
+    for attribute, parameter in owner.named_parameters(recurse=False):
+        if isinstance(stored, bool) and parameter.ndim == 3 and not isinstance(owner, CONVOLUTIONS):
+            for index in range(len(parameter)):
+                yield f"{attribute}.{index}", ExpertWeight(owner, attribute, index, stored)
+
+
+def routers(block: nn.Module) -> dict[str, str]:
+    """
+    What decides which experts a token goes to, in a block with fused experts: names of modules, and why they stay dense.
+
+    Structure decides: beside the experts, a weight with one output for every expert, or with a single one (the gate of
+    a shared expert), that is its module's only one. A few weights, on which all that follows depends.
+    """
+    found: dict[str, str] = {}
+    for place, _, _, fused in fused_parameters(block):
+        above = place.rpartition(".")[0]
+        for name, module in block.get_submodule(above).named_modules():
+            path = f"{above}.{name}" if above and name else above or name
+            inside = f"{path}.".startswith(f"{place}.") or not name
+            weight = getattr(module, "weight", None)
+            if not inside and isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) in (1, len(fused)):
+                parent = block.get_submodule(path.rpartition(".")[0])
+                alone = path.rpartition(".")[0] == above or sum(1 for _ in parent.children()) == 1
+                if alone:
+                    found[path] = "it decides which experts a token goes to, and what they count"
+    return found
