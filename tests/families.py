@@ -69,3 +69,22 @@ def prune_by_rerunning(model, blocks: list[str], batches, pruner):
             if statistic is not None:
                 statistic.update(inputs[name])
             weight.copy_(pruner.prune(weight, statistic).weight)
+
+
+EXPERTS = LLAMA | {"num_experts_per_tok": 2}
+PLAIN = {name: value for name, value in EXPERTS.items() if name != "head_dim"}
+LATENT = PLAIN | {"num_key_value_heads": 4, "n_routed_experts": 4, "moe_intermediate_size": 8, "n_shared_experts": 1}
+LATENT |= {"first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 4}
+LATENT |= {"qk_nope_head_dim": 4, "topk_group": 1}
+
+MIXTURES = {
+    "mixtral": lambda: hf.MixtralConfig(**EXPERTS, num_local_experts=4),
+    "qwen2-moe": lambda: hf.Qwen2MoeConfig(
+        **EXPERTS, num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=12
+    ),
+    "qwen3-moe": lambda: hf.Qwen3MoeConfig(**EXPERTS, num_experts=4, moe_intermediate_size=8),
+    "olmoe": lambda: hf.OlmoeConfig(**PLAIN, num_experts=4),
+    "deepseek-v2": lambda: hf.DeepseekV2Config(**LATENT, n_group=1),
+    "deepseek-v3": lambda: hf.DeepseekV3Config(**LATENT, n_group=2),
+    "gpt-oss": lambda: hf.GptOssConfig(**EXPERTS, num_local_experts=4, **WINDOWS),
+}

@@ -13,7 +13,7 @@ ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1",
     "COLUMNS": "100",
     "DS_ACCELERATOR": "cpu",
-    "PYTHONPATH": str(HERE),
+    "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}",
 }
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ALONE = [sys.executable]

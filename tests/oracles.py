@@ -284,3 +284,38 @@ def time_steps(model, name: str, batches) -> torch.Tensor:
             model(input_ids=batch, use_cache=False)
     hook.remove()
     return torch.cat(found)
+
+
+def expert_inputs(model, name: str, batches) -> dict[str, list[torch.Tensor]]:
+    """
+    What reaches every expert of a module, by running the whole model: real tokens that the router dealt to it.
+
+    The second matrix gets the gated product of the first: SwiGLU, of gpt-oss the clamped one of its model card.
+    """
+    owner = model.get_submodule(name)
+    dealt: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hook = owner.register_forward_pre_hook(lambda _, args: dealt.append((args[0].clone(), args[1].clone())))
+    found: dict[str, list[list[torch.Tensor]]] = {"gate_up_proj": [], "down_proj": []}
+    with torch.no_grad():
+        for batch in batches:
+            dealt.clear()
+            model(**(batch if isinstance(batch, dict) else {"input_ids": batch}), use_cache=False)
+            (hidden, index), rows, products = dealt[0], [], []
+            real = (
+                batch["attention_mask"].flatten().bool() if isinstance(batch, dict) else torch.ones(len(hidden)).bool()
+            )
+            for expert in range(len(owner.gate_up_proj)):
+                x = hidden[real & (index == expert).any(-1)]
+                if owner.is_transposed:
+                    both = x @ owner.gate_up_proj[expert] + owner.gate_up_proj_bias[expert]
+                    gate, up = both[:, 0::2].clamp(max=7.0), both[:, 1::2].clamp(-7.0, 7.0)
+                    product = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+                else:
+                    gate, up = (x @ owner.gate_up_proj[expert].T).chunk(2, -1)
+                    product = torch.nn.functional.silu(gate) * up
+                rows.append(x)
+                products.append(product)
+            found["gate_up_proj"].append(rows)
+            found["down_proj"].append(products)
+    hook.remove()
+    return {kind: [torch.cat(parts) for parts in zip(*each, strict=True)] for kind, each in found.items()}

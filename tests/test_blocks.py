@@ -195,14 +195,6 @@ def test_shared_weights_are_pruned_once(tiny, batches):
     assert report.masks.violations(tiny.named_parameters()) == {}
 
 
-def test_fused_experts_are_named(batches):
-    config = hf.MixtralConfig(**COMMON, num_local_experts=4)
-    model = hf.AutoModelForCausalLM.from_config(config)
-    with pytest.warns(UserWarning, match=r"6 tensors stay dense, first model.layers.0.mlp.experts"):
-        report = prune_sequentially(model, batches, Wanda(NM(2, 4)), progress=False)
-    assert len(report.skipped) == 6
-
-
 def test_adapters_are_not_pruned(tiny):
     layer = tiny.model.layers[0].mlp.up_proj
     adapted = nn.Module()

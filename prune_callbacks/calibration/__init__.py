@@ -7,6 +7,8 @@ from prune_callbacks.calibration.blocks import (
     find_targets,
     naming,
     oriented,
+    parameter_name,
+    parameters_of,
     stored_input_first,
     weight_shape,
 )
@@ -39,6 +41,8 @@ __all__ = [
     "model_bytes",
     "naming",
     "oriented",
+    "parameter_name",
+    "parameters_of",
     "peak_memory",
     "reset_peak_memory",
     "permute_channels_",

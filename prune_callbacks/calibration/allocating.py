@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prune_callbacks.calibration.blocks import naming, oriented, weight_shape
 from prune_callbacks.calibration.capture import BlockInputs
+from prune_callbacks.calibration.experts import ExpertWeight
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.walking import next_inputs
 from prune_callbacks.pruners import Pruner, Wanda
@@ -295,9 +296,11 @@ def allocate(
         weights = {name: oriented(layer, layer.get_parameter("weight").detach()) for name, layer in mine.items()}
         unseen = sorted(mine.keys() - statistics.keys())
         if unseen:
+            expert = isinstance(mine[unseen[0]], ExpertWeight)
             raise ValueError(
-                f"{unseen[0]}: its forward was never called during calibration, so no sparsity can be allocated to it; "
-                "leave it out of `targets`"
+                f"{unseen[0]}: {'no token reached it' if expert else 'its forward was never called'} during "
+                "calibration, so no sparsity can be allocated to it; leave it out of `targets`"
+                + (" or use more calibration windows" if expert else "")
             )
         values |= ranks.share(ranks.attempt(lambda w=weights, s=statistics: allocation.measure(pruner, w, s)))  # type: ignore[misc]
         if index < len(blocks) - 1:

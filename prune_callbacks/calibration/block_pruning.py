@@ -4,18 +4,25 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from prune_callbacks.calibration.blocks import naming, oriented, stored_input_first, weight_shape
+from prune_callbacks.calibration.blocks import (
+    naming,
+    oriented,
+    parameter_name,
+    stored_input_first,
+    stored_name,
+    weight_shape,
+)
 from prune_callbacks.calibration.coupling import Coupled
+from prune_callbacks.calibration.experts import ExpertWeight, dense_in_mixtures
 from prune_callbacks.calibration.prune_report import LayerReport
-from prune_callbacks.pruners import JointPruner, Pruned, Pruner, Structured, check_weight
+from prune_callbacks.pruners import JointPruner, Magnitude, Pruned, Pruner, Structured, check_weight
 from prune_callbacks.ranks import Ranks
 from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.solvers.linalg import row_dot
 from prune_callbacks.sparsity import MaskSet
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class BlockPruning:
@@ -27,12 +34,19 @@ class BlockPruning:
         ranks: each solves its share of the layers.
         coupled: for `Structured`: which layers go together.
         removed: and how many units from every pool, by reader.
+        min_expert_tokens: an expert that fewer tokens reach is pruned by Magnitude.
     """
 
     def __init__(
-        self, pruner: Pruner, ranks: Ranks, coupled: Sequence[Coupled] = (), removed: Mapping[str, int] | None = None
+        self,
+        pruner: Pruner,
+        ranks: Ranks,
+        coupled: Sequence[Coupled] = (),
+        removed: Mapping[str, int] | None = None,
+        min_expert_tokens: int = 0,
     ) -> None:
         self.pruner = pruner
+        self.min_expert_tokens = min_expert_tokens
         self.ranks = ranks
         self.coupled = {group.reader: group for group in coupled}
         self.removed = removed or {}
@@ -40,25 +54,24 @@ class BlockPruning:
         self.masks: list[MaskSet] = []
         self.layers: list[LayerReport] = []
         self.skipped: dict[str, str] = {}
+        self.by_magnitude: dict[str, int] = {}
         self.scales: dict[str, Tensor] = {}
         self.input_first: set[str] = set()
         self.few_tokens = False
 
-    def note_fused(self, blocks: Sequence[tuple[str, nn.Module]]) -> None:
-        """Names weights that are matrices of several layers in one tensor (fused experts): they stay dense."""
-        fused: dict[str, str] = {}
-        for block_name, block in blocks:
-            for name, parameter in block.named_parameters():
-                owner = block.get_submodule(name.rpartition(".")[0])
-                if parameter.ndim == 3 and not isinstance(owner, CONVOLUTIONS):
-                    fused[f"{block_name}.{name}"] = "it holds the weights of several layers in one tensor"
-        self.skipped |= fused
-        if fused:
-            warnings.warn(
-                f"{len(fused)} tensors stay dense, first {next(iter(fused))}: they hold the weights of "
-                "several layers (experts) in one tensor, which is not supported",
-                stacklevel=3,
-            )
+    def note_dense(self, blocks: Sequence[tuple[str, nn.Module]], chosen: Mapping[str, nn.Module]) -> None:
+        """
+        Names what stays dense in mixtures of experts: routers, and experts in one tensor that are not targets.
+
+        Raises:
+            ValueError: experts are packed.
+        """
+        fused, deciding = dense_in_mixtures(blocks, chosen)
+        self.skipped |= fused | deciding
+        for kind, dense in (("tensors", fused), ("routers", deciding)):
+            if dense:
+                first, reason = next(iter(dense.items()))
+                warnings.warn(f"{len(dense)} {kind} stay dense, first {first}: {reason}", stacklevel=3)
 
     def prune(
         self,
@@ -67,6 +80,7 @@ class BlockPruning:
         advance: Callable[[int], None],
     ) -> None:
         """Prunes the layers in place, each on one rank, or notes why not; calls `advance` with how many are done."""
+        statistics = self._without_few(layers, statistics)
         groups = [[c.reader, *c.writers] for reader, c in self.coupled.items() if reader in layers]
         groups = groups or _sharing_an_input(layers, statistics, self._pruner_of)
         owners = _shared_out(
@@ -87,36 +101,71 @@ class BlockPruning:
             for name in names:
                 self.ranks.broadcast(layers[name].get_parameter("weight").data, owner)
         everything = {name: outcome for part in parts for name, outcome in part.items()}
+        experts: dict[str, dict[str, MaskSet]] = {}
         for name, layer in layers.items():
-            self._note(f"{name}.weight", layer, everything[name])
+            masks = self._note(stored_name(name, layer), layer, everything[name])
+            if masks is not None and isinstance(layer, ExpertWeight):
+                experts.setdefault(parameter_name(name, layer), {})[name] = masks
+            elif masks is not None:
+                self.masks.append(masks)
+        self.masks += [_joined(fused, layers, parts) for fused, parts in experts.items()]
+
+    def _without_few(
+        self, layers: dict[str, nn.Module], statistics: dict[str, Gram | InputNorm]
+    ) -> dict[str, Gram | InputNorm]:
+        """Leaves experts that hardly a token reached to Magnitude, naming them; the statistics of all others."""
+        few: dict[str, dict[str, int]] = {}
+        seen = {parameter_name(name, layers[name]) for name in statistics if name in layers}
+        for name, layer in layers.items():
+            # Of no expert of the tensor anything was seen: that is no matter of tokens, and told when it is solved.
+            fused = parameter_name(name, layer)
+            if isinstance(layer, ExpertWeight) and fused in seen and self._pruner_of(name).statistic(1) is not None:
+                tokens = statistics[name].tokens if name in statistics else 0
+                if tokens < self.min_expert_tokens:
+                    few.setdefault(fused, {})[name] = tokens
+                    self.pruners[name] = Magnitude(self._pruner_of(name).pattern)
+        for fused, experts in few.items():
+            self.by_magnitude |= experts
+            if self.ranks.rank == 0:
+                told = [f"{name.rpartition('.')[2]} ({tokens} tokens)" for name, tokens in experts.items()]
+                rest = f" and {len(told) - 20} more (report.by_magnitude has all)" if len(told) > 20 else ""
+                warnings.warn(
+                    f"{fused}: too few calibration tokens reached the experts {', '.join(told[:20])}{rest}; fewer than "
+                    f"min_expert_tokens={self.min_expert_tokens}, so they are pruned by Magnitude. Use more "
+                    "calibration windows",
+                    stacklevel=3,
+                )
+        return {name: s for name, s in statistics.items() if s.tokens or name not in self.by_magnitude}
 
     def _pruner_of(self, name: str) -> Pruner:
         return self.pruners.get(name, self.pruner)
 
-    def _note(self, name: str, layer: nn.Module, outcome: "_Outcome") -> None:
+    def _note(self, name: str, layer: nn.Module, outcome: "_Outcome") -> MaskSet | None:
         if isinstance(outcome, str):
             self.skipped[name] = outcome
-            return
+            return None
         report, masks, scale = outcome
         if scale is not None:
             self.scales[name] = scale.cpu()
         self.layers.append(report)
-        self.masks.append(masks)
         if stored_input_first(layer):
-            self.input_first.add(name)
+            self.input_first.add(name.rpartition(".")[0] if isinstance(layer, ExpertWeight) else name)
+        return masks
 
     def _solve(self, layers: dict[str, nn.Module], statistic: Gram | InputNorm | None) -> dict[str, "_Outcome"]:
         """Prunes layers that share their input in place, or says why not."""
         leader, first = next(iter(layers.items()))
         pruner = self._pruner_of(leader)
         if statistic is None and pruner.statistic(1) is not None:
-            reason = "its forward was never called during calibration, so nothing is known about its inputs"
+            what = "no product with it was seen" if isinstance(first, ExpertWeight) else "its forward was never called"
+            reason = f"{what} during calibration, so nothing is known about its inputs"
             warnings.warn(f"{leader} stays dense: {reason}. Leave it out of `targets` to silence this.", stacklevel=3)
             return dict.fromkeys(layers, reason)
-        if statistic is not None and statistic.tokens < weight_shape(first)[1] and not self.few_tokens:
+        known = statistic if leader not in self.by_magnitude else None
+        if known is not None and known.tokens < weight_shape(first)[1] and not self.few_tokens:
             self.few_tokens = True
             warnings.warn(
-                f"{statistic.tokens} calibration tokens for the {weight_shape(first)[1]} input features of {leader}: "
+                f"{known.tokens} calibration tokens for the {weight_shape(first)[1]} input features of {leader}: "
                 "too few to tell features apart, and slow to solve for. Use several times as many tokens as features",
                 stacklevel=3,
             )
@@ -153,12 +202,22 @@ def _replace(
     statistic: Gram | InputNorm | None,
     seconds: float,
 ) -> _Outcome:
-    parameter_name, parameter = f"{name}.weight", layer.get_parameter("weight")
+    stored, parameter = stored_name(name, layer), layer.get_parameter("weight")
     relative = _relative_loss(weight, pruned, statistic)
     parameter.data.copy_(oriented(layer, pruned.weight))
     sparsity = 1 - float(pruned.keep.float().mean())
-    report = LayerReport(parameter_name, weight_shape(layer), sparsity, pruned.loss, relative, seconds)
-    return report, MaskSet({parameter_name: oriented(layer, pruned.keep)}), pruned.scale
+    report = LayerReport(stored, weight_shape(layer), sparsity, pruned.loss, relative, seconds)
+    return report, MaskSet({stored: oriented(layer, pruned.keep)}), pruned.scale
+
+
+def _joined(fused: str, layers: Mapping[str, nn.Module], parts: Mapping[str, MaskSet]) -> MaskSet:
+    """The mask of a tensor of experts from those of its experts; of one that is not among them all is kept."""
+    first = layers[next(iter(parts))]
+    assert isinstance(first, ExpertWeight)
+    keep = torch.ones(first.fused.shape, dtype=torch.bool)
+    for name, masks in parts.items():
+        keep[int(name.rpartition(".")[2])] = masks[name]
+    return MaskSet({fused: keep})
 
 
 def _cost(layers: Sequence[nn.Module], statistic: Gram | InputNorm | None) -> float:

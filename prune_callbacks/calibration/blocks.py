@@ -1,7 +1,7 @@
 """Finding the decoder blocks of a model, and the layers in them that are pruned."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from prune_callbacks.calibration.experts import ExpertWeight
+from prune_callbacks.calibration.experts import ExpertWeight, expert_weights, routers
 
 PRUNABLE = (nn.Linear, Conv1D)
 """Layer types whose `weight` is pruned. `Conv1D` is GPT-2's Linear with a weight of shape (in, out)."""
@@ -80,7 +80,7 @@ def _configured_depth(model: nn.Module) -> int | None:
 
 
 def find_targets(
-    blocks: Sequence[tuple[str, nn.Module]], targets: Sequence[str] | str | None = None
+    blocks: Sequence[tuple[str, nn.Module]], targets: Sequence[str] | str | None = None, *, experts: bool = False
 ) -> dict[str, nn.Module]:
     """
     The layers to prune inside the blocks, by full name, in the model's order.
@@ -88,15 +88,19 @@ def find_targets(
     Args:
         blocks: what `find_blocks` returned.
         targets: shell-style patterns matched against full names ("*.mlp.*") or against the last part
-            ("down_proj"); None for every `nn.Linear` and `Conv1D` in the blocks.
+            ("down_proj"); None for every `nn.Linear` and `Conv1D` in the blocks but the `routers`.
+        experts: also the matrices of fused experts, as `ExpertWeight`. One is matched by its name, which ends in the
+            expert's number ("*.experts.down_proj.3"), or for all experts by the parameter's ("down_proj").
 
     Raises:
         ValueError: a pattern matches nothing, or there is nothing to prune.
     """
     layers: dict[str, nn.Module] = {}
-    owners: dict[int, str] = {}
+    owners: dict[tuple[int, int], str] = {}
     for name, layer in _prunable(blocks):
-        owner = owners.setdefault(id(layer.weight), name)
+        if isinstance(layer, ExpertWeight) and not experts:
+            continue
+        owner = owners.setdefault(_identity(layer), name)
         if owner == name:
             layers[name] = layer
         else:
@@ -109,17 +113,19 @@ def find_targets(
             "load the model with its weights dequantized"
         )
     if targets is None:
-        return layers
+        deciding = {f"{block_name}.{name}" for block_name, block in blocks for name in routers(block)}
+        return {name: layer for name, layer in layers.items() if name not in deciding}
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if not patterns:
         raise ValueError("targets is empty, so nothing would be pruned; None prunes every linear layer of the blocks")
     for pattern in patterns:
-        if not any(_matches(name, pattern) for name in layers):
+        if not any(_matches(name, layer, pattern) for name, layer in layers.items()):
+            first = {n: layer for n, layer in layers.items() if n.startswith(blocks[0][0] + ".")}
+            shown = [f"{parameter_name(n, e)}.*" if isinstance(e, ExpertWeight) else n for n, e in first.items()]
             raise ValueError(
-                f"target {pattern!r} matches no layer. The first block has "
-                + ", ".join(n for n in layers if n.startswith(blocks[0][0] + "."))
+                f"target {pattern!r} matches no layer. The first block has {', '.join(dict.fromkeys(shown))}"
             )
-    return {name: layer for name, layer in layers.items() if any(_matches(name, p) for p in patterns)}
+    return {name: layer for name, layer in layers.items() if any(_matches(name, layer, p) for p in patterns)}
 
 
 def _prunable(blocks: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
@@ -128,12 +134,38 @@ def _prunable(blocks: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn
         adapted = [f"{name}." for name, layer in block.named_modules() if hasattr(layer, "base_layer")]
         for name, layer in block.named_modules():
             adapter = any(name.startswith(a) and name != f"{a}base_layer" for a in adapted)
+            path = f"{block_name}.{name}" if name else block_name
             if isinstance(layer, PRUNABLE) and not adapter:
-                yield f"{block_name}.{name}" if name else block_name, layer
+                yield path, layer
+            for place, expert in expert_weights(layer):
+                yield f"{path}.{place}", expert
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name.rsplit(".", 1)[-1], pattern)
+def _identity(layer: nn.Module) -> tuple[int, int]:
+    return (id(layer.fused), layer.index) if isinstance(layer, ExpertWeight) else (id(layer.weight), 0)
+
+
+def _matches(name: str, layer: nn.Module, pattern: str) -> bool:
+    whole = parameter_name(name, layer) if isinstance(layer, ExpertWeight) else name
+    return any(fnmatchcase(known, pattern) for known in (name, whole, whole.rsplit(".", 1)[-1]))
+
+
+def parameter_name(name: str, layer: nn.Module) -> str:
+    """The name of the parameter that holds a layer's weight: of an expert, that of all experts."""
+    return name.rpartition(".")[0] if isinstance(layer, ExpertWeight) else f"{name}.weight"
+
+
+def stored_name(name: str, layer: nn.Module) -> str:
+    """What a layer's weight is called in reports: the parameter, and of one that holds several experts which one."""
+    return name if isinstance(layer, ExpertWeight) else f"{name}.weight"
+
+
+def parameters_of(layers: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters that hold the layers' weights, by name; one that holds those of several experts is there once."""
+    return {
+        parameter_name(name, layer): layer.fused if isinstance(layer, ExpertWeight) else layer.get_parameter("weight")
+        for name, layer in layers.items()
+    }
 
 
 def stored_input_first(layer: nn.Module) -> bool:

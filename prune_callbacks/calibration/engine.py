@@ -37,6 +37,7 @@ def prune_sequentially(
     blocks: str | None = None,
     device: torch.device | str | None = None,
     allocation: Allocation | None = None,
+    min_expert_tokens: int = 32,
     progress: bool = True,
     ranks: Ranks = ALONE,
 ) -> PruneReport:
@@ -51,10 +52,13 @@ def prune_sequentially(
         batches: token ids (batch, tokens), or mappings with `input_ids` and maybe `attention_mask` (padding
             does not count toward the statistics). May be None for a pruner that needs no calibration.
         pruner: decides what goes and what becomes of the rest.
-        targets: patterns of layer names; None for every Linear and Conv1D inside the blocks.
+        targets: patterns of layer names; None for every Linear, Conv1D and fused expert inside the blocks, but not
+            what decides which experts a token goes to.
         blocks: name of the list of decoder blocks, where it cannot be found.
         device: where blocks are moved, one at a time, to be run and solved; None: where the model is.
         allocation: spreads the pattern's sparsity over the layers, e.g. `OWL()`; None: the same in all of them.
+        min_expert_tokens: an expert that fewer calibration tokens reach is pruned by Magnitude, in the same pattern,
+            with a warning that names it. Over 32 tokens the norm of a (Gaussian) feature is known to an eighth.
         progress: show a progress bar.
         ranks: processes that share the work, each with the same model and with batches of its own (maybe none): the
             statistics are summed over them, every layer is solved on one of them, and all end with the same weights.
@@ -71,7 +75,8 @@ def prune_sequentially(
     found = find_blocks(model, blocks)
     for block_name, block in found:
         refuse_compiled(block_name, block)
-    chosen = find_targets(found, targets)
+    # Coupled units and grids are known for linear layers only.
+    chosen = find_targets(found, targets, experts=not isinstance(pruner, Structured) and not hasattr(pruner, "grid"))
     coupled: list[Coupled] = []
     left: dict[str, str] = {}
     removed: dict[str, int] = {}
@@ -92,10 +97,10 @@ def prune_sequentially(
     if forced is not None and forced.type == "cuda":
         torch.cuda.reset_peak_memory_stats(forced)
     last = max(i for i, (block_name, _) in enumerate(found) if any(_inside(n, block_name) for n in chosen))
-    run = BlockPruning(pruner, ranks, coupled, removed)
+    run = BlockPruning(pruner, ranks, coupled, removed, min_expert_tokens)
     run.skipped.update(left)
     if targets is None:
-        run.note_fused(found)
+        run.note_dense(found, chosen)
     share_weights(model, ranks)
     with evaluating(model), layer_progress(len(chosen), progress and ranks.rank == 0) as (bar, task):
         inputs: list[BlockInputs] = []
@@ -131,6 +136,7 @@ def prune_sequentially(
         peak_memory(where),
         frozenset(run.input_first),
         run.scales,
+        run.by_magnitude,
     )
 
 

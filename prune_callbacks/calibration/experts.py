@@ -1,10 +1,16 @@
 """Mixtures of experts whose matrices lie in one parameter: what is pruned there, and what is not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NOT_TAKEN = "it holds the weights of several layers (experts) in one tensor, which this pruner does not take"
+UNKNOWN = (
+    "it holds the weights of several layers (experts) in one tensor, and its module does not say which dimension is "
+    "the input (`is_transposed`)"
+)
+DECIDES = "it decides which experts a token goes to, and what they count"
 
 
 class ExpertWeight(nn.Module):
@@ -72,7 +78,7 @@ def expert_weights(owner: nn.Module) -> Iterator[tuple[str, ExpertWeight]]:
 
 def routers(block: nn.Module) -> dict[str, str]:
     """
-    What decides which experts a token goes to, in a block with fused experts: names of modules, and why they stay dense.
+    What decides which experts a token goes to, in a block with fused experts: names of modules, and why they are dense.
 
     Structure decides: beside the experts, a weight with one output for every expert, or with a single one (the gate of
     a shared expert), that is its module's only one. A few weights, on which all that follows depends.
@@ -88,5 +94,36 @@ def routers(block: nn.Module) -> dict[str, str]:
                 parent = block.get_submodule(path.rpartition(".")[0])
                 alone = path.rpartition(".")[0] == above or sum(1 for _ in parent.children()) == 1
                 if alone:
-                    found[path] = "it decides which experts a token goes to, and what they count"
+                    found[path] = DECIDES
     return found
+
+
+def dense_in_mixtures(
+    blocks: Sequence[tuple[str, nn.Module]], chosen: Mapping[str, nn.Module]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """
+    What stays dense where experts are fused, with the reason: tensors of experts that are no targets, and routers.
+
+    Args:
+        blocks: of the model.
+        chosen: the layers to be pruned, by name.
+
+    Raises:
+        ValueError: experts are packed in integers.
+    """
+    fused: dict[str, str] = {}
+    deciding: dict[str, str] = {}
+    taken = {id(layer.fused) for layer in chosen.values() if isinstance(layer, ExpertWeight)}
+    for block_name, block in blocks:
+        for place, owner, attribute, parameter in fused_parameters(block):
+            name = ".".join(filter(None, (block_name, place, attribute)))
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{name} holds experts packed in {parameter.dtype}, which cannot be pruned; load the model with "
+                    "its weights dequantized (Mxfp4Config(dequantize=True) for GPT-OSS), or choose other layers with "
+                    "`targets`"
+                )
+            if id(parameter) not in taken:
+                fused[name] = NOT_TAKEN if isinstance(getattr(owner, "is_transposed", None), bool) else UNKNOWN
+        deciding |= {f"{block_name}.{name}": reason for name, reason in routers(block).items()}
+    return fused, {name: reason for name, reason in deciding.items() if name not in chosen}

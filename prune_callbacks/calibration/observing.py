@@ -1,5 +1,6 @@
 """What reaches the layers of a block, streamed into statistics."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -61,6 +62,7 @@ def _observe(
     leaders: dict[str, str] = {}
     seen: dict[int, tuple[Tensor, str]] = {}
     tokens: Tensor | None = None
+    untold: set[str] = set()
 
     def count(name: str, x: Tensor) -> None:
         leaders[name] = name
@@ -69,11 +71,15 @@ def _observe(
         statistics[name].update(x)
 
     def count_real(name: str, x: Tensor) -> None:
-        if tokens is not None and x.shape[:2] == tokens.shape:
-            x = x[tokens]
-        elif tokens is not None and x.ndim == 2 and len(x) == tokens.numel():  # OPT's MLP sees flat tokens
-            x = x[tokens.flatten()]
-        count(name, x)
+        real = x if tokens is None else _real(x, tokens)
+        if real is None and name not in untold:
+            untold.add(name)
+            warnings.warn(
+                f"{name} gets inputs of shape {tuple(x.shape)}, and which of them are padding is not known: all count. "
+                "Give calibration windows without padding",
+                stacklevel=3,
+            )
+        count(name, x if real is None else real)
 
     def observe(name: str, x: Tensor) -> None:
         # The tensor is held in `seen` for the length of one pass, so that its id stays its own.
@@ -107,6 +113,17 @@ def _observe(
                 stack.enter_context(watched(parent, weights, count_real))
             run()
     return {name: (leader, statistics[leader]) for name, leader in leaders.items()}
+
+
+def _real(x: Tensor, tokens: Tensor) -> Tensor | None:
+    """The inputs that are of real tokens, for (batch, tokens); None: it cannot be told."""
+    if x.shape[:2] == tokens.shape:
+        return x[tokens]
+    if x.ndim == 2 and len(x) == tokens.numel():  # OPT's MLP sees flat tokens
+        return x[tokens.flatten()]
+    if x.ndim == 4 and (len(x), x.shape[2]) == tokens.shape:  # of heads, as DeepSeek's kv_b_proj gets them
+        return x.transpose(1, 2)[tokens]
+    return None
 
 
 def _by_owner(layers: dict[str, nn.Module]) -> list[tuple[nn.Module, dict[str, Tensor]]]:

@@ -19,7 +19,7 @@ class LayerReport:
     One pruned layer.
 
     Attributes:
-        name: the parameter's name, as in the model's `state_dict`.
+        name: the parameter's name, as in the model's `state_dict`; of one that holds experts, with the expert's number.
         shape: (out, in).
         sparsity: fraction removed.
         loss: squared error of the layer's output over the calibration tokens; None without a Gram.
@@ -41,12 +41,13 @@ class PruneReport:
     What `prune_sequentially` did.
 
     Attributes:
-        masks: the keep masks, by parameter name.
+        masks: the keep masks, by parameter name; of one that holds experts, (experts, ...).
         layers: one entry per pruned layer, in order.
         skipped: layers that were asked for and left dense, with the reason.
         seconds: wall time of the whole run.
         peak_memory_bytes: the process's peak (on a CUDA device: peak of allocated device memory).
         input_first: names of masks stored as (in, out), those of `Conv1D` layers.
+        by_magnitude: experts that too few calibration tokens reached, and how many did: pruned by Magnitude.
         scales: of layers that were also rounded, by parameter name: (out, groups), float16; see `Grid`.
     """
 
@@ -57,6 +58,7 @@ class PruneReport:
     peak_memory_bytes: int
     input_first: frozenset[str] = frozenset()
     scales: dict[str, Tensor] = field(default_factory=dict)
+    by_magnitude: dict[str, int] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -73,6 +75,7 @@ class PruneReport:
             "peak_memory_bytes": self.peak_memory_bytes,
             "input_first": sorted(self.input_first),
             "scales": dict(self.scales),
+            "by_magnitude": dict(self.by_magnitude),
         }
 
     @classmethod
@@ -86,6 +89,7 @@ class PruneReport:
             peak_memory_bytes=state["peak_memory_bytes"],
             input_first=frozenset(state["input_first"]),
             scales=state.get("scales", {}),  # absent from checkpoints of 0.1
+            by_magnitude=state.get("by_magnitude", {}),
         )
 
 

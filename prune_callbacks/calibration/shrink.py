@@ -53,7 +53,7 @@ def shrink_masks(
         sparsity: fraction of their weights that is removed in the end.
         pruner: gives the scores, and the pattern for `scope="layer"`; the sparsity of its pattern is not used.
         scope: "global": one pool of all layers. "layer": the same sparsity in every layer.
-        input_first: names of weights stored as (in, out), those of GPT-2's `Conv1D`.
+        input_first: names of weights stored as (in, out), those of GPT-2's `Conv1D`; of experts (experts, in, out).
     """
     if scope == "global":
         total = sum(torch.Size(weights.masks.shape(name)).numel() for name in names)
@@ -75,10 +75,17 @@ def _keep_in_layer(weights: SharedWeights, name: str, pruner: Magnitude, pattern
     def choose() -> Tensor:
         removed = ~weights.masks[name].to(weight.device)
         scores = pruner.scores(weight).masked_fill(removed, lowest)
-        return (pattern.keep(scores.T).T if input_first else pattern.keep(scores)).cpu()
+        return _keep_in_each(pattern, scores.mT).mT.cpu() if input_first else _keep_in_each(pattern, scores).cpu()
 
     with naming(name):
         return weights.ranks.share(weights.ranks.attempt(choose))
+
+
+def _keep_in_each(pattern: Pattern, scores: Tensor) -> Tensor:
+    """The mask of a layer; of several experts in one tensor, (experts, out, in), each by itself."""
+    if scores.ndim == 3:
+        return torch.stack([pattern.keep(matrix) for matrix in scores])
+    return pattern.keep(scores)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def layer_progress(total: int, show: bool) -> Iterator[tuple[Progress, TaskID]]:
 
 def check_dense(weight: Tensor) -> None:
     """Raises ValueError for a weight without values that can be changed: quantized, or on the meta device."""
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or weight.element_size() == 1:  # float8 goes with scales of its own
         raise ValueError(
             f"its weight is {weight.dtype}; quantized weights cannot be pruned, load the model dequantized"
         )

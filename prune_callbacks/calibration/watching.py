@@ -133,7 +133,7 @@ def _without(
 @contextmanager
 def _one_by_one(module: nn.Module) -> Iterator[None]:
     """Experts computed one after another, each by products of its own, where transformers would group them."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if not hasattr(config, "_experts_implementation"):
         yield
         return

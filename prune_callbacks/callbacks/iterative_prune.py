@@ -3,6 +3,7 @@
 import math
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from prune_callbacks.calibration import (
     find_language_model,
     find_targets,
     naming,
+    parameter_name,
+    parameters_of,
     shrink_masks,
     stored_input_first,
     weight_shape,
@@ -104,10 +107,10 @@ class IterativePrune(Callback):
         for name, layer in layers.items():
             with naming(name):
                 self.pruner.pattern.check_shape(weight_shape(layer))
-        shapes = {f"{name}.weight": layer.get_parameter("weight").shape for name, layer in layers.items()}
+        shapes = {name: parameter.shape for name, parameter in parameters_of(layers).items()}
         self._names = list(shapes)
         self.masks = MaskSet.all_kept(shapes)
-        self._input_first = [f"{name}.weight" for name, layer in layers.items() if stored_input_first(layer)]
+        self._input_first = [parameter_name(name, m) for name, m in layers.items() if stored_input_first(m)]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:
@@ -202,7 +205,7 @@ class IterativePrune(Callback):
         given = self._enforcer(trainer).given
         if isinstance(given, MaskSet):
             return given
-        zeros = masks_of_zeros(trainer, self._layers(trainer.lightning_module))
+        zeros = masks_of_zeros(trainer, parameters_of(self._layers(trainer.lightning_module)))
         if zeros.sparsity() < 0.01:
             return MaskSet({})
         rank_zero_info(f"IterativePrune begins with the zeros that the model has: {zeros.sparsity():.2%}")
@@ -272,7 +275,15 @@ class IterativePrune(Callback):
             self._file.load_state_dict(state_dict["rewind_file"])
 
     def _layers(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        return find_targets(find_blocks(find_language_model(pl_module), self.blocks), self.targets)
+        layers = find_targets(find_blocks(find_language_model(pl_module), self.blocks), self.targets, experts=True)
+        counts = Counter(parameter_name(name, layer) for name, layer in layers.items() if hasattr(layer, "fused"))
+        for name, parameter in parameters_of(layers).items():
+            if name in counts and counts[name] < len(parameter):
+                raise ValueError(
+                    f"IterativePrune prunes all experts of {name} or none, and the targets choose {counts[name]} of "
+                    f"{len(parameter)}; choose all, e.g. with targets={name!r}"
+                )
+        return layers
 
     def _enforcer(self, trainer: Trainer) -> MaskEnforcer:
         kinds = [type(callback) for callback in trainer.callbacks]

@@ -137,7 +137,13 @@ class LoRARecovery(Callback):
             return [n for n, _ in model.named_modules() if any(a == n or a.endswith(f".{n}") for a in adapted)]
         if one_shot is not None:
             assert one_shot.report is not None
-            return [name.removesuffix(".weight") for name in one_shot.report.masks]
+            experts = [name for name in one_shot.report.masks if not name.endswith(".weight")]
+            if experts:
+                rank_zero_warn(
+                    f"LoRARecovery: {len(experts)} tensors of experts, first {experts[0]}, get no LoRA layers, which "
+                    "linear layers do; they stay as they were pruned"
+                )
+            return [name.removesuffix(".weight") for name in one_shot.report.masks if name not in experts]
         layers = find_targets(find_blocks(model))
         weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
         sparse = [name for name, zeros in MaskSet.from_nonzero(weights).layer_sparsity().items() if zeros >= 0.01]

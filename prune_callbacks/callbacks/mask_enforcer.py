@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prune_callbacks.calibration import find_blocks, find_language_model, find_targets
+from prune_callbacks.calibration import find_blocks, find_language_model, find_targets, parameters_of
 from prune_callbacks.callbacks.lost_process import LostProcessWatch
 from prune_callbacks.callbacks.trainer_state import logs_now, one_shot_report
 from prune_callbacks.parallel import (
@@ -130,8 +130,8 @@ class MaskEnforcer(Callback):
         if self.given is not None:
             assert isinstance(self.given, MaskSet)
             return self.given
-        layers = find_targets(find_blocks(find_language_model(pl_module)))
-        masks = masks_of_zeros(trainer, layers)
+        layers = find_targets(find_blocks(find_language_model(pl_module)), experts=True)
+        masks = masks_of_zeros(trainer, parameters_of(layers))
         if masks.sparsity() == 0:
             raise ValueError(
                 "MaskEnforcer found no masks: there is no OneShotPrune among the callbacks, masks= was not given, and "

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prune_callbacks.calibration import find_language_model, naming, oriented, savable, stored_input_first
+from prune_callbacks.calibration import find_language_model, naming, savable, stored_input_first
 from prune_callbacks.calibration.saving import filling, from_state, refuse_adapters
 from prune_callbacks.deploy.packing import (
     pack_codes,
@@ -144,10 +144,13 @@ def save_compressed(
         if name in masks:
             layer = whole.get_submodule(name.rpartition(".")[0])
             with naming(name):
-                weight, keep = oriented(layer, tensor.cpu()), oriented(layer, masks[name])
+                input_first = stored_input_first(layer) or (tensor.ndim == 3 and getattr(layer, "is_transposed", False))
+                weight, keep = _as_matrix(tensor.cpu(), input_first), _as_matrix(masks[name], input_first)
                 parts, entry = _pack(weight, keep, pattern, (scales or {}).get(name), grid)
             tensors |= {f"{name}.{role}": part.contiguous() for role, part in parts.items()}
-            layout[name] = entry | {"input_first": stored_input_first(layer)}
+            layout[name] = entry | {"input_first": input_first}
+            if tensor.ndim == 3:
+                layout[name]["experts"] = len(tensor)
         elif not tied or (tensor.data_ptr(), tensor.shape) not in written:  # what loading ties is written once
             written.add((tensor.data_ptr(), tensor.shape))
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -160,6 +163,11 @@ def save_compressed(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     return measure_compression(dirpath)
+
+
+def _as_matrix(stored: Tensor, input_first: bool) -> Tensor:
+    """A weight or mask as (out, in); of experts in one tensor one below the other."""
+    return (stored.mT if input_first else stored).reshape(-1, stored.shape[-2 if input_first else -1])
 
 
 def _pack(
@@ -220,7 +228,9 @@ def load_compressed(dirpath: str | Path) -> PreTrainedModel:
         for name, entry in layout.items():
             roles = ROLES if "bits" in entry else ROLES[:2]
             weight = _unpack({role: file.get_tensor(f"{name}.{role}") for role in roles}, entry)
-            state[name] = weight.T.contiguous() if entry["input_first"] else weight
+            if "experts" in entry:
+                weight = weight.unflatten(0, (entry["experts"], -1))
+            state[name] = weight.mT.contiguous() if entry["input_first"] else weight
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
     model = from_state(kind, config, state)

@@ -98,8 +98,9 @@ def layer_grid(values: Mapping[str, float]) -> tuple[list[str], list[str], Float
     What is known of layers, by parameter name, as a grid over decoder blocks and kinds of layers.
 
     "model.layers.3.mlp.up_proj.weight" is in row "3" and column "up_proj"; kinds that would share a name are told
-    apart by what they are part of ("attn.c_proj", "mlp.c_proj"). Layers that differ in a further number only (experts)
-    share a cell, which holds their mean. A name without a number is in row "-". NaN: there is no such layer.
+    apart by what they are part of ("attn.c_proj", "mlp.c_proj"). Layers that differ in a further number only (experts,
+    also those whose number comes last) share a cell, which holds their mean. A name without a number is in row "-".
+    NaN: there is no such layer.
     """
     cells: dict[tuple[int, str], list[float]] = {}
     for name, value in values.items():
@@ -113,12 +114,12 @@ def layer_grid(values: Mapping[str, float]) -> tuple[list[str], list[str], Float
 
 
 def place(parameter: str) -> tuple[int, str]:
-    """A layer's block number (-1: there is none), and its path inside of the block with "*" for further numbers."""
+    """A layer's block number (-1: there is none), and its path in the block, "*" for further numbers but a last one."""
     path = parameter.removesuffix(".weight")
     number = re.search(r"\.(\d+)\.", path)
     if number is None:
         return -1, path
-    return int(number.group(1)), re.sub(r"(?<=\.)\d+(?=\.)", "*", path[number.end() :])
+    return int(number.group(1)), re.sub(r"(?<=\.)\d+(?=\.)", "*", re.sub(r"\.\d+$", "", path[number.end() :]))
 
 
 def _short(kinds: list[str]) -> list[str]:

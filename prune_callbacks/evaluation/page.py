@@ -195,9 +195,10 @@ def mask_pictures(masks: MaskSet) -> list[dict[str, Any]]:
     """
     pictures = []
     for name in _three(list(masks)):
-        keep = masks[name].flatten(1).numpy()
+        whole = masks[name]
+        keep = (whole[0] if whole.ndim == 3 else whole.flatten(1)).numpy()  # of experts in one parameter, the first
         shown = [min(limit, length) for limit, length in zip(CORNER, keep.shape, strict=True)]
-        sparsity = 1 - float(keep.mean())
+        sparsity = 1 - float(whole.float().mean())
         pictures.append(
             {"name": name, "picture": draw_corner(keep), "shape": keep.shape, "shown": shown, "sparsity": sparsity}
         )

@@ -147,9 +147,8 @@ def _gathered(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def masks_of_zeros(trainer: Trainer, layers: Mapping[str, nn.Module]) -> MaskSet:
-    """`MaskSet.from_nonzero` of the weights of these layers, in a fit, wherever the strategy has put them."""
-    weights = {f"{name}.weight": layer.get_parameter("weight") for name, layer in layers.items()}
+def masks_of_zeros(trainer: Trainer, weights: Mapping[str, Tensor]) -> MaskSet:
+    """`MaskSet.from_nonzero` of these parameters, in a fit, wherever the strategy has put them."""
     shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in weights.items()}
     access = param_access(trainer, MaskSet.all_kept(shapes))
     return access.joined((name, access.own(name) != 0) for name in shapes)

@@ -178,17 +178,22 @@ class MaskSet(Mapping[str, Tensor]):
         """
         Raises ValueError naming the masks that do not have `pattern`.
 
+        Of experts in one parameter, (experts, out, in), each matrix must have it, or be kept whole: not every expert
+        need be a target.
+
         Args:
             pattern: what every mask must have.
-            input_first: names of masks stored as (in, out), those of GPT-2's `Conv1D`.
+            input_first: names of masks stored as (in, out), those of GPT-2's `Conv1D`; of experts (experts, in, out).
         """
-        wrong = [
-            name
-            for name, keep in self.items()
-            if keep.ndim != 2 or not pattern.holds(keep.T if name in input_first else keep)
-        ]
+        wrong = [name for name in self if not self._has(name, pattern, name in input_first)]
         if wrong:
             raise ValueError(f"{len(wrong)} of {len(self)} masks do not have {pattern}: {', '.join(wrong[:3])}")
+
+    def _has(self, name: str, pattern: Pattern, input_first: bool) -> bool:
+        keep = self[name].mT if input_first and len(self._shapes[name]) > 1 else self[name]
+        if keep.ndim == 3:
+            return not keep.all() and all(bool(matrix.all()) or pattern.holds(matrix) for matrix in keep)
+        return keep.ndim == 2 and pattern.holds(keep)
 
     def state_dict(self) -> dict[str, Any]:
         """Packed masks and shapes as plain values that `torch.load(weights_only=True)` accepts."""
