@@ -1,6 +1,7 @@
 """Mixtures of experts: every expert is pruned by the tokens that are routed to it, as an independent reference says."""
 
 import copy
+import json
 import warnings
 
 import families
@@ -21,20 +22,25 @@ from prune_callbacks import (
     Columns,
     IMPSchedule,
     IterativePrune,
+    LoRARecovery,
     Magnitude,
     MaskEnforcer,
     MaskSet,
     OneShotPrune,
     PruneReport,
+    RunReport,
     SparseGPT,
     Structured,
+    TokenDataModule,
     Unstructured,
     Wanda,
     prune_sequentially,
 )
 from prune_callbacks.calibration import find_blocks, find_targets, parameters_of
+from prune_callbacks.deploy import load_compressed, save_compressed
 from prune_callbacks.evaluation.drawing import layer_grid
 from prune_callbacks.evaluation.page import mask_pictures
+from prune_callbacks.tasks import PythonDocs
 
 PRUNERS = {
     "magnitude": Magnitude(NM(2, 4)),
@@ -334,6 +340,55 @@ def test_experts_whose_products_are_not_seen_stay_dense_and_are_named(batches):
     assert "model.layers.1.mlp.experts.down_proj" not in report.masks
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
+def test_pruned_experts_are_packed_and_come_back_bit_for_bit(family, batches, tmp_path):
+    model = model_of(family).float()
+    report = pruned(model, batches, Wanda(NM(2, 4)))
+    found = save_compressed(model, report.masks, tmp_path / "out", pattern=NM(2, 4))
+    # Kept values of half the size, and 3 bits of places for every two of them where 2:4 is packed as such, or 4.
+    assert 0.5 < found.ratio < 0.57
+    again = load_compressed(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_lora_leaves_experts_as_they_were_pruned(batches, tmp_path):
+    pytest.importorskip("peft")
+    one_shot = OneShotPrune(Wanda(NM(2, 4)), batches, progress=False)
+    with pytest.warns(
+        UserWarning, match=r"4 tensors of experts, first model.layers.0.mlp.experts.gate_up_proj, get no"
+    ):
+        module = fit([one_shot, LoRARecovery()], tmp_path)
+    fresh = model_of("mixtral").float()
+    prune_sequentially(fresh, batches, Wanda(NM(2, 4)), progress=False)
+    assert one_shot.report.masks.violations(module.model.named_parameters()) == {}
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert torch.equal(module.model.get_parameter(name), fresh.get_parameter(name))
+    assert not torch.equal(
+        module.model.model.layers[1].self_attn.q_proj.weight, fresh.model.layers[1].self_attn.q_proj.weight
+    )
+
+
+def test_a_fit_reports_its_experts(tokenizer, tmp_path):
+    config = families.MIXTURES["gpt-oss"]()
+    config.vocab_size = len(tokenizer)
+    corpora = [PythonDocs(part) for part in ("train", "calibration", "evaluation")]
+    data = TokenDataModule(
+        tokenizer, *corpora, seq_len=16, train_windows=8, calibration_windows=2, evaluation_windows=2
+    )
+    one_shot = OneShotPrune(SparseGPT(NM(2, 4)), progress=False)
+    callbacks = [RunReport(tmp_path / "run", progress=False), one_shot, MaskEnforcer()]
+    module = CausalLM(hf.AutoModelForCausalLM.from_config(config), optimizer)
+    trainer_of(callbacks, tmp_path, max_steps=3).fit(module, datamodule=data)
+    record = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert record["by_magnitude"] == one_shot.report.by_magnitude != {}
+    assert record["sparsity"]["layers"]["model.layers.0.mlp.experts.down_proj"] == 0.5
+    assert record["sparsity"]["achieved"] == 0.5
+    assert record["violations"] == {}
+    assert "experts" in (tmp_path / "run" / "report.html").read_text()
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert MaskSet.load(tmp_path / "run" / "masks.safetensors").violations(again.named_parameters()) == {}
+
+
 def test_packed_experts_are_refused(batches):
     model = model_of("gpt-oss")
     owner = model.model.layers[0].mlp.experts
@@ -343,6 +398,11 @@ def test_packed_experts_are_refused(batches):
     with pytest.raises(
         ValueError, match=r"experts.down_proj_blocks holds experts packed in torch.uint8, .*dequantized"
     ):
+        pruned(model, batches, Wanda(NM(2, 4)))
+    model = model_of("mixtral")
+    owner = model.model.layers[0].mlp.experts
+    owner.down_proj = nn.Parameter(owner.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.down_proj.0: its weight is torch.float8.*dequantized"):
         pruned(model, batches, Wanda(NM(2, 4)))
 
 

@@ -61,6 +61,18 @@ def test_pruning_equals_rerunning_the_whole_model(family, pruner, batches):
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
+def test_control_on_the_dense_models_inputs_another_model_comes_out(family, batches):
+    model = model_of(family)
+    reference = copy.deepcopy(model)
+    prune_sequentially(model, batches, SparseGPT(NM(2, 4)), progress=False)
+    blocks = [name for name, _ in find_blocks(model)]
+    families.prune_by_rerunning(reference, blocks[::-1], batches, SparseGPT(NM(2, 4)))  # the last block first
+    for name in families.layers_in(model, blocks[-1]):
+        difference = (model.get_submodule(name).weight - reference.get_submodule(name).weight).abs().max()
+        assert difference > 1e-5, name
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
 def test_a_pruned_model_is_saved_and_loaded_by_transformers(family, batches, tmp_path):
     model = model_of(family)
     report = prune_sequentially(model, batches, Wanda(NM(1, 4)), progress=False)

@@ -299,6 +299,7 @@ class RunReport(Callback):
             "violations": violations,
             "reconstruction_loss": {layer.name: layer.relative_loss for layer in report.layers} if report else {},
             "skipped": report.skipped if report else {},
+            "by_magnitude": report.by_magnitude if report else {},
             "peak_memory_bytes": max(
                 report.peak_memory_bytes if report else 0, peak_memory(trainer.strategy.root_device)
             ),
