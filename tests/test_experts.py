@@ -321,7 +321,6 @@ def test_what_cannot_be_pruned_is_named(batches):
 def test_experts_whose_products_are_not_seen_stay_dense_and_are_named(batches):
     model = model_of("mixtral")
     owner = model.model.layers[1].mlp.experts
-    original = owner.forward
 
     def copied(hidden, index, scores):
         hidden_weights = copy.deepcopy(owner)
@@ -334,7 +333,6 @@ def test_experts_whose_products_are_not_seen_stay_dense_and_are_named(batches):
     ):
         report = pruned(model, batches, Wanda(NM(2, 4)))
     assert owner.forward is copied
-    assert original is not copied
     assert torch.equal(owner.down_proj, before)
     assert len([n for n in report.skipped if n.startswith("model.layers.1.mlp.experts.")]) == 8
     assert "model.layers.1.mlp.experts.down_proj" not in report.masks
@@ -375,12 +373,14 @@ def test_a_fit_reports_its_experts(tokenizer, tmp_path):
     data = TokenDataModule(
         tokenizer, *corpora, seq_len=16, train_windows=8, calibration_windows=2, evaluation_windows=2
     )
-    one_shot = OneShotPrune(SparseGPT(NM(2, 4)), progress=False)
+    one_shot = OneShotPrune(SparseGPT(NM(2, 4)), min_expert_tokens=1000, progress=False)
     callbacks = [RunReport(tmp_path / "run", progress=False), one_shot, MaskEnforcer()]
     module = CausalLM(hf.AutoModelForCausalLM.from_config(config), optimizer)
     trainer_of(callbacks, tmp_path, max_steps=3).fit(module, datamodule=data)
     record = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert record["by_magnitude"] == one_shot.report.by_magnitude != {}
+    assert record["by_magnitude"] == one_shot.report.by_magnitude
+    assert len(record["by_magnitude"]) == 2 * 2 * 4
+    assert max(record["by_magnitude"].values()) > 0
     assert record["sparsity"]["layers"]["model.layers.0.mlp.experts.down_proj"] == 0.5
     assert record["sparsity"]["achieved"] == 0.5
     assert record["violations"] == {}
@@ -411,7 +411,6 @@ def test_experts_that_deal_tokens_otherwise_refuse_padding(batches):
     owner = model.model.layers[0].mlp.experts
     forward = owner.forward
     model.model.layers[0].mlp.experts.forward = lambda hidden, index, scores, table=None: forward(hidden, index, scores)
-    original = type(model.model.layers[0].mlp).forward
 
     def extra(self, hidden):
         flat = hidden.view(-1, hidden.shape[-1])
@@ -419,7 +418,6 @@ def test_experts_that_deal_tokens_otherwise_refuse_padding(batches):
         return self.experts(flat, index, scores, table=torch.zeros(3)).view_as(hidden)
 
     model.model.layers[0].mlp.forward = extra.__get__(model.model.layers[0].mlp)
-    assert original is not extra
     mask = torch.ones_like(batches[0])
     mask[0, 5:] = 0
     with pytest.raises(

@@ -60,7 +60,7 @@ def test_pruning_equals_rerunning_the_whole_model(family, pruner, batches):
             assert torch.equal(parameter, dense.get_parameter(name)), name
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "opt-350m", "falcon-40b", "mamba"])
 def test_control_on_the_dense_models_inputs_another_model_comes_out(family, batches):
     model = model_of(family)
     reference = copy.deepcopy(model)

@@ -41,6 +41,7 @@ class OneShotPrune(Callback):
             `LagrangianAllocation()`, `SensitivityAllocation(...)`; None: the same in every layer.
         save_dir: write the pruned model and its masks here as soon as they exist, so that whatever fails later
             costs nothing: `model/` (`save_pretrained`) and `masks.safetensors`.
+        min_expert_tokens: an expert that fewer calibration tokens reach is pruned by Magnitude, with a warning.
         progress: show a progress bar.
 
     Attributes:
@@ -57,6 +58,7 @@ class OneShotPrune(Callback):
         blocks: str | None = None,
         allocation: Allocation | None = None,
         save_dir: str | Path | None = None,
+        min_expert_tokens: int = 32,
         progress: bool = True,
     ) -> None:
         if not isinstance(pruner, Pruner):
@@ -72,6 +74,7 @@ class OneShotPrune(Callback):
         self.targets = targets
         self.blocks = blocks
         self.save_dir = save_dir
+        self.min_expert_tokens = min_expert_tokens
         self.progress = progress
         self.report: PruneReport | None = None
         self._restored = False
@@ -106,6 +109,7 @@ class OneShotPrune(Callback):
                 blocks=self.blocks,
                 device=trainer.strategy.root_device,
                 allocation=self.allocation,
+                min_expert_tokens=self.min_expert_tokens,
                 progress=self.progress,
                 ranks=ranks,
             )
