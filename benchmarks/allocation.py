@@ -24,7 +24,7 @@ from prune_callbacks.studies import sensitivity
 from prune_callbacks.tasks import smollm2_135m
 
 EXACT = "uniform, rows that differ by one weight"
-"""Wanda's convention rounds in every row; this removes as many weights as the allocations do."""
+"""Wanda's convention rounds in every row; this rounds in every layer, which is nearer to the allocations' total."""
 ALLOCATIONS = {
     "uniform": lambda path: None,
     EXACT: lambda path: None,

@@ -1,7 +1,11 @@
-"""
+r"""
 How long it takes to prune a model of Llama-2-7B's shape, and how much memory, by method.
 
     python benchmarks/prune_llama7b.py [--device cuda] [--methods Wanda SparseGPT MRP ALPS]
+    python benchmarks/prune_llama7b.py --layers 2 --hidden-size 8192 --intermediate-size 28672 --key-value-heads 8 \
+        --batch-size 2 --methods SparseGPT MRP --results benchmarks/results/llama70b_blocks.json
+
+The second prunes two blocks of Llama-2-70B's shape, from which the seconds of a block and the memory of all follow.
 
 The weights are random, the calibration tokens too (128 windows of 2048): time and memory depend on the shapes and,
 for MRP and ALPS, on how well conditioned the Grams are, so losses and perplexities say nothing here. For each method a
@@ -36,6 +40,7 @@ def model_of(arguments: argparse.Namespace) -> LlamaForCausalLM:
         intermediate_size=arguments.intermediate_size,
         num_hidden_layers=arguments.layers,
         num_attention_heads=max(1, arguments.hidden_size // 128),
+        num_key_value_heads=arguments.key_value_heads,
         vocab_size=32000,
         max_position_embeddings=4096,
         dtype=arguments.dtype,
@@ -69,6 +74,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--intermediate-size", type=int, default=11008)
+    parser.add_argument("--key-value-heads", type=int, help="all of them by default")
     parser.add_argument("--results", type=Path, default=Path("prune_llama7b.json"))
     arguments = parser.parse_args()
     cuda = torch.device(arguments.device).type == "cuda"

@@ -157,8 +157,48 @@ def test_allocation_meets_one_total_and_goes_on_where_it_stopped(tmp_path, monke
     bench.main()
     cells = json.loads((tmp_path / "r.json").read_text())["cells"]
     assert list(cells) == list(bench.ALLOCATIONS)
-    assert {cell["removed"] for name, cell in cells.items() if name != "uniform"} == {round(0.6 * 3 * 12288)}
+    assert {cell["removed"] for name, cell in cells.items() if not name.startswith("uniform")} == {
+        round(0.6 * 3 * 12288)
+    }
+    assert abs(cells[bench.EXACT]["removed"] - round(0.6 * 3 * 12288)) <= 3 * 7 / 2  # every layer rounds by itself
     assert len(json.loads((tmp_path / "r_blocks.json").read_text())["cells"]) == 3
     assert "rank correlation (Spearman)" in capsys.readouterr().out
     monkeypatch.setattr(bench, "prune_sequentially", None)  # nothing is measured again
     bench.main()
+
+
+def test_scaling_prints_every_shape_and_its_counts_order_the_measured_layers(monkeypatch, capsys):
+    bench = load("scaling")
+    monkeypatch.setattr(sys, "argv", ["scaling.py"])
+    bench.main()
+    printed = capsys.readouterr().out
+    document = (Path(__file__).parent.parent / "docs/scaling.md").read_text()
+    assert printed.strip() in document  # the tables are those that the command makes
+    llama = bench.SHAPES[0]
+    assert llama.weights * llama.blocks == pytest.approx(6.476e9, rel=1e-3)  # 6.74 billion less embeddings and head
+    assert bench.block_seconds(llama, "MRP", 4, 4e13, 0) < bench.block_seconds(llama, "MRP", 1, 4e13, 0)
+
+
+def test_whole_models_are_pruned_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
+    bench = load("prune_model")
+    tiny_llama(hidden_size=32, layers=2).save_pretrained(tmp_path / "model")
+    windows = {name: torch.randint(3, 200, (8, 32)) for name in ("calibration", "wikitext2")}
+    save_file(windows, tmp_path / "w.safetensors")
+    rival = tmp_path / "rival.py"  # stands for the other tool: writes the dense model
+    rival.write_text(
+        "import json, sys; from transformers import AutoModelForCausalLM as A\n"
+        "A.from_pretrained(sys.argv[2]).save_pretrained(sys.argv[4])\n"
+        "print(json.dumps({'seconds': {'load': 1, 'prune': 2, 'save': 1}, 'peak_bytes': 2**30, 'versions': {}}))"
+    )
+    monkeypatch.setattr(bench, "RIVAL", rival)
+    command = ["prune_model.py", str(tmp_path / "w.safetensors"), "--model", str(tmp_path / "model"), "--repeats", "1"]
+    command += ["--rival", sys.executable, "--methods", "Wanda", "--results", str(tmp_path / "r.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    bench.main()
+    cells = json.loads((tmp_path / "r.json").read_text())["cells"]
+    assert cells["Wanda by prune-callbacks"]["zeros"] == 0.5
+    assert cells["Wanda by llm-compressor"]["zeros"] == 0.0
+    assert cells["Wanda by prune-callbacks"]["runs"][0]["peak_bytes"] > 1e8
+    monkeypatch.setattr(bench, "run", None)  # nothing is run again
+    bench.main()
+    assert "| Wanda | prune-callbacks |" in capsys.readouterr().out
