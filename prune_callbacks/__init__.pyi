@@ -37,6 +37,7 @@ from .sparsity import (
     Rows,
     Unstructured,
 )
+from .streaming import prune_checkpoint
 from .tasks import CausalLM, LanguageModeling, LogitsDistillation, SquareHead, TokenDataModule
 
 __all__ = [
@@ -89,6 +90,7 @@ __all__ = [
     "load_compressed",
     "measure_compression",
     "permute_channels_",
+    "prune_checkpoint",
     "prune_sequentially",
     "revert_",
     "save_compressed",

@@ -1,6 +1,6 @@
 """Capturing what a model hands to its decoder blocks, and running one block on it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +44,14 @@ def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Itera
     Raises:
         ValueError: there is no batch, or the model's forward did not reach every block.
     """
+    return list(capture_one_by_one(model, blocks, batches))
+
+
+@torch.no_grad()
+def capture_one_by_one(
+    model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Batch]
+) -> Iterator[BlockInputs]:
+    """`capture_inputs`, one batch at a time; until it is exhausted or closed the blocks do not run."""
     if isinstance(batches, Tensor):
         raise ValueError(f"batches must be several batches, got one tensor of shape {tuple(batches.shape)}; split it")
     originals = [block.forward for block in blocks]
@@ -66,7 +74,7 @@ def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Itera
 
         return forward
 
-    captured = []
+    count = 0
     try:
         for i, block in enumerate(blocks):
             block.forward = record(i)
@@ -80,15 +88,15 @@ def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Itera
                     f"the forward pass of {type(model).__name__} called {len(calls)} of {len(blocks)} decoder blocks; "
                     'name the list of blocks that it runs with blocks="..."'
                 )
-            captured.append(BlockInputs(entering[0], list(calls), _real_tokens(batch)))
+            count += 1
+            yield BlockInputs(entering[0], list(calls), _real_tokens(batch))
     finally:
         for block, forward in zip(blocks, replaced, strict=True):
             block.__dict__.pop("forward", None)
             if forward is not None:
                 block.forward = forward
-    if not captured:
+    if not count:
         raise ValueError("there is no calibration batch; give at least one batch of token ids")
-    return captured
 
 
 def run_model(model: nn.Module, batch: Batch) -> None:
@@ -125,10 +133,15 @@ def run_block(index: int, block: nn.Module, inputs: BlockInputs, device: torch.d
 
 def to_device(value: Any, device: torch.device) -> Any:
     """`value` with every tensor in its tuples, lists and dicts on `device`."""
+    return change_tensors(value, lambda tensor: tensor.to(device))
+
+
+def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor in its tuples, lists and dicts replaced by what `change` makes of it."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if isinstance(value, tuple | list):
-        return type(value)(to_device(item, device) for item in value)
+        return type(value)(change_tensors(item, change) for item in value)
     if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
+        return {key: change_tensors(item, change) for key, item in value.items()}
     return value

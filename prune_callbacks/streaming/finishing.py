@@ -1,0 +1,102 @@
+"""What is written once all blocks are, and whether there is room for it all."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prune_callbacks.calibration.capture import Batch
+from prune_callbacks.streaming.files import copy_file, rename, size_of, write_json
+from prune_callbacks.streaming.journal import MASKS, MODEL, Journal
+from prune_callbacks.streaming.shards import Shards, join_files
+from prune_callbacks.streaming.source import INDEX, Checkpoint
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
+"""How the names of files of weights end."""
+
+
+def check_space(journal: Journal, shards: Shards, batches: Sequence[Batch], model: PreTrainedModel) -> None:
+    """
+    Raises ValueError if the disk has no room for the model, its masks, and two sets of hidden states.
+
+    What an earlier, unfinished call has written is counted as there.
+    """
+    width = getattr(model.config.get_text_config(decoder=True), "hidden_size", 0)
+    tokens = 0
+    for batch in batches:
+        ids = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else batch
+        tokens += ids.numel() if isinstance(ids, Tensor) else 0
+    needed = shards.nbytes + shards.nbytes // (8 * model.dtype.itemsize) * 2 + 2 * tokens * width * model.dtype.itemsize
+    needed -= sum(size_of(folder) for folder in (journal.work, journal.model, journal.target / MODEL))
+    free = shutil.disk_usage(journal.target).free
+    if needed > free:
+        raise ValueError(
+            f"the disk of {journal.target} has {free / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB are needed: "
+            f"{shards.nbytes / 1e9:.2f} GB for the model, and room for its masks and the windows' hidden states. Make "
+            "room, or choose a target on another disk"
+        )
+
+
+def finish(
+    journal: Journal, shards: Shards, checkpoint: Checkpoint, model: PreTrainedModel, about: Mapping[str, Any]
+) -> None:
+    """Writes what is outside of the blocks, the files beside the weights, all masks and the report, which ends it."""
+    if journal.model.exists():  # else it has its name already
+        shards.copy(shards.outside, checkpoint, journal.model / shards.file(len(shards.of_block)))
+        write_json(journal.model / INDEX, shards.index())
+        _copy_others(checkpoint.folder, journal.model)
+        config = checkpoint.config
+        config.dtype = model.dtype
+        config.architectures = [type(model).__name__]
+        write_json(journal.model / "config.json", json.loads(config.to_json_string()))
+        rename(journal.model, journal.target / MODEL)
+    numbers = range(len(journal.records))
+    join_files([p for p in map(journal.masks, numbers) if p.exists()], journal.target / MASKS)
+    scales = [p for p in map(journal.scales, numbers) if p.exists()]
+    if scales:
+        join_files(scales, journal.target / "scales.safetensors")
+    journal.finish(_report(journal, about))
+
+
+def _copy_others(source: Path, target: Path) -> None:
+    """Tokenizer, generation settings, licence: all that is no weight."""
+    for path in sorted(source.rglob("*")):
+        inner = path.relative_to(source)
+        # Folders: a tokenizer's further chat templates. Others hold weights in other formats, or caches.
+        wanted = len(inner.parts) == 1 or inner.parts[0] == "additional_chat_templates"
+        if path.is_file() and wanted and not path.name.endswith(WEIGHTS) and not path.name.startswith("."):
+            (target / inner).parent.mkdir(exist_ok=True)
+            copy_file(path, target / inner)
+
+
+def _report(journal: Journal, about: Mapping[str, Any]) -> dict[str, Any]:
+    """With the keys that the report of a run has; of perplexity nothing is known."""
+    layers = [layer for record in journal.records for layer in record["layers"]]
+    sizes = {layer["name"]: layer["shape"][0] * layer["shape"][1] for layer in layers}
+    removed = sum(layer["sparsity"] * sizes[layer["name"]] for layer in layers)
+    skipped = dict(about["skipped"])
+    for record in journal.records:
+        skipped |= record["skipped"]
+    return {
+        "recipe": None,
+        "model": about["model"],
+        "stage": "streamed",
+        "perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None},
+        "pruner": about["pruner"],
+        "sparsity": {
+            "target": about["sparsity"],
+            "achieved": removed / max(1, sum(sizes.values())),
+            "layers": {layer["name"]: layer["sparsity"] for layer in layers},
+        },
+        "violations": {name: count for record in journal.records for name, count in record["violations"].items()},
+        "reconstruction_loss": {layer["name"]: layer["relative_loss"] for layer in layers},
+        "skipped": skipped,
+        "seconds": {"prune": sum(record["seconds"] for record in journal.records)},
+        "peak_memory_bytes": max((record["peak_memory_bytes"] for record in journal.records), default=0),
+        "versions": {name: version(name) for name in ("prune-callbacks", "torch", "transformers", "safetensors")},
+    }

@@ -1,0 +1,56 @@
+"""What `recipe=prune_streaming` calls."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from prune_callbacks.pruners import Pruner
+from prune_callbacks.streaming.prune import prune_checkpoint
+
+
+@runtime_checkable
+class Calibration(Protocol):
+    """A data module such as `TokenDataModule`, as far as it is needed here."""
+
+    calibration_windows: Tensor | None
+    calibration_batch_size: int
+
+    def setup(self, stage: str) -> None: ...
+
+
+def prune_on_windows(
+    source: str | Path,
+    dirpath: str | Path,
+    pruner: Pruner,
+    data: Calibration,
+    *,
+    targets: Sequence[str] | str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """
+    `prune_checkpoint` on the calibration windows of a data module, and a line about it.
+
+    Args:
+        source: the folder of the checkpoint.
+        dirpath: the folder to write into.
+        pruner: of the layers.
+        data: has calibration windows.
+        targets: patterns of layer names; None for all.
+        device: where blocks are run and solved.
+        dtype: of the weights; None: the configuration's.
+    """
+    batches = None
+    if pruner.statistic(1) is not None:
+        data.setup("fit")
+        assert data.calibration_windows is not None
+        batches = data.calibration_windows.split(data.calibration_batch_size)
+    report = prune_checkpoint(source, dirpath, pruner, batches, targets=targets, device=device, dtype=dtype)
+    sparsity, seconds, peak = report["sparsity"], report["seconds"]["prune"], report["peak_memory_bytes"]
+    print(
+        f"{source}, pruned by {report['pruner']}, is in {Path(dirpath) / 'model'}: {sparsity['achieved']:.2%} zeros in "
+        f"{len(sparsity['layers'])} layers, {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB"
+    )
+    return report

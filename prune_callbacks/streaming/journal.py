@@ -1,0 +1,152 @@
+"""What a target folder holds while a checkpoint is pruned into it, and how far that has come."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from prune_callbacks.streaming.files import PARTIAL, remove_folder, write_json
+
+REPORT, MASKS, MODEL = "report.json", "masks.safetensors", "model"
+
+
+class Journal:
+    """
+    The folder of one pruning, from the first block to the finished model.
+
+    `model.partial/` gets one file of weights per block, `streaming/` has what is needed to go on: the setting, the
+    masks and a record of every finished block, and the hidden states that enter the first one that is not finished. A
+    block is finished once its record is there, which is written last. `report.json` ends it all.
+
+    Args:
+        target: the folder; is made if it is not there.
+        setting: what the result depends on.
+
+    Attributes:
+        records: of the finished blocks, in order.
+        report: of the finished pruning, if it is.
+
+    Raises:
+        ValueError: the folder holds something else, or was begun with another setting.
+    """
+
+    def __init__(self, target: Path, setting: Mapping[str, Any]) -> None:
+        self.target = target
+        self.work = target / "streaming"
+        self.model = target / f"{MODEL}{PARTIAL}"
+        self.report: dict[str, Any] | None = None
+        self.setting: dict[str, Any] = json.loads(json.dumps(setting))
+        before = self._begun_with()
+        if before is None:
+            self._begin()
+        elif before != self.setting:
+            raise ValueError(
+                f"{target} was begun with another setting: {_difference(before, self.setting)}. Choose another "
+                "target, give the same setting again to go on, or delete the folder to begin anew"
+            )
+        self.records: list[dict[str, Any]] = []
+        while self._record(len(self.records)).is_file():
+            self.records.append(_read(self._record(len(self.records))))
+        if (target / REPORT).is_file():
+            self.report = _read(target / REPORT)
+            remove_folder(self.work)
+
+    def commit(self, record: Mapping[str, Any]) -> None:
+        """The next block is finished: its weights and masks are written, and the hidden states that leave it."""
+        write_json(self._record(len(self.records)), record)
+        self.records.append(dict(record))
+        self.tidy()
+
+    def prepare(self) -> None:
+        """Before the walk goes on."""
+        if not (self.target / MODEL).exists():  # else all that is left to write stands beside it
+            self.model.mkdir(exist_ok=True)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Removes hidden states that are not needed any more, or not complete."""
+        for folder in sorted(self.work.glob("hidden_*")):
+            if folder != self.hidden(len(self.records)):
+                remove_folder(folder)
+
+    def finish(self, report: Mapping[str, Any]) -> None:
+        """All is written."""
+        self.report = dict(report) | {"setting": self.setting}
+        write_json(self.target / REPORT, self.report)
+        remove_folder(self.work)
+
+    def hidden(self, index: int) -> Path:
+        """The folder of the hidden states that enter a block."""
+        return self.work / f"hidden_{index:05d}"
+
+    def masks(self, index: int) -> Path:
+        """The masks of a block."""
+        return self.work / f"masks_{index:05d}.safetensors"
+
+    def scales(self, index: int) -> Path:
+        """The scales of a block's layers, if its weights were rounded too."""
+        return self.work / f"scales_{index:05d}.safetensors"
+
+    def _record(self, index: int) -> Path:
+        return self.work / f"block_{index:05d}.json"
+
+    def _begun_with(self) -> dict[str, Any] | None:
+        for path in (self.work / "setting.json", self.target / REPORT):
+            if path.is_file():
+                with suppress(KeyError):
+                    before: dict[str, Any] = _read(path)["setting"]
+                    return before
+        return None
+
+    def _begin(self) -> None:
+        found = [name for name in (REPORT, MASKS, MODEL, self.model.name) if (self.target / name).exists()]
+        if found:
+            raise ValueError(
+                f"{self.target} already holds something else ({', '.join(found)}), which is not written over. Choose "
+                "another target, or delete it"
+            )
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_json(self.work / "setting.json", {"setting": self.setting})
+
+
+@contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """Raises ValueError if another process is pruning into this folder."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    folder = os.open(target, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is pruning into {target}; wait for it, or choose another target"
+            ) from error
+        yield
+    finally:
+        os.close(folder)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Delete the folder to begin anew") from error
+    return record
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    parts = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict) and old != new:
+            parts.append(f"{key}: {_difference(old, new)}")
+        elif old != new:
+            parts.append(f"{key} was {old} and is {new}")
+    return "; ".join(parts)

@@ -1,0 +1,105 @@
+"""prune_checkpoint: what prune_sequentially does, on a checkpoint that is read one decoder block at a time."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_callbacks.calibration.capture import Batch
+from prune_callbacks.pruners import Pruner, Structured
+from prune_callbacks.streaming.finishing import check_space, finish
+from prune_callbacks.streaming.inputs import described_batches
+from prune_callbacks.streaming.journal import Journal, alone
+from prune_callbacks.streaming.skeleton import build_skeleton, model_dtype
+from prune_callbacks.streaming.source import Checkpoint
+from prune_callbacks.streaming.walk import BlockWalk
+
+
+@torch.no_grad()
+def prune_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    pruner: Pruner,
+    batches: Iterable[Batch] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    targets: Sequence[str] | str | None = None,
+    blocks: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """
+    Prunes a checkpoint one decoder block at a time, from files into files.
+
+    Equivalent to `from_pretrained`, `prune_sequentially` and `save_pretrained`, bit for bit on one machine, in the
+    memory of at most two blocks, their statistics and the embeddings. Writes `target/model` (a Hugging Face folder with
+    one file of weights per block), `target/masks.safetensors` and `target/report.json`, for pruners that round also
+    `target/scales.safetensors`. Called again after it was killed, it goes on at the first block that was not finished,
+    and the model and its masks end byte for byte the same; called again after its end, it returns the report.
+
+    Args:
+        source: a Hugging Face folder with safetensors files; nothing in it is changed.
+        target: a folder to write into.
+        pruner: decides what goes and what becomes of the rest; all but `Structured`.
+        batches: as of `prune_sequentially`, and the same ones when it goes on. May be None for a pruner that needs no
+            calibration.
+        device: where blocks are run and solved, one at a time; None: the CPU.
+        targets: patterns of layer names; None for every Linear and Conv1D inside the blocks.
+        blocks: name of the list of decoder blocks, where it cannot be found.
+        dtype: of the weights, as in `from_pretrained`; None: that of the configuration.
+        progress: show a progress bar.
+
+    Returns:
+        what `report.json` holds.
+
+    Raises:
+        ValueError: before any work for a source that is damaged or cannot be read in parts, a target that is the source
+            or was begun with another setting, too little disk space, targets or shapes that do not fit; on the way for
+            a full disk and, naming the layer, for what the pruner cannot solve. What is finished is kept.
+    """
+    source, target = Path(source), Path(target)
+    _check_folders(source, target)
+    if isinstance(pruner, Structured):
+        raise ValueError(
+            "Structured removes units from layers of all blocks at once, which takes the whole model: load it and use "
+            "prune_sequentially"
+        )
+    calibrated = pruner.statistic(1) is not None
+    if calibrated and batches is None:
+        raise ValueError(f"{type(pruner).__name__} needs calibration batches, got None")
+    if isinstance(batches, Tensor):
+        raise ValueError(f"batches must be several batches, got one tensor of shape {tuple(batches.shape)}; split it")
+    given = list(batches or ()) if calibrated else []
+    checkpoint = Checkpoint(source)
+    model = build_skeleton(checkpoint.config, model_dtype(checkpoint, dtype))
+    walk = BlockWalk(checkpoint, model, pruner, given, targets, blocks, torch.device(device or "cpu"))
+    setting = {
+        "source": checkpoint.fingerprint(),
+        "pruner": repr(pruner),
+        "targets": list(walk.layers),
+        "dtype": str(model.dtype),
+        "device": walk.where.type,
+        "batches": list(described_batches(given)),
+    }
+    with alone(target):
+        journal = Journal(target, setting)
+        if journal.report is None:
+            journal.prepare()
+            check_space(journal, walk.shards, given, model)
+            walk.run(journal, progress)
+            about = {"model": source.name, "pruner": repr(pruner), "sparsity": pruner.pattern.sparsity}
+            finish(journal, walk.shards, checkpoint, model, about | {"skipped": walk.skipped})
+        assert journal.report is not None
+        return journal.report
+
+
+def _check_folders(source: Path, target: Path) -> None:
+    inner, outer = target.resolve(), source.resolve()
+    if inner == outer or outer in inner.parents:
+        raise ValueError(
+            f"target {target} is the source or inside of it ({source}), which stays as it is; choose another folder"
+        )
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"target {target} is a file; name a folder")

@@ -1,0 +1,175 @@
+"""Going through a checkpoint block by block: read, prune, run, write."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from prune_callbacks.calibration.block_pruning import BlockPruning
+from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, weight_shape
+from prune_callbacks.calibration.capture import Batch
+from prune_callbacks.calibration.observing import collect
+from prune_callbacks.calibration.prune_report import peak_memory
+from prune_callbacks.calibration.walking import layer_progress
+from prune_callbacks.pruners import Pruner
+from prune_callbacks.ranks import ALONE
+from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.streaming.files import whole, write_tensors
+from prune_callbacks.streaming.inputs import StoredInputs, store_inputs, store_next
+from prune_callbacks.streaming.journal import Journal
+from prune_callbacks.streaming.shards import FORMAT, Shards, masks_in_pieces
+from prune_callbacks.streaming.skeleton import drop, fill, find_places, refuse_shared
+from prune_callbacks.streaming.source import Checkpoint
+
+Advance = Callable[[int], None]
+
+
+class BlockWalk:
+    """
+    The blocks of a checkpoint, of which one at a time has values.
+
+    Args:
+        checkpoint: is read.
+        model: its skeleton.
+        pruner: of the layers.
+        batches: calibration batches; none for a pruner that needs none.
+        targets: patterns of layer names; None for all.
+        blocks: name of the list of blocks; None: found by structure.
+        where: the device of the block that has values.
+
+    Attributes:
+        layers: to prune, by name.
+        shards: which files the weights go into.
+        skipped: what cannot be pruned, with the reason.
+
+    Raises:
+        ValueError: targets, shapes or the checkpoint do not fit.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: PreTrainedModel,
+        pruner: Pruner,
+        batches: Sequence[Batch],
+        targets: Sequence[str] | str | None,
+        blocks: str | None,
+        where: torch.device,
+    ) -> None:
+        self.checkpoint, self.model, self.pruner, self.batches, self.where = checkpoint, model, pruner, batches, where
+        self.calibrated = pruner.statistic(1) is not None
+        self.blocks = find_blocks(model, blocks)
+        refuse_shared(model, self.blocks)
+        self.layers = find_targets(self.blocks, targets)
+        for name, layer in self.layers.items():
+            with naming(name):
+                pruner.pattern.check_shape(weight_shape(layer))
+        self.shards = Shards(model, [name for name, _ in self.blocks], find_places(model, checkpoint))
+        self.last = max(i for i in range(len(self.blocks)) if self._inside(i))
+        self.few_tokens = False
+        notes = BlockPruning(pruner, ALONE)
+        if targets is None:
+            notes.note_fused(self.blocks)
+        self.skipped = notes.skipped
+
+    def run(self, journal: Journal, progress: bool) -> None:
+        """All blocks that are not finished."""
+        begin = len(journal.records)
+        with layer_progress(len(self.layers), progress) as (bar, task):
+            bar.update(task, completed=sum(len(self._inside(index)) for index in range(begin)))
+            inputs: list[StoredInputs] = []
+            if self.calibrated and begin <= self.last:
+                bar.update(task, description="embedding the calibration windows")
+                inputs = self._inputs(journal, begin)
+            for index in range(begin, len(self.blocks)):
+                bar.update(task, description=f"pruning {self.blocks[index][0]}")
+                started = time.perf_counter()
+                record = self._block(journal, index, inputs, lambda count: bar.advance(task, count))
+                seconds = time.perf_counter() - started
+                journal.commit(record | {"seconds": seconds, "peak_memory_bytes": peak_memory(self.where)})
+
+    def _inside(self, index: int) -> dict[str, nn.Module]:
+        """The layers to prune of a block."""
+        return {
+            name: layer for name, layer in self.layers.items() if f"{name}.".startswith(f"{self.blocks[index][0]}.")
+        }
+
+    def _inputs(self, journal: Journal, index: int) -> list[StoredInputs]:
+        """The inputs of a block, whose hidden states are in its folder already, or it is the first one."""
+        outside = dict(self.shards.outside)
+        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call] # stands behind the blocks, and is not reached
+        if head is not None and head is not self.model.get_input_embeddings():
+            name = next(name for name, module in self.model.named_modules() if module is head)
+            outside = {n: key for n, key in outside.items() if not n.startswith(f"{name}.")}
+        # Views of the files: of the embeddings only what is looked up comes into memory.
+        views = self.checkpoint.views(outside.values())
+        fill(self.model, {name: views[key] for name, key in outside.items()})
+        del views
+        self._load(0)
+        inputs = store_inputs(self.model, [block for _, block in self.blocks], self.batches, journal.hidden(index))
+        self._unload(0)
+        drop(self.model, outside)
+        return inputs
+
+    def _block(self, journal: Journal, index: int, inputs: Sequence[StoredInputs], advance: Advance) -> dict[str, Any]:
+        """Prunes a block, runs it for the next one, and writes its weights."""
+        layers, names = self._inside(index), self.shards.of_block[index]
+        shard = journal.model / self.shards.file(index)
+        runs = self.calibrated and index < self.last
+        record: dict[str, Any] = {"layers": [], "skipped": {}, "violations": {}}
+        if not layers and not runs:
+            self.shards.copy(names, self.checkpoint, shard)
+            return record
+        prefix, block = self.blocks[index]
+        self._load(index)
+        block.to(self.where)
+        if layers:
+            record = self._prune(journal, index, inputs, advance)
+        if runs:
+            store_next(index, block, inputs, self.where, journal.hidden(index + 1))
+        state = block.state_dict()
+        write_tensors(shard, {name: whole(state[name.removeprefix(f"{prefix}.")]) for name in names}, FORMAT)
+        del state
+        self._unload(index)
+        return record
+
+    def _prune(self, journal: Journal, index: int, inputs: Sequence[StoredInputs], advance: Advance) -> dict[str, Any]:
+        layers, (_, block) = self._inside(index), self.blocks[index]
+        run = BlockPruning(self.pruner, ALONE)
+        run.few_tokens = self.few_tokens
+        statistics = (
+            collect(self.pruner.statistic, index, block, layers, list(inputs), self.where) if self.calibrated else {}
+        )
+        run.prune(layers, statistics, advance)
+        self.few_tokens = run.few_tokens
+        masks = MaskSet.join(run.masks)
+        tensors, shapes = masks_in_pieces(masks)
+        write_tensors(journal.masks(index), tensors, shapes)
+        if run.scales:
+            write_tensors(journal.scales(index), {name: whole(scale) for name, scale in run.scales.items()})
+        weights = {f"{name}.weight": layer.get_parameter("weight") for name, layer in layers.items()}
+        return {
+            "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in run.layers],
+            "skipped": run.skipped,
+            "violations": masks.violations({name: weights[name] for name in masks}),
+        }
+
+    def _load(self, index: int) -> None:
+        """Gives a block its values."""
+        prefix, block = self.blocks[index]
+        names = self.shards.of_block[index]
+        read = self.checkpoint.read(names.values())
+        fill(block, {name.removeprefix(f"{prefix}."): read[key] for name, key in names.items()})
+
+    def _unload(self, index: int) -> None:
+        """Takes them away; buffers that are computed stay."""
+        prefix, block = self.blocks[index]
+        drop(block, [name.removeprefix(f"{prefix}.") for name in self.shards.of_block[index]])
+        for module in block.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    setattr(module, name, buffer.cpu())
