@@ -49,7 +49,7 @@ OmegaConf.register_new_resolver("devices", lambda: max(1, torch.cuda.device_coun
 def train(cfg: DictConfig) -> dict[str, Any]:
     """Instantiates what the recipe names, fits it, and returns the objects."""
     output = Path(cfg.output_dir)
-    if cfg.ckpt_path is None:
+    if cfg.ckpt_path is None and not cfg.goes_on:
         refuse_existing_run(output)
     seed_everything(cfg.seed, verbose=False)
     if rank_zero_only.rank == 0:

@@ -83,7 +83,7 @@ def _report(journal: Journal, about: Mapping[str, Any]) -> dict[str, Any]:
     for record in journal.records:
         skipped |= record["skipped"]
     return {
-        "recipe": None,
+        "recipe": about["recipe"],
         "model": about["model"],
         "stage": "streamed",
         "perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None},

@@ -29,6 +29,7 @@ def prune_on_windows(
     targets: Sequence[str] | str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """
     `prune_checkpoint` on the calibration windows of a data module, and a line about it.
@@ -41,13 +42,14 @@ def prune_on_windows(
         targets: patterns of layer names; None for all.
         device: where blocks are run and solved.
         dtype: of the weights; None: the configuration's.
+        name: of the recipe, for the report.
     """
     batches = None
     if pruner.statistic(1) is not None:
         data.setup("fit")
         assert data.calibration_windows is not None
         batches = data.calibration_windows.split(data.calibration_batch_size)
-    report = prune_checkpoint(source, dirpath, pruner, batches, targets=targets, device=device, dtype=dtype)
+    report = prune_checkpoint(source, dirpath, pruner, batches, targets=targets, device=device, dtype=dtype, name=name)
     sparsity, seconds, peak = report["sparsity"], report["seconds"]["prune"], report["peak_memory_bytes"]
     print(
         f"{source}, pruned by {report['pruner']}, is in {Path(dirpath) / 'model'}: {sparsity['achieved']:.2%} zeros in "

@@ -28,6 +28,7 @@ def prune_checkpoint(
     targets: Sequence[str] | str | None = None,
     blocks: str | None = None,
     dtype: torch.dtype | str | None = None,
+    name: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """
@@ -49,6 +50,7 @@ def prune_checkpoint(
         targets: patterns of layer names; None for every Linear and Conv1D inside the blocks.
         blocks: name of the list of decoder blocks, where it cannot be found.
         dtype: of the weights, as in `from_pretrained`; None: that of the configuration.
+        name: of the recipe, for the report.
         progress: show a progress bar.
 
     Returns:
@@ -89,7 +91,7 @@ def prune_checkpoint(
             journal.prepare()
             check_space(journal, walk.shards, given, model)
             walk.run(journal, progress)
-            about = {"model": source.name, "pruner": repr(pruner), "sparsity": pruner.pattern.sparsity}
+            about = {"recipe": name, "model": source.name, "pruner": repr(pruner), "sparsity": pruner.pattern.sparsity}
             finish(journal, walk.shards, checkpoint, model, about | {"skipped": walk.skipped})
         assert journal.report is not None
         return journal.report

@@ -79,6 +79,15 @@ def tiny_llama(seed: int = 0, hidden_size: int = 128, layers: int = 4, vocab_siz
         return LlamaForCausalLM(config)
 
 
+def tiny_checkpoint(dirpath: str | Path) -> str:
+    """A folder with `tiny_llama` in several safetensors files and its tokenizer; is made if it is not there."""
+    folder = Path(dirpath)
+    if not (folder / "tokenizer_config.json").is_file():  # which is written last
+        tiny_llama().save_pretrained(folder, max_shard_size="1MB")
+        byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     """ByT5's tokenizer without its extra ids: a token is a byte, 259 in all with padding, end and unknown."""
     return ByT5Tokenizer(extra_ids=0)

@@ -1,0 +1,189 @@
+"""
+prune_checkpoint against the whole model in memory, in processes of their own: peak memory, seconds, and whether the
+results are the same; and a run that is killed again and again.
+
+    python benchmarks/streaming.py WINDOWS.safetensors [--model FOLDER] [--kills 20]
+
+WINDOWS has token ids (windows, tokens) under "calibration". In memory means from_pretrained, prune_sequentially and
+save_pretrained. The memory is the process's largest resident set (VmHWM), Python and all libraries included; what they
+take by themselves is measured too. The kills are SIGKILLs at random moments of runs on a small model.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+PACKAGE = Path(__file__).parent.parent
+BATCH = 4
+"""Windows in a forward pass, in both."""
+
+
+def imports() -> None:
+    import transformers.modeling_utils  # noqa: F401
+
+    import prune_callbacks.streaming  # noqa: F401
+
+
+def in_memory(model: str, windows: str, target: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from prune_callbacks import SparseGPT, Unstructured, prune_sequentially
+
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    batches = load_file(windows)["calibration"].long().split(BATCH)
+    report = prune_sequentially(loaded, batches, SparseGPT(Unstructured(0.5)), progress=False)
+    loaded.save_pretrained(Path(target) / "model")
+    report.masks.save(Path(target) / "masks.safetensors")
+
+
+def streaming(model: str, windows: str, target: str) -> None:
+    from prune_callbacks import SparseGPT, Unstructured, prune_checkpoint
+
+    batches = load_file(windows)["calibration"].long().split(BATCH)
+    prune_checkpoint(model, target, SparseGPT(Unstructured(0.5)), batches, progress=False)
+
+
+WAYS = {"imports alone": imports, "in memory": in_memory, "streaming": streaming}
+
+
+def child(way: str, arguments: list[str]) -> None:
+    """What runs in a process of its own; the last line says how it went."""
+    begin = time.perf_counter()
+    WAYS[way](*arguments)
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    print(json.dumps({"peak_bytes": 1024 * peak, "seconds": round(time.perf_counter() - begin, 1)}))
+
+
+def start(way: str, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, __file__, "--child", way, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE), "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def measured(way: str, *arguments: str) -> dict[str, Any]:
+    process = start(way, *arguments)
+    output, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{way} failed: run it by itself with --child")
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    print(f"{way}: {result['peak_bytes'] / 2**20:.0f} MiB, {result['seconds']} s")
+    return result
+
+
+def tensors(folder: Path) -> dict[str, Path]:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def equal(first: Path, second: Path) -> dict[str, Any]:
+    """Weights and masks of two results, tensor by tensor."""
+    from prune_callbacks import MaskSet
+
+    places = [tensors(folder / "model") for folder in (first, second)]
+    different = sorted(set(places[0]) ^ set(places[1]))
+    for name in set(places[0]) & set(places[1]):
+        values = []
+        for place in places:
+            with safe_open(place[name], framework="pt") as file:
+                values.append(file.get_tensor(name))
+        if values[0].dtype != values[1].dtype or not torch.equal(*values):
+            different.append(name)
+    masks = [MaskSet.load(folder / "masks.safetensors") for folder in (first, second)]
+    return {"tensors": len(places[0]), "different_tensors": len(different), "same_masks": masks[0] == masks[1]}
+
+
+def digest(folder: Path) -> str:
+    """Of all files but the report, which holds times."""
+    content = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "report.json"):
+        content.update(str(path.relative_to(folder)).encode())
+        content.update(path.read_bytes())
+    return content.hexdigest()
+
+
+def kills(count: int, folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Each run is killed at one random moment of its work, and then made again to its end."""
+    from prune_callbacks.tasks import tiny_llama
+
+    source, windows = folder / "small", folder / "small.safetensors"
+    tiny_llama(hidden_size=256, layers=12).save_pretrained(source)
+    torch.manual_seed(seed)
+    save_file({"calibration": torch.randint(3, 200, (32, 256))}, windows)
+    measured("streaming", str(source), str(windows), str(folder / "undisturbed"))
+    wanted, moments, chance = digest(folder / "undisturbed"), [], random.Random(seed)
+    work = json.loads((folder / "undisturbed/report.json").read_text())["seconds"]["prune"]
+    for number in range(count):
+        target = folder / f"killed_{number}"
+        process = start("streaming", str(source), str(windows), str(target))
+        while not (target / "streaming/setting.json").exists() and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 1.1 * work))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        finished = len(list((target / "streaming").glob("block_*.json")))
+        measured("streaming", str(source), str(windows), str(target))
+        moments.append({"killed": process.returncode == -signal.SIGKILL, "finished_blocks": finished})
+        moments[-1]["same_bytes"] = digest(target) == wanted
+    return {"blocks": 12, "runs": moments, "same": sum(moment["same_bytes"] for moment in moments)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("windows", type=Path)
+    parser.add_argument("--model")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/streaming_smollm2_135m.json")
+    options = parser.parse_args()
+    if options.model is None:
+        from prune_callbacks.tasks import smollm2_135m
+    model = options.model or smollm2_135m()
+    with safe_open(options.windows, framework="pt") as file:
+        shape = file.get_slice("calibration").get_shape()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cells = {"imports alone": measured("imports alone")}
+        for way in ("in memory", "streaming"):
+            cells[way] = measured(way, model, str(options.windows), str(folder / way))
+        same = equal(folder / "in memory", folder / "streaming")
+        killed = kills(options.kills, folder)
+    ratio = cells["streaming"]["peak_bytes"] / cells["in memory"]["peak_bytes"]
+    results = {
+        "model": options.model or "SmolLM2-135M-Instruct",
+        "pruner": "SparseGPT, 50 %",
+        "windows": shape,
+        "windows_per_batch": BATCH,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "cells": cells,
+        "peak_over_in_memory": round(ratio, 4),
+        "equality": same,
+        "kills": killed,
+    }
+    options.results.write_text(json.dumps(results, indent=2) + "\n")
+    print(
+        f"\npeak memory, streaming over in memory: {ratio:.3f}; {same}; {killed['same']} of {options.kills} killed runs"
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], sys.argv[3:])
+    else:
+        main()
