@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,9 @@ def kills(count: int, folder: Path, seed: int = 0) -> dict[str, Any]:
     from prune_callbacks.tasks import tiny_llama
 
     source, windows = folder / "small", folder / "small.safetensors"
-    tiny_llama(hidden_size=256, layers=12).save_pretrained(source)
+    tiny_llama(hidden_size=128, layers=12).save_pretrained(source)
     torch.manual_seed(seed)
-    save_file({"calibration": torch.randint(3, 200, (32, 256))}, windows)
+    save_file({"calibration": torch.randint(3, 200, (16, 64))}, windows)
     measured("streaming", str(source), str(windows), str(folder / "undisturbed"))
     wanted, moments, chance = digest(folder / "undisturbed"), [], random.Random(seed)
     work = json.loads((folder / "undisturbed/report.json").read_text())["seconds"]["prune"]
@@ -145,45 +146,59 @@ def kills(count: int, folder: Path, seed: int = 0) -> dict[str, Any]:
     return {"blocks": 12, "runs": moments, "same": sum(moment["same_bytes"] for moment in moments)}
 
 
+def compared(model: str, windows: str, folder: Path) -> dict[str, Any]:
+    """Both ways one after the other, and whether they end the same."""
+    cell = {way: measured(way, model, windows, str(folder / way)) for way in ("in memory", "streaming")}
+    cell["peak_over_in_memory"] = round(cell["streaming"]["peak_bytes"] / cell["in memory"]["peak_bytes"], 4)
+    return cell | {"equality": equal(folder / "in memory", folder / "streaming")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("windows", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--only", nargs="+", choices=["imports alone", "compared", "kills"])
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/streaming_smollm2_135m.json")
     options = parser.parse_args()
-    if options.model is None:
-        from prune_callbacks.tasks import smollm2_135m
-    model = options.model or smollm2_135m()
     with safe_open(options.windows, framework="pt") as file:
         shape = file.get_slice("calibration").get_shape()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        cells = {"imports alone": measured("imports alone")}
-        for way in ("in memory", "streaming"):
-            cells[way] = measured(way, model, str(options.windows), str(folder / way))
-        same = equal(folder / "in memory", folder / "streaming")
-        killed = kills(options.kills, folder)
-    ratio = cells["streaming"]["peak_bytes"] / cells["in memory"]["peak_bytes"]
-    results = {
+    setting = {
         "model": options.model or "SmolLM2-135M-Instruct",
         "pruner": "SparseGPT, 50 %",
         "windows": shape,
         "windows_per_batch": BATCH,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "cells": cells,
-        "peak_over_in_memory": round(ratio, 4),
-        "equality": same,
-        "kills": killed,
+        "machine": f"{platform.machine()}, torch {torch.__version__}",
     }
-    options.results.write_text(json.dumps(results, indent=2) + "\n")
-    print(
-        f"\npeak memory, streaming over in memory: {ratio:.3f}; {same}; {killed['same']} of {options.kills} killed runs"
-    )
+    results = open_results(options.results, setting)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cells: dict[str, Callable[[], dict[str, Any]]] = {
+            "imports alone": lambda: measured("imports alone"),
+            "compared": lambda: compared(options.model or smollm2_135m(), str(options.windows), folder),
+            "kills": lambda: kills(options.kills, folder),
+        }
+        for key in options.only or cells:
+            if key not in results["cells"]:
+                results["cells"][key] = cells[key]() | {"threads": torch.get_num_threads()}
+                write_json(options.results, results)
+    print_results(results["cells"])
+
+
+def print_results(cells: dict[str, Any]) -> None:
+    if "compared" in cells:
+        cell = cells["compared"]
+        print(f"peak memory, streaming over in memory: {cell['peak_over_in_memory']:.3f}; {cell['equality']}")
+    if "kills" in cells:
+        print(f"{cells['kills']['same']} of {len(cells['kills']['runs'])} runs that were killed ended the same")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2], sys.argv[3:])
     else:
+        # Not in the children: what they import is measured.
+        from prune_callbacks.evaluation.report import open_results, write_json
+        from prune_callbacks.tasks import smollm2_135m
+
         main()
