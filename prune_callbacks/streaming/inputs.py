@@ -1,9 +1,8 @@
 """What the decoder blocks are called with: hidden states in files, everything else once for all windows."""
 
-import ctypes
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,7 @@ class StoredInputs(BlockInputs):
 
     @property
     def hidden(self) -> Tensor:  # type: ignore[override]
-        """Read whenever it is asked for, which is once a forward pass: what the one before has freed goes first."""
-        give_back_memory()
+        """Read whenever it is asked for."""
         with safe_open(self.path, framework="pt") as file:
             view: Tensor = file.get_tensor(HIDDEN)
             return view.clone()  # aligned as any other tensor: kernels may round differently where it is not
@@ -119,14 +117,3 @@ def described_batches(batches: Iterable[Batch]) -> Iterator[str]:
             else:
                 digest.update(f"{name} {value!r}".encode())
         yield digest.hexdigest()
-
-
-def give_back_memory() -> None:
-    """
-    Returns freed memory to the system, where the C library is glibc.
-
-    It keeps what was freed between pieces in use. With tensors of many sizes that grew to another 200 MB over the
-    thirty blocks of SmolLM2-135M.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -12,6 +12,7 @@ from prune_callbacks.pruners import Pruner, Structured
 from prune_callbacks.streaming.finishing import check_space, finish
 from prune_callbacks.streaming.inputs import described_batches
 from prune_callbacks.streaming.journal import Journal, alone
+from prune_callbacks.streaming.memory import returning_memory
 from prune_callbacks.streaming.skeleton import build_skeleton, model_dtype
 from prune_callbacks.streaming.source import Checkpoint
 from prune_callbacks.streaming.walk import BlockWalk
@@ -90,7 +91,8 @@ def prune_checkpoint(
         if journal.report is None:
             journal.prepare()
             check_space(journal, walk.shards, given, model)
-            walk.run(journal, progress)
+            with returning_memory():
+                walk.run(journal, progress)
             about = {"recipe": name, "model": source.name, "pruner": repr(pruner), "sparsity": pruner.pattern.sparsity}
             finish(journal, walk.shards, checkpoint, model, about | {"skipped": walk.skipped})
         assert journal.report is not None

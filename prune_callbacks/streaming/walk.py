@@ -19,7 +19,7 @@ from prune_callbacks.pruners import Pruner
 from prune_callbacks.ranks import ALONE
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.streaming.files import whole, write_tensors
-from prune_callbacks.streaming.inputs import StoredInputs, give_back_memory, store_inputs, store_next
+from prune_callbacks.streaming.inputs import StoredInputs, store_inputs, store_next
 from prune_callbacks.streaming.journal import Journal
 from prune_callbacks.streaming.shards import FORMAT, Shards, masks_in_pieces
 from prune_callbacks.streaming.skeleton import drop, fill, find_places, refuse_shared
@@ -113,7 +113,6 @@ class BlockWalk:
         inputs = store_inputs(self.model, [block for _, block in self.blocks], self.batches, journal.hidden(index))
         self._unload(0)
         drop(self.model, outside)
-        give_back_memory()
         return inputs
 
     def _block(self, journal: Journal, index: int, inputs: Sequence[StoredInputs], advance: Advance) -> dict[str, Any]:
@@ -136,7 +135,6 @@ class BlockWalk:
         write_tensors(shard, {name: whole(state[name.removeprefix(f"{prefix}.")]) for name in names}, FORMAT)
         del state
         self._unload(index)
-        give_back_memory()
         return record
 
     def _prune(self, journal: Journal, index: int, inputs: Sequence[StoredInputs], advance: Advance) -> dict[str, Any]:
@@ -146,10 +144,7 @@ class BlockWalk:
         statistics = (
             collect(self.pruner.statistic, index, block, layers, list(inputs), self.where) if self.calibrated else {}
         )
-        give_back_memory()
         run.prune(layers, statistics, advance)
-        del statistics
-        give_back_memory()
         self.few_tokens = run.few_tokens
         masks = MaskSet.join(run.masks)
         tensors, shapes = masks_in_pieces(masks)
