@@ -41,7 +41,8 @@ ROOT = Path(__file__).parent.parent
 train = importlib.util.spec_from_file_location("train", ROOT / "train.py")
 train.loader.exec_module(importlib.util.module_from_spec(train))  # the resolvers that recipes use
 FILES = sorted(path.stem for path in (ROOT / "recipes/recipe").glob("*.yaml"))
-JOBS = {"consolidate", "prune_streaming", "sensitivity", "sweep", *(name for name in FILES if name.startswith("ablate_"))}  # train nothing
+JOBS = {"consolidate", "prune_streaming", "sensitivity", "sweep"}  # which train nothing
+JOBS |= {name for name in FILES if name.startswith("ablate_")}
 NAMES = [name for name in FILES if name not in JOBS]
 PRUNERS = {
     "magnitude_50": Magnitude(Unstructured(0.5)),

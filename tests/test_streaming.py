@@ -145,6 +145,22 @@ def test_every_pruner_from_several_files(tmp_path, source, batches, pruner):
     same(source, tmp_path / "target", batches, pruner)
 
 
+@pytest.mark.filterwarnings("ignore:.*(calibration tokens|routers stay dense)")
+@pytest.mark.parametrize("pruner", [SPARSEGPT, Wanda(NM(1, 4))], ids=["SparseGPT", "Wanda"])
+def test_experts_in_one_tensor(tmp_path, batches, pruner):
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    model = MixtralForCausalLM(MixtralConfig(**sizes | heads, num_local_experts=4))
+    source = saved(tmp_path / "source", model, save_original_format=False)
+    record = prune(source, tmp_path / "target", batches, pruner, min_expert_tokens=60)
+    report = same(source, tmp_path / "target", batches, pruner, min_expert_tokens=60)
+    assert len(record["sparsity"]["layers"]) == len(report.layers) == 2 * (4 + 2 * 4)
+    assert 0 < len(record["by_magnitude"]) < 2 * 2 * 4
+    assert record["by_magnitude"] == report.by_magnitude
+    assert record["skipped"] == report.skipped
+    assert record["violations"] == {}
+
+
 def test_padding_and_windows_of_several_lengths(tmp_path, source):
     mask = torch.ones(2, 24, dtype=torch.long)
     mask[1, :7] = 0
@@ -364,6 +380,7 @@ def test_another_setting_is_refused_and_says_what_differs(tmp_path, source, batc
     refuses(source, target, batches, r"another setting: pruner was SparseGPT.* and is Wanda", Wanda(NM(2, 4)))
     refuses(source, target, batches[:2], "another setting: batches was")
     refuses(source, target, batches, "another setting: targets was", targets="*.mlp.*")
+    refuses(source, target, batches, "another setting: min_expert_tokens was 32 and is 8", min_expert_tokens=8)
     refuses(source, target, batches, "another setting: dtype was torch.float32 and is torch.float16", dtype="float16")
     torch.manual_seed(1)
     shutil.rmtree(source)
@@ -474,12 +491,6 @@ def test_experts_that_transformers_fuses_on_loading_are_refused(tmp_path, batche
     model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
     source = saved(tmp_path / "source", model)
     refuses(source, tmp_path / "target", batches, r"transformers makes .*experts.* of it and others when it loads them")
-    source = saved(tmp_path / "fused", model, save_original_format=False)
-    with pytest.warns(UserWarning, match="tensors stay dense"):
-        record = prune(source, tmp_path / "target", batches)
-    with pytest.warns(UserWarning, match="tensors stay dense"):
-        report = same(source, tmp_path / "target", batches)
-    assert record["skipped"] == report.skipped
 
 
 def test_bad_calls_are_refused_before_work(tmp_path, source, batches, unchecked):

@@ -96,6 +96,7 @@ def _report(journal: Journal, about: Mapping[str, Any]) -> dict[str, Any]:
         "violations": {name: count for record in journal.records for name, count in record["violations"].items()},
         "reconstruction_loss": {layer["name"]: layer["relative_loss"] for layer in layers},
         "skipped": skipped,
+        "by_magnitude": {name: n for record in journal.records for name, n in record["by_magnitude"].items()},
         "seconds": {"prune": sum(record["seconds"] for record in journal.records)},
         "peak_memory_bytes": max((record["peak_memory_bytes"] for record in journal.records), default=0),
         "versions": {name: version(name) for name in ("prune-callbacks", "torch", "transformers", "safetensors")},

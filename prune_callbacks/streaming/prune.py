@@ -28,6 +28,7 @@ def prune_checkpoint(
     device: torch.device | str | None = None,
     targets: Sequence[str] | str | None = None,
     blocks: str | None = None,
+    min_expert_tokens: int = 32,
     dtype: torch.dtype | str | None = None,
     name: str | None = None,
     progress: bool = True,
@@ -48,8 +49,9 @@ def prune_checkpoint(
         batches: as of `prune_sequentially`, and the same ones when it goes on. May be None for a pruner that needs no
             calibration.
         device: where blocks are run and solved, one at a time; None: the CPU.
-        targets: patterns of layer names; None for every Linear and Conv1D inside the blocks.
+        targets: patterns of layer names; None as in `prune_sequentially`.
         blocks: name of the list of decoder blocks, where it cannot be found.
+        min_expert_tokens: as in `prune_sequentially`.
         dtype: of the weights, as in `from_pretrained`; None: that of the configuration.
         name: of the recipe, for the report.
         progress: show a progress bar.
@@ -77,11 +79,13 @@ def prune_checkpoint(
     given = list(batches or ()) if calibrated else []
     checkpoint = Checkpoint(source)
     model = build_skeleton(checkpoint.config, model_dtype(checkpoint, dtype))
-    walk = BlockWalk(checkpoint, model, pruner, given, targets, blocks, torch.device(device or "cpu"))
+    where = torch.device(device or "cpu")
+    walk = BlockWalk(checkpoint, model, pruner, given, targets, blocks, where, min_expert_tokens)
     setting = {
         "source": checkpoint.fingerprint(),
         "pruner": repr(pruner),
         "targets": list(walk.layers),
+        "min_expert_tokens": min_expert_tokens,
         "dtype": str(model.dtype),
         "device": walk.where.type,
         "batches": list(described_batches(given)),

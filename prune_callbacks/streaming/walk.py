@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prune_callbacks.calibration.block_pruning import BlockPruning
-from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, weight_shape
+from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, parameters_of, weight_shape
 from prune_callbacks.calibration.capture import Batch
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.prune_report import peak_memory
@@ -40,6 +40,7 @@ class BlockWalk:
         targets: patterns of layer names; None for all.
         blocks: name of the list of blocks; None: found by structure.
         where: the device of the block that has values.
+        min_expert_tokens: an expert that fewer tokens reach is pruned by Magnitude.
 
     Attributes:
         layers: to prune, by name.
@@ -59,12 +60,14 @@ class BlockWalk:
         targets: Sequence[str] | str | None,
         blocks: str | None,
         where: torch.device,
+        min_expert_tokens: int,
     ) -> None:
         self.checkpoint, self.model, self.pruner, self.batches, self.where = checkpoint, model, pruner, batches, where
+        self.min_expert_tokens = min_expert_tokens
         self.calibrated = pruner.statistic(1) is not None
         self.blocks = find_blocks(model, blocks)
         refuse_shared(model, self.blocks)
-        self.layers = find_targets(self.blocks, targets)
+        self.layers = find_targets(self.blocks, targets, experts=not hasattr(pruner, "grid"))
         for name, layer in self.layers.items():
             with naming(name):
                 pruner.pattern.check_shape(weight_shape(layer))
@@ -73,7 +76,7 @@ class BlockWalk:
         self.few_tokens = False
         notes = BlockPruning(pruner, ALONE)
         if targets is None:
-            notes.note_fused(self.blocks)
+            notes.note_dense(self.blocks, self.layers)
         self.skipped = notes.skipped
 
     def run(self, journal: Journal, progress: bool) -> None:
@@ -120,7 +123,7 @@ class BlockWalk:
         layers, names = self._inside(index), self.shards.of_block[index]
         shard = journal.model / self.shards.file(index)
         runs = self.calibrated and index < self.last
-        record: dict[str, Any] = {"layers": [], "skipped": {}, "violations": {}}
+        record: dict[str, Any] = {"layers": [], "skipped": {}, "by_magnitude": {}, "violations": {}}
         if not layers and not runs:
             self.shards.copy(names, self.checkpoint, shard)
             return record
@@ -139,7 +142,7 @@ class BlockWalk:
 
     def _prune(self, journal: Journal, index: int, inputs: Sequence[StoredInputs], advance: Advance) -> dict[str, Any]:
         layers, (_, block) = self._inside(index), self.blocks[index]
-        run = BlockPruning(self.pruner, ALONE)
+        run = BlockPruning(self.pruner, ALONE, min_expert_tokens=self.min_expert_tokens)
         run.few_tokens = self.few_tokens
         statistics = (
             collect(self.pruner.statistic, index, block, layers, list(inputs), self.where) if self.calibrated else {}
@@ -151,10 +154,11 @@ class BlockWalk:
         write_tensors(journal.masks(index), tensors, shapes)
         if run.scales:
             write_tensors(journal.scales(index), {name: whole(scale) for name, scale in run.scales.items()})
-        weights = {f"{name}.weight": layer.get_parameter("weight") for name, layer in layers.items()}
+        weights = parameters_of(layers)
         return {
             "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in run.layers],
             "skipped": run.skipped,
+            "by_magnitude": run.by_magnitude,
             "violations": masks.violations({name: weights[name] for name in masks}),
         }
 
