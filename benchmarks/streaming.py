@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 PACKAGE = Path(__file__).parent.parent
-BATCH = 4
+BATCH = 1
 """Windows in a forward pass, in both."""
 
 

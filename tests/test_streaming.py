@@ -161,6 +161,21 @@ def test_experts_in_one_tensor(tmp_path, batches, pruner):
     assert record["violations"] == {}
 
 
+def test_of_the_embeddings_only_the_rows_of_the_windows_are_held(tmp_path, batches, monkeypatch):
+    seen = []
+    store = walk.store_inputs
+
+    def spy(model, *rest):
+        seen.append(len(model.get_input_embeddings().weight))
+        return store(model, *rest)
+
+    monkeypatch.setattr(walk, "store_inputs", spy)
+    source = saved(tmp_path / "source", llama(vocab_size=5000))
+    prune(source, tmp_path / "target", batches)
+    assert seen == [len(torch.cat(batches).unique())]
+    same(source, tmp_path / "target", batches)
+
+
 def test_padding_and_windows_of_several_lengths(tmp_path, source):
     mask = torch.ones(2, 24, dtype=torch.long)
     mask[1, :7] = 0

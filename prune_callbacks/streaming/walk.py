@@ -1,12 +1,13 @@
 """Going through a checkpoint block by block: read, prune, run, write."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prune_callbacks.calibration.block_pruning import BlockPruning
@@ -108,15 +109,48 @@ class BlockWalk:
         if head is not None and head is not self.model.get_input_embeddings():
             name = next(name for name, module in self.model.named_modules() if module is head)
             outside = {n: key for n, key in outside.items() if not n.startswith(f"{name}.")}
-        # Views of the files: of the embeddings only what is looked up comes into memory.
-        views = self.checkpoint.views(outside.values())
-        fill(self.model, {name: views[key] for name, key in outside.items()})
-        del views
+        embedding: Any = self.model.get_input_embeddings()
+        plain = self.batches and isinstance(embedding, nn.Embedding) and all(map(_are_ids, self._ids()))
+        table = next((name for name in outside if plain and self._is(name, embedding)), None)
+        fill(self.model, {n: view for n, view in self._views(outside).items() if n != table})
         self._load(0)
-        inputs = store_inputs(self.model, [block for _, block in self.blocks], self.batches, journal.hidden(index))
+        blocks = [block for _, block in self.blocks]
+        with nullcontext() if table is None else self._rows_only(embedding, outside[table]):
+            inputs = store_inputs(self.model, blocks, self.batches, journal.hidden(index))
         self._unload(0)
         drop(self.model, outside)
         return inputs
+
+    def _is(self, name: str, embedding: nn.Module) -> bool:
+        owner, _, last = name.rpartition(".")
+        return last == "weight" and self.model.get_submodule(owner) is embedding
+
+    def _ids(self) -> list[Any]:
+        return [batch.get("input_ids") if isinstance(batch, Mapping) else batch for batch in self.batches]
+
+    def _views(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """Weights by name, on the files themselves."""
+        views = self.checkpoint.views(names.values())
+        return {name: views[key] for name, key in names.items()}
+
+    @contextmanager
+    def _rows_only(self, embedding: nn.Embedding, key: str) -> Iterator[None]:
+        """The input embeddings with the rows of the calibration windows' tokens only, under numbers of their own."""
+        used = torch.cat([ids.flatten() for ids in self._ids()]).unique().long().cpu()
+        rows, begin = [], 0
+        for piece in self.checkpoint.pieces(key):
+            inside = used[(used >= begin) & (used < begin + len(piece))]
+            rows.append(piece[inside - begin])
+            begin += len(piece)
+        whole, dtype = embedding.weight, embedding.weight.dtype
+        embedding.weight = nn.Parameter(torch.cat(rows).to(dtype), requires_grad=False)
+        numbers = torch.full((begin,), -1).index_put_((used,), torch.arange(len(used)))
+        hook = embedding.register_forward_pre_hook(lambda _, args: (numbers[args[0]], *args[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
+            embedding.weight = whole
 
     def _block(self, journal: Journal, index: int, inputs: Sequence[StoredInputs], advance: Advance) -> dict[str, Any]:
         """Prunes a block, runs it for the next one, and writes its weights."""
@@ -177,3 +211,8 @@ class BlockWalk:
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:
                     setattr(module, name, buffer.cpu())
+
+
+def _are_ids(given: Any) -> bool:
+    """Whether it is what a model looks up; anything else is refused, with the reason, where it is run."""
+    return isinstance(given, Tensor) and given.dtype in (torch.int64, torch.int32)
