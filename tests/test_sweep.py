@@ -1,5 +1,6 @@
 """Sweeps: every point as in a fresh model, kept whatever happens, measured once; the recipes in real processes."""
 
+import copy
 import json
 import os
 import re
@@ -12,19 +13,32 @@ import pytest
 import torch
 from launch import HERE, started, train
 
-from prune_callbacks import MRP, NM, OWL, Magnitude, SparseGPT, TokenDataModule, Unstructured, Wanda, prune_sequentially
+from prune_callbacks import (
+    MRP,
+    NM,
+    OWL,
+    Magnitude,
+    SensitivityAllocation,
+    SparseGPT,
+    TokenDataModule,
+    Unstructured,
+    Wanda,
+    prune_sequentially,
+)
 from prune_callbacks.calibration import peak_memory, reset_peak_memory
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.evaluation.curves import curves, draw_curves, sweep_table
 from prune_callbacks.studies import sweep_point
-from prune_callbacks.tasks import PythonDocs, tiny_llama
+from prune_callbacks.tasks import PythonDocs, TextFile, tiny_llama
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def data(tokenizer):
-    return make_data(tokenizer)
+    made = make_data(tokenizer)
+    made.setup("fit")
+    return made
 
 
 def make_data(tokenizer, **sizes):
@@ -98,6 +112,67 @@ def test_what_is_measured_is_not_measured_again(tmp_path, tokenizer, data, monke
         sweep_point(network, data, Wanda(Unstructured(0.5)), tmp_path, name="another", progress=False)
 
 
+def test_what_makes_a_point_another_one(tmp_path, tokenizer, data):
+    """The sensitivities of an allocation, the path of a text, the tokenizer, the model, the pruner's settings."""
+    pruner = Wanda(Unstructured(0.5))
+    names = [f"model.layers.{i}.{n}" for i in range(2) for n in ("mlp.up_proj", "mlp.down_proj")]
+    for sensitive in (names[0], names[1]):
+        allocation = SensitivityAllocation({name: 9.0 if name == sensitive else 1.0 for name in names})
+        sweep_point(network, data, pruner, tmp_path / "a", allocation=allocation, targets=names, progress=False)
+    assert len({cell["perplexity"] for cell in read(tmp_path / "a").values()}) == 2
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text(f"{folder} line of text\n" * 500)
+        text = TextFile(str(tmp_path / folder / "x.txt"))
+        other = TokenDataModule(
+            tokenizer, PythonDocs("train"), text, PythonDocs("evaluation"), seq_len=48, calibration_windows=6,
+            train_windows=2, evaluation_windows=3,
+        )  # fmt: skip
+        sweep_point(network, other, pruner, tmp_path / "t", progress=False)
+    assert len({cell["perplexity"] for cell in read(tmp_path / "t").values()}) == 2
+    upper = copy.deepcopy(data)
+    upper.evaluation_windows = upper.calibration_windows = upper.train_windows = None
+    upper.tokenizer = Shifted()
+    first = sweep_point(network, data, pruner, tmp_path / "k1", progress=False)
+    second = sweep_point(network, upper, pruner, tmp_path / "k2", progress=False)
+    assert first["perplexity"] != second["perplexity"]
+    seeds = [sweep_point(lambda s=s: tiny_llama(hidden_size=32, layers=2, seed=s), data, pruner, tmp_path / f"s{s}",
+                         progress=False)["perplexity"] for s in (0, 1, 2)]  # fmt: skip
+    assert len(set(seeds)) == 3
+    for variant in ("SM", "MM"):
+        sweep_point(network, data, MRP(NM(2, 4), variant=variant), tmp_path / "v", progress=False)
+    assert [cell["series"] for cell in read(tmp_path / "v").values()] == ["MRP, N:M", "MRP, N:M, variant=MM"]
+
+
+def read(folder):
+    return json.loads((folder / "sweep.json").read_text())["cells"]
+
+
+class Shifted:
+    """A tokenizer of bytes with other numbers."""
+
+    def get_vocab(self):
+        return {"a": 1}
+
+    def __call__(self, text, **settings):
+        return {"input_ids": [(byte * 7) % 250 + 3 for byte in text.encode()]}
+
+
+def test_a_process_keeps_what_another_wrote_meanwhile(tmp_path, data, monkeypatch):
+    real = prune_sequentially
+
+    def overlapping(*args, **kwargs):
+        with monkeypatch.context() as patched:
+            patched.setattr("prune_callbacks.studies.sweep.prune_sequentially", real)
+            sweep_point(network, data, Wanda(Unstructured(0.3)), tmp_path, progress=False)
+        return real(network(), *args[1:], **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("prune_callbacks.studies.sweep.prune_sequentially", overlapping)
+        sweep_point(network, data, Wanda(Unstructured(0.5)), tmp_path, progress=False)
+    assert [cell["at"] for cell in read(tmp_path).values()] == [0.3, 0.5]
+
+
 def test_a_point_that_fails_is_noted_and_harms_no_other(tmp_path, data, capsys):
     with pytest.raises(ValueError, match="q_proj"):
         sweep_point(network, data, Magnitude(NM(2, 5)), tmp_path, progress=False)
@@ -124,7 +199,9 @@ def test_peaks_are_of_each_point():
 
 def test_the_picture_of_numbers_names_and_everything(tmp_path):
     def cell(at, value):
-        return {"series": "one", "at": at, "perplexity": value, "seconds": 1.0, "peak_memory_bytes": 1 << 30}
+        calibrated = {"calibration": "text", "calibration_windows": 4, "seed": 0}
+        measured = {"perplexity": value, "seconds": 1.0, "peak_memory_bytes": 1 << 30}
+        return {"series": "one", "at": at} | measured | calibrated
 
     setting = {"model": "a $model$", "evaluation": "text", "seq_len": 8, "along": "damping"}
     for values in ([1e-4, 1e-2, 1], [32, 128, None], ["c4", "ptb"], [0.5]):

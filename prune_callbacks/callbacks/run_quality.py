@@ -70,15 +70,15 @@ class RunQuality:
         windows, title = data.evaluation_windows, getattr(data, "evaluation_title", None)
         with _on_its_device(trainer, pl_module) as model:
             value = self._perplexity(trainer, model, windows)
-            measured = {"seq_len": windows.shape[1], stage: finite(value)}
-            record["perplexity"] |= {"dataset": title} | measured
+            known = {"dataset": title, "seq_len": windows.shape[1]}
+            record["perplexity"] = _of_the_same(record["perplexity"], known, NOT_MEASURED) | {stage: finite(value)}
             _say(stage, value, windows)
             corpora = record.setdefault("corpora", {})  # checkpoints of earlier versions have none
             for name, (further, others) in getattr(data, "further_evaluation", {}).items():
                 same = torch.equal(others, windows)
                 again = value if same else self._perplexity(trainer, model, others)
                 known = {"dataset": further, "seq_len": others.shape[1], "windows": len(others)}
-                corpora[name] = corpora.get(name, {}) | known | {stage: finite(again)}
+                corpora[name] = _of_the_same(corpora.get(name, {}), known, {}) | {stage: finite(again)}
                 _say(f"{stage} {name}", again, others)
             if self.zero_shot is not None:
                 self._zero_shot(self.zero_shot, model, stage, record)
@@ -94,12 +94,18 @@ class RunQuality:
         accuracies = record.setdefault("zero_shot", {})
         for task, result in results.items():
             measured = {key: result.pop(key) for key in ("value", "stderr", "all")}
-            before = accuracies.get(task, {})
-            if not result.items() <= before.items():
-                before = {}  # measured on other examples, before the fit was resumed with other settings
-            accuracies[task] = before | result | {stage: measured}
+            accuracies[task] = _of_the_same(accuracies.get(task, {}), result, {}) | {stage: measured}
             error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.2%}"
             rank_zero_info(f"{stage} {task} {result['metric']} {measured['value']:.2%}{error}")
+
+
+NOT_MEASURED = dict.fromkeys(("dense", "pruned", "recovered"))
+
+
+def _of_the_same(before: dict[str, Any], known: dict[str, Any], nothing: dict[str, Any]) -> dict[str, Any]:
+    """What was measured before, unless on something else, before the fit was resumed with other settings."""
+    same = all(before.get(key, value) == value for key, value in known.items())
+    return (before if same else nothing) | known
 
 
 def finite(value: float) -> float | None:

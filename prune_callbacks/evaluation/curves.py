@@ -17,11 +17,17 @@ PANELS = (("perplexity", "perplexity"), ("seconds", "seconds to prune"), ("peak_
 
 
 def curves(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The points of every curve that were measured, from left to right."""
+    """The points of every curve that were measured, from left to right; other calibration makes another curve."""
+    measured = [cell for cell in results["cells"].values() if "error" not in cell]
+    along = {"calibration windows": "calibration_windows", "calibration text": "calibration"}
+    told = [
+        key for key in ("calibration", "calibration_windows", "seed") if key != along.get(results["setting"]["along"])
+    ]
+    told = [key for key in told if len({cell[key] for cell in measured}) > 1]
     found: dict[str, list[dict[str, Any]]] = {}
-    for cell in results["cells"].values():
-        if "error" not in cell:
-            found.setdefault(cell["series"], []).append(cell)
+    for cell in measured:
+        name = ", ".join([cell["series"], *(f"{key.replace('_', ' ')} {cell[key]}" for key in told)])
+        found.setdefault(name, []).append(cell)
     return {name: sorted(points, key=lambda point: _place(point["at"])) for name, points in found.items()}
 
 

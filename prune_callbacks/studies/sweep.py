@@ -2,9 +2,13 @@
 
 import atexit
 import copy
+import fcntl
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import Field, dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,12 +42,13 @@ class SweepData(Protocol):
 
 @dataclass
 class _Kept:
-    """The dense model and the token windows, which the next points of this process use again."""
+    """The dense model and the token windows, which the next points of this process use again, and what made them."""
 
-    key: str = ""
+    make: Callable[[], nn.Module] | None = None
+    device: str | None = None
     model: nn.Module | None = None
     dense: dict[str, Tensor] | None = None
-    windows: dict[str, tuple[Tensor, Tensor]] | None = None
+    data: SweepData | None = None
 
 
 _kept = _Kept()
@@ -94,17 +99,17 @@ def sweep_point(
     """
     folder, setting = Path(dirpath), dict(data.setting)
     calibration = {key: setting.pop(key) for key in ("calibration", "calibration_windows", "seed")}
+    source = setting.pop("calibration_source")
     described = {"model": name, "along": along} | setting
     results = open_results(folder / "sweep.json", described)
-    text, windows = calibration["calibration"], calibration["calibration_windows"]
-    key = f"{pruner!r}, {windows} windows of {text}, seed {calibration['seed']}"
-    key += "".join(f", {option!r}" for option in (allocation, targets) if option is not None)
+    key = f"{pruner!r}, {calibration['calibration_windows']} windows of {source}, seed {calibration['seed']}"
+    key += "".join(f", {told}" for told in (_told(allocation), targets and repr(targets)) if told)
     found = results["cells"].get(key)
     if found is not None and "error" not in found:
         Console().print(f"{key}: measured before", markup=False, highlight=False, soft_wrap=True)
         return dict(found)
-    network = _dense_model(model, f"{name}, {model!r}, {device}", device)
-    calibrating, evaluating = _windows(data, repr(data.setting))
+    network = _dense_model(model, device)
+    calibrating, evaluating = _windows(data)
     point: dict[str, Any] = {
         "series": _series(pruner, allocation, along),
         "at": pruner.pattern.sparsity if along == "sparsity" else at,
@@ -121,26 +126,38 @@ def sweep_point(
         report = prune_sequentially(network, batches, pruner, **how)
         value = perplexity(network, evaluating, batch_size=batch_size, progress=progress)
     except (ValueError, RuntimeError) as error:
-        results["cells"][key] = point | {"error": str(error)}
-        write_json(folder / "sweep.json", results)
+        _keep(folder, described, key, point | {"error": str(error)}, results.get("dense"))
         raise
-    results["cells"][key] = point | {
+    found = point | {
         "perplexity": value if math.isfinite(value) else None,
         "sparsity": report.sparsity,
         "seconds": round(report.seconds, 2),
         "peak_memory_bytes": report.peak_memory_bytes,
         "skipped": len(report.skipped),
     }
-    write_json(folder / "sweep.json", results)
-    draw_curves(results, folder / "sweep.png")
+    draw_curves(_keep(folder, described, key, found, results["dense"]), folder / "sweep.png")
     Console().print(f"{key}: perplexity {value:.2f}", markup=False, highlight=False, soft_wrap=True)
-    return dict(results["cells"][key])
+    return found
 
 
-def _dense_model(make: Callable[[], nn.Module], key: str, device: str | None) -> nn.Module:
-    """The model with its dense weights, from the first point of this process if that was of the same."""
-    if _kept.key != key or _kept.model is None or _kept.dense is None:
-        _kept.key, _kept.model, _kept.dense = key, None, None  # the old one goes before the new one comes
+def _keep(folder: Path, setting: dict[str, Any], key: str, cell: dict[str, Any], dense: float | None) -> dict[str, Any]:
+    """Adds a point to the file as it is now: another process may have written points of its own meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".sweep.lock").open("w") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        results = open_results(folder / "sweep.json", setting)
+        results["cells"][key] = cell
+        if dense is not None:
+            results["dense"] = dense
+        write_json(folder / "sweep.json", results)
+    return results
+
+
+def _dense_model(make: Callable[[], nn.Module], device: str | None) -> nn.Module:
+    """The model with its dense weights, from the first point of this process if that was made in the same way."""
+    if not _same(make, _kept.make) or _kept.device != device or _kept.model is None or _kept.dense is None:
+        _kept.make, _kept.device, _kept.model, _kept.dense = make, device, None, None  # the old one goes first
         made = make().to(device) if device is not None else make()
         _kept.model, _kept.dense = made, copy.deepcopy({n: p.data for n, p in made.named_parameters()})
     with torch.no_grad():
@@ -149,13 +166,36 @@ def _dense_model(make: Callable[[], nn.Module], key: str, device: str | None) ->
     return _kept.model
 
 
-def _windows(data: SweepData, key: str) -> tuple[Tensor, Tensor]:
-    if _kept.windows is None or key not in _kept.windows:
+def _same(one: Any, other: Any) -> bool:
+    """Hydra makes a new partial for every point; of anything else the same object is meant."""
+    if isinstance(one, partial) and isinstance(other, partial):
+        return (one.func, one.args, one.keywords) == (other.func, other.args, other.keywords)
+    return one is other
+
+
+def _windows(data: SweepData) -> tuple[Tensor, Tensor]:
+    """Calibration and evaluation windows, from an earlier point of the same texts and tokenizer."""
+    kept = _kept.data
+    if kept is None or kept.setting != data.setting or _vocabulary(kept) != _vocabulary(data):
         data.setup("fit")
-        assert data.calibration_windows is not None
-        assert data.evaluation_windows is not None
-        _kept.windows = {key: (data.calibration_windows, data.evaluation_windows)}
-    return _kept.windows[key]
+        _kept.data = kept = data
+    assert kept.calibration_windows is not None
+    assert kept.evaluation_windows is not None
+    return kept.calibration_windows, kept.evaluation_windows
+
+
+def _vocabulary(data: SweepData) -> Any:
+    tokenizer: Any = getattr(data, "tokenizer", None)
+    return tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else tokenizer
+
+
+def _told(allocation: Any) -> str | None:
+    """An allocation with a mark of what its name does not show: the sensitivities that it was made from."""
+    if allocation is None:
+        return None
+    hidden = [getattr(allocation, f.name) for f in fields(allocation) if not f.repr] if is_dataclass(allocation) else []
+    mark = hashlib.sha256(repr(hidden).encode()).hexdigest()[:12]
+    return f"{allocation!r}" + (f" of {mark}" if hidden and hidden != [None] * len(hidden) else "")
 
 
 def _series(pruner: Pruner, allocation: Allocation | None, along: str) -> str:
@@ -166,7 +206,11 @@ def _series(pruner: Pruner, allocation: Allocation | None, along: str) -> str:
         kind = "N:M" if isinstance(pattern, NM) else kind
     elif not isinstance(pattern, NM):
         kind = f"{kind} {pattern.sparsity:.4g}"
-    return ", ".join([type(pruner).__name__, kind] + ([type(allocation).__name__] if allocation is not None else []))
+    known: tuple[Field[Any], ...] = fields(pruner) if is_dataclass(pruner) else ()
+    own = {f.name: getattr(pruner, f.name) for f in known if f.name not in ("pattern", along.replace(" ", "_"))}
+    defaults = {f.name: f.default for f in known}
+    changed = [f"{name}={value}" for name, value in own.items() if value != defaults[name]]
+    return ", ".join([type(pruner).__name__, kind, *changed, *([type(allocation).__name__] if allocation else [])])
 
 
 _folders: set[Path] = set()

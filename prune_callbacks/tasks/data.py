@@ -190,7 +190,8 @@ class TokenDataModule(LightningDataModule):
     def setting(self) -> dict[str, str | int | None]:
         """What decides the calibration and evaluation windows, apart from the tokenizer; known before `setup`."""
         parts: tuple[Part, ...] = ("calibration", "evaluation")
-        texts = {part: self.corpora[part].title for part in parts}
+        texts: dict[str, str] = {part: self.corpora[part].title for part in parts}
+        texts |= {f"{part}_source": repr(self.corpora[part]) for part in parts}
         counts = {f"{part}_windows": self._limits[part] for part in parts}
         return texts | counts | {"seq_len": self.seq_len, "seed": self.seed}
 

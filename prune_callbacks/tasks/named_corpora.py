@@ -29,10 +29,16 @@ def corpus(name: str, part: Part, root: str | Path | None = None) -> Corpus:
         root: folder with the published files (see `local_files`); None: from the Hub.
 
     Raises:
-        ValueError: there is no corpus and no file of that name, or the folder lacks the corpus's file.
+        ValueError: there is no corpus and no file of that name, the folder lacks the corpus's file, or LAMBADA is to
+            be calibrated or trained on.
     """
     if name == "python_docs":
         return PythonDocs(part)
+    if name == "lambada" and part != "evaluation":
+        raise ValueError(
+            f"lambada has test passages only, which are to be evaluated on, and was given for {part}; a file of "
+            "passages that is named by its path is cut into parts"
+        )
     if name in NAMES:
         return _from_hub(name, part) if root is None else _from_folder(name, part, Path(root))
     if Path(name).suffix not in (".txt", ".raw", ".jsonl"):
@@ -83,7 +89,7 @@ def _from_folder(name: str, part: Part, root: Path) -> Corpus:
             "in place of the corpus, or leave root away to take it from the Hub"
         )
     if name == "lambada":
-        return TextFile(str(found), None if part == "evaluation" else part)
+        return TextFile(str(found))
     if name == "c4":
         if part == "evaluation":
             return HubText("json", data_files=str(found), join=" ", limit=C4_ROWS)
