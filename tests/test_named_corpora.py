@@ -12,6 +12,7 @@ from lightning import Trainer
 from safetensors.torch import load_file
 
 from prune_callbacks import CausalLM, Magnitude, MaskEnforcer, OneShotPrune, RunReport, TokenDataModule, Unstructured
+from prune_callbacks.callbacks.run_quality import RunQuality
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.tasks import HubText, PythonDocs, TextFile, corpus
 
@@ -120,6 +121,27 @@ def test_a_run_measures_every_text(tmp_path, tiny, tokenizer, root):
         assert found["recovered"] == pytest.approx(perplexity(module.model, windows, progress=False), rel=1e-6)
         assert len({found[stage] for stage in ("dense", "pruned", "recovered")}) == 3
     assert "Perplexity on further texts" in (tmp_path / "run/report.html").read_text()
+
+
+def test_what_was_measured_on_other_windows_does_not_stand_beside(tiny, tokenizer, root):
+    """A fit that is resumed with other windows."""
+    docs = [PythonDocs(part) for part in PARTS]
+    record = {"perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None}}
+    quality = RunQuality(None, 1, None, progress=False)
+    module = CausalLM(tiny, lambda p: torch.optim.AdamW(p, lr=1e-2))
+    for stage, seq_len in (("dense", 32), ("pruned", 32), ("recovered", 16)):
+        sizes = {"train_windows": 1, "calibration_windows": 1, "evaluation_windows": 2}
+        data = TokenDataModule(tokenizer, *docs, seq_len=seq_len, evaluate=["lambada"], root=root, **sizes)
+        data.setup("fit")
+        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        trainer.datamodule = data
+        quality.measure(trainer, module, stage, record)
+        if stage == "pruned":
+            assert record["perplexity"]["dense"] is not None
+            assert record["corpora"]["lambada"]["dense"] is not None
+    assert record["perplexity"]["dense"] is None
+    assert "dense" not in record["corpora"]["lambada"]
+    assert record["corpora"]["lambada"]["seq_len"] == 16
 
 
 def test_the_command_line(tmp_path, root):

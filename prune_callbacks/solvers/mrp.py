@@ -152,16 +152,22 @@ def _in_blocks(
     rows = dense.split([sum(part) for part in sizes])
     solutions = [MaskedLeastSquares(part, system, size) for part, size in zip(rows, sizes, strict=True)]
     keep = torch.ones_like(weight, dtype=torch.bool)
+    masks = keep.split([len(part) for part in rows])
     for a in range(0, columns, step):
         b = min(a + step, columns)
         keep[:, a:b] = choose(torch.cat([solution.weight[:, a:b] for solution in solutions]), a)
-        for solution, kept in zip(solutions, keep.split([len(part) for part in rows]), strict=True):
+        # What lies between two blocks only serves to choose the next block's mask.
+        for solution, kept in zip(solutions if b < columns else (), masks, strict=False):
             solution.restrict(kept)
-            if b < columns:  # what lies between two blocks only serves to choose the next block's mask
-                solution.approach(2.5 * solution.tolerance)
-    for solution in solutions:
+            solution.approach(2.5 * solution.tolerance)
+    solved = []
+    for kept in masks:  # each is let go before the next one is solved
+        solution = solutions.pop(0)
+        solution.restrict(kept)
         solution.solve()
-    return torch.cat([solution.weight for solution in solutions]), keep
+        solved.append(solution.weight)
+        del solution
+    return torch.cat(solved), keep
 
 
 def _parts(heights: Sequence[int], most: int) -> list[list[int]]:
