@@ -38,6 +38,7 @@ ABSENT: dict[str, Any] = {
     "violations": None,
     "reconstruction_loss": {},
     "skipped": {},
+    "by_magnitude": {},
     "warnings": None,
     "versions": {},
     "device": None,

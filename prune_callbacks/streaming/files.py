@@ -142,3 +142,8 @@ def remove_folder(folder: Path) -> None:
 def size_of(folder: Path) -> int:
     """The bytes of all files in a folder; 0 if there is none."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def sizes(*paths: Path) -> dict[str, int]:
+    """The bytes of those files that are there, by name."""
+    return {path.name: path.stat().st_size for path in paths if path.is_file()}

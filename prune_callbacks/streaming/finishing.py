@@ -1,6 +1,7 @@
 """What is written once all blocks are, and whether there is room for it all."""
 
 import json
+import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_callbacks.calibration.capture import Batch
-from prune_callbacks.streaming.files import copy_file, rename, size_of, write_json
+from prune_callbacks.streaming.files import copy_file, rename, size_of, sizes, write_json
 from prune_callbacks.streaming.journal import MASKS, MODEL, Journal
 from prune_callbacks.streaming.shards import Shards, join_files
 from prune_callbacks.streaming.source import INDEX, Checkpoint
@@ -77,8 +78,8 @@ def _copy_others(source: Path, target: Path) -> None:
 def _report(journal: Journal, about: Mapping[str, Any]) -> dict[str, Any]:
     """With the keys that the report of a run has; of perplexity nothing is known."""
     layers = [layer for record in journal.records for layer in record["layers"]]
-    sizes = {layer["name"]: layer["shape"][0] * layer["shape"][1] for layer in layers}
-    removed = sum(layer["sparsity"] * sizes[layer["name"]] for layer in layers)
+    parameters = {name: counts for record in journal.records for name, counts in record["parameters"].items()}
+    removed, weights = (sum(counts[i] for counts in parameters.values()) for i in (0, 1))
     skipped = dict(about["skipped"])
     for record in journal.records:
         skipped |= record["skipped"]
@@ -86,18 +87,31 @@ def _report(journal: Journal, about: Mapping[str, Any]) -> dict[str, Any]:
         "recipe": about["recipe"],
         "model": about["model"],
         "stage": "streamed",
+        "command": None,
+        "optimizer_steps": 0,
+        "processes": 1,
+        "device": platform.machine(),
+        "warnings": [],
         "perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None},
+        **dict.fromkeys(("allocation", "schedule", "strategy", "precision", "adapter")),
+        **{key: [] for key in ("rounds", "changes", "training_loss")},
+        **{key: {} for key in ("corpora", "zero_shot")},
         "pruner": about["pruner"],
         "sparsity": {
             "target": about["sparsity"],
-            "achieved": removed / max(1, sum(sizes.values())),
-            "layers": {layer["name"]: layer["sparsity"] for layer in layers},
+            "achieved": removed / max(1, weights),
+            "layers": {name: gone / size for name, (gone, size) in parameters.items()},
         },
         "violations": {name: count for record in journal.records for name, count in record["violations"].items()},
         "reconstruction_loss": {layer["name"]: layer["relative_loss"] for layer in layers},
         "skipped": skipped,
         "by_magnitude": {name: n for record in journal.records for name, n in record["by_magnitude"].items()},
-        "seconds": {"prune": sum(record["seconds"] for record in journal.records)},
+        "seconds": {
+            "prune": sum(record["seconds"] for record in journal.records),
+            "recover": 0.0,
+            "evaluate": 0.0,
+        },
+        "files": sizes(*(journal.target / MODEL).glob("*.safetensors")),
         "peak_memory_bytes": max((record["peak_memory_bytes"] for record in journal.records), default=0),
         "versions": {name: version(name) for name in ("prune-callbacks", "torch", "transformers", "safetensors")},
     }

@@ -29,6 +29,8 @@ def prune_on_windows(
     targets: Sequence[str] | str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    blocks: str | None = None,
+    min_expert_tokens: int = 32,
     name: str | None = None,
 ) -> dict[str, Any]:
     """
@@ -42,6 +44,8 @@ def prune_on_windows(
         targets: patterns of layer names; None for all.
         device: where blocks are run and solved.
         dtype: of the weights; None: the configuration's.
+        blocks: name of the list of decoder blocks, where it cannot be found.
+        min_expert_tokens: as in `prune_sequentially`.
         name: of the recipe, for the report.
     """
     batches = None
@@ -49,7 +53,18 @@ def prune_on_windows(
         data.setup("fit")
         assert data.calibration_windows is not None
         batches = data.calibration_windows.split(data.calibration_batch_size)
-    report = prune_checkpoint(source, dirpath, pruner, batches, targets=targets, device=device, dtype=dtype, name=name)
+    report = prune_checkpoint(
+        source,
+        dirpath,
+        pruner,
+        batches,
+        targets=targets,
+        blocks=blocks,
+        min_expert_tokens=min_expert_tokens,
+        device=device,
+        dtype=dtype,
+        name=name,
+    )
     sparsity, seconds, peak = report["sparsity"], report["seconds"]["prune"], report["peak_memory_bytes"]
     print(
         f"{source}, pruned by {report['pruner']}, is in {Path(dirpath) / 'model'}: {sparsity['achieved']:.2%} zeros in "

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,34 @@ class Journal:
         self.tidy()
 
     def prepare(self) -> None:
-        """Before the walk goes on."""
+        """
+        Before the walk goes on.
+
+        Raises:
+            ValueError: a file of a finished block is missing, or of another size than it was.
+        """
+        for number, record in enumerate(self.records):
+            for name, size in record["files"].items():
+                places = (self.model / name, self.target / MODEL / name, self.work / name)
+                self._check(f"of block {number}, which was finished", name, size, places)
         if not (self.target / MODEL).exists():  # else all that is left to write stands beside it
             self.model.mkdir(exist_ok=True)
         self.tidy()
+
+    def check_finished(self) -> None:
+        """Raises ValueError if a file of the finished model is missing, or of another size than it was."""
+        assert self.report is not None
+        for name, size in self.report["files"].items():
+            self._check("of the finished model", name, size, [self.target / MODEL / name])
+
+    def _check(self, whose: str, name: str, size: int, places: Sequence[Path]) -> None:
+        sizes = [path.stat().st_size for path in places if path.is_file()]
+        if sizes != [size]:
+            found = f"has {sizes[0]} bytes and had {size}" if sizes else "is missing"
+            raise ValueError(
+                f"{name} {whose}, {found} in {self.target}: it was changed by something else. Put it back, or delete "
+                "the folder to begin anew"
+            )
 
     def tidy(self) -> None:
         """Removes hidden states that are not needed any more, or not complete."""
@@ -128,6 +153,12 @@ def alone(target: Path) -> Iterator[None]:
             raise ValueError(
                 f"another process is pruning into {target}; wait for it, or choose another target"
             ) from error
+        except OSError as error:
+            warnings.warn(
+                f"the file system of {target} has no locks ({error.strerror}): take care that no other process prunes "
+                "into it",
+                stacklevel=2,
+            )
         yield
     finally:
         os.close(folder)

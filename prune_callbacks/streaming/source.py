@@ -79,12 +79,12 @@ class Checkpoint:
                 yield file.get_slice(name)[begin : begin + step] if entry.shape else file.get_tensor(name)
 
     def fingerprint(self) -> dict[str, str]:
-        """A hash of the configuration, and of every file one of its size and of samples from everywhere in it."""
+        """A hash of the configuration, and of every file one of its size, when it was changed, and samples of it."""
         config = (self.folder / "config.json").read_bytes()
         marks = {"config.json": hashlib.sha256(config).hexdigest()[:16]}
         for path in self.files:
             size = path.stat().st_size
-            digest = hashlib.sha256(str(size).encode())
+            digest = hashlib.sha256(f"{size} {path.stat().st_mtime_ns}".encode())
             with path.open("rb") as file:
                 for sample in range(SAMPLES):
                     file.seek(sample * max(0, size - SAMPLE_BYTES) // (SAMPLES - 1))

@@ -1,5 +1,6 @@
 """Going through a checkpoint block by block: read, prune, run, write."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,12 +15,12 @@ from prune_callbacks.calibration.block_pruning import BlockPruning
 from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, parameters_of, weight_shape
 from prune_callbacks.calibration.capture import Batch
 from prune_callbacks.calibration.observing import collect
-from prune_callbacks.calibration.prune_report import peak_memory
+from prune_callbacks.calibration.prune_report import peak_memory, reset_peak_memory
 from prune_callbacks.calibration.walking import layer_progress
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.ranks import ALONE
 from prune_callbacks.sparsity import MaskSet
-from prune_callbacks.streaming.files import whole, write_tensors
+from prune_callbacks.streaming.files import sizes, whole, write_tensors
 from prune_callbacks.streaming.inputs import StoredInputs, store_inputs, store_next
 from prune_callbacks.streaming.journal import Journal
 from prune_callbacks.streaming.shards import FORMAT, Shards, masks_in_pieces
@@ -83,6 +84,7 @@ class BlockWalk:
     def run(self, journal: Journal, progress: bool) -> None:
         """All blocks that are not finished."""
         begin = len(journal.records)
+        reset_peak_memory(self.where)
         with layer_progress(len(self.layers), progress) as (bar, task):
             bar.update(task, completed=sum(len(self._inside(index)) for index in range(begin)))
             inputs: list[StoredInputs] = []
@@ -104,6 +106,11 @@ class BlockWalk:
 
     def _inputs(self, journal: Journal, index: int) -> list[StoredInputs]:
         """The inputs of a block, whose hidden states are in its folder already, or it is the first one."""
+        if index > 0 and not journal.hidden(index).is_dir():
+            raise ValueError(
+                f"{journal.hidden(index)} is missing, with what enters block {index}, the first that is not finished: "
+                f"without it nothing can go on. Put it back, or delete {journal.target} to begin anew"
+            )
         outside = dict(self.shards.outside)
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call] # stands behind the blocks, and is not reached
         if head is not None and head is not self.model.get_input_embeddings():
@@ -157,10 +164,11 @@ class BlockWalk:
         layers, names = self._inside(index), self.shards.of_block[index]
         shard = journal.model / self.shards.file(index)
         runs = self.calibrated and index < self.last
-        record: dict[str, Any] = {"layers": [], "skipped": {}, "by_magnitude": {}, "violations": {}}
+        nothing: tuple[str, ...] = ("skipped", "by_magnitude", "violations", "parameters")
+        record: dict[str, Any] = {"layers": []} | {key: {} for key in nothing}
         if not layers and not runs:
             self.shards.copy(names, self.checkpoint, shard)
-            return record
+            return record | {"files": sizes(shard)}
         prefix, block = self.blocks[index]
         self._load(index)
         block.to(self.where)
@@ -172,7 +180,7 @@ class BlockWalk:
         write_tensors(shard, {name: whole(state[name.removeprefix(f"{prefix}.")]) for name in names}, FORMAT)
         del state
         self._unload(index)
-        return record
+        return record | {"files": sizes(shard, journal.masks(index), journal.scales(index))}
 
     def _prune(self, journal: Journal, index: int, inputs: Sequence[StoredInputs], advance: Advance) -> dict[str, Any]:
         layers, (_, block) = self._inside(index), self.blocks[index]
@@ -193,6 +201,7 @@ class BlockWalk:
             "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in run.layers],
             "skipped": run.skipped,
             "by_magnitude": run.by_magnitude,
+            "parameters": {name: [_removed(masks, name), math.prod(masks.shape(name))] for name in masks},
             "violations": masks.violations({name: weights[name] for name in masks}),
         }
 
@@ -211,6 +220,10 @@ class BlockWalk:
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:
                     setattr(module, name, buffer.cpu())
+
+
+def _removed(masks: MaskSet, name: str) -> int:
+    return int((~masks[name]).sum())
 
 
 def _are_ids(given: Any) -> bool:
