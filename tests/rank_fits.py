@@ -7,12 +7,14 @@ from itertools import product
 from pathlib import Path
 
 import cpu_strategies
+import families
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
 
 from prune_callbacks import (
     NM,
@@ -175,6 +177,29 @@ def hold(folder, *names, devices=2):
 def hold_alone(folder):
     """What the fits on two processes are compared with."""
     hold(folder, "auto", devices=1)
+
+
+def experts(folder, *names):
+    """Three steps of a mixture whose experts and router are half zeros, which nothing but the zeros tells."""
+    for name in names:
+        torch.manual_seed(0)
+        config = families.MIXTURES["mixtral"]()
+        config.vocab_size = 256
+        module = CausalLM(AutoModelForCausalLM.from_config(config), partial(torch.optim.AdamW, lr=1e-2))
+        zeros = {}
+        with torch.no_grad():
+            for place, parameter in module.named_parameters():
+                if ".mlp." in place or "q_proj" in place:
+                    parameter.copy_(torch.randn_like(parameter) * 0.1 * (torch.rand_like(parameter) < 0.5))
+                    zeros[place] = parameter == 0
+        enforcer = MaskEnforcer()
+        spy = Spy(enforcer)
+        strategy = cpu_strategies.strategy_of(name)
+        settings = {"max_steps": 3, "accumulate_grad_batches": 1}
+        trainer = trainer_of(strategy, folder, [enforcer, spy], **settings)
+        trainer.fit(module, datamodule=batches())
+        masks = {place: ~mask for place, mask in enforcer.masks.items()}
+        saved(folder, name, trainer, worst=spy.worst, removed=masks, zeros=zeros)
 
 
 def variants(folder):

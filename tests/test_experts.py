@@ -37,6 +37,7 @@ from prune_callbacks import (
     prune_sequentially,
 )
 from prune_callbacks.calibration import find_blocks, find_targets, parameters_of
+from prune_callbacks.calibration.experts import routers
 from prune_callbacks.deploy import load_compressed, save_compressed
 from prune_callbacks.evaluation.drawing import layer_grid
 from prune_callbacks.evaluation.page import mask_pictures
@@ -316,6 +317,64 @@ def test_what_cannot_be_pruned_is_named(batches):
         del owner.is_transposed  # as of experts that transformers' interface does not know
     with pytest.warns(UserWarning, match=r"2 tensors stay dense, first model.layers.1.*does not say which dimension"):
         prune_sequentially(model, batches, Wanda(NM(2, 4)), progress=False)
+
+
+def direct(family):
+    """Families that MIXTURES has not, since their experts or routers are of another build."""
+    small = families.EXPERTS | {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 8}
+    if family == "gemma4":
+        per_layer = {"vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 4}
+        config = hf.Gemma4TextConfig(**small, enable_moe_block=True, top_k_experts=2, global_head_dim=4, **per_layer)
+    else:
+        config = hf.Llama4TextConfig(**small | {"num_experts_per_tok": 1, "intermediate_size_mlp": 32})
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 3:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def test_a_router_beside_a_norm_is_one_and_a_layer_with_as_many_outputs_as_experts_is_not(batches):
+    report = pruned(direct("gemma4"), batches, Wanda(Unstructured(0.5)), min_expert_tokens=1)
+    assert list(report.skipped) == [f"model.layers.{i}.router.proj" for i in (0, 1)]
+    assert report.masks["model.layers.0.per_layer_input_gate.weight"].shape == (4, 16)
+
+
+def test_a_router_that_stands_in_the_block_itself():
+    block = nn.Module()
+    block.experts = nn.Module()
+    block.experts.up = nn.Parameter(torch.randn(4, 8, 16))
+    block.router = nn.Linear(16, 4)
+    block.down_proj = nn.Linear(8, 16)
+    assert list(routers(block)) == ["router"]
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_zeros_of_routers_and_of_experts_of_an_unknown_kind_are_held_too(tmp_path, sparse):
+    model, zeros = direct("llama4"), {}
+    for name, parameter in model.named_parameters():
+        if (sparse and (parameter.ndim == 3 or "router" in name)) or "q_proj" in name:
+            parameter.data[torch.rand_like(parameter) < 0.5] = 0
+            zeros[name] = parameter.data == 0
+    module, enforcer = CausalLM(model, optimizer), MaskEnforcer()
+    loader = torch.utils.data.DataLoader(torch.randint(3, 61, (12, 12)), batch_size=2)
+    trainer_of([enforcer], tmp_path, max_steps=3).fit(module, loader)
+    assert all(torch.equal(~enforcer.masks[name], where) for name, where in zeros.items())
+    assert all(not model.get_parameter(name)[where].any() for name, where in zeros.items())
+    assert any("router" in name or "experts" in name for name in enforcer.masks) == sparse
+
+
+def test_rounds_name_what_they_leave_dense_in_mixtures(tmp_path):
+    loader = torch.utils.data.DataLoader(torch.randint(3, 61, (12, 12)), batch_size=2)
+    prune = IterativePrune(IMPSchedule(0.5, rounds=1, every=1))
+    with pytest.warns(UserWarning, match="stay dense") as seen:
+        trainer_of([prune, MaskEnforcer()], tmp_path, max_steps=2).fit(CausalLM(direct("llama4"), optimizer), loader)
+    told = [str(w.message) for w in seen if "stay dense" in str(w.message)]
+    assert len(told) == 2
+    assert "4 tensors stay dense, first model.layers.0.feed_forward.experts.gate_up_proj: it holds the" in told[0]
+    assert "2 routers stay dense, first model.layers.0.feed_forward.router" in told[1]
 
 
 def test_experts_whose_products_are_not_seen_stay_dense_and_are_named(batches):

@@ -71,6 +71,17 @@ def test_the_losses_of_sharded_strategies_are_those_of_ddp(held, name):
     )
 
 
+def test_zeros_of_experts_are_found_and_held_wherever_their_tensors_are(tmp_path):
+    fits("experts", tmp_path, "ddp", "fsdp2", "zero3")
+    for name in ("ddp", "fsdp2", "zero3"):
+        result = loaded(tmp_path, f"{name}_1")
+        assert len(result["worst"]) == 3
+        assert all(row == dict.fromkeys(KINDS, 0.0) for row in result["worst"])
+        assert sum(mask.ndim == 3 for mask in result["removed"].values()) == 4
+        for place, zeros in result["zeros"].items():
+            assert torch.equal(result["removed"][place.removeprefix("model.")], zeros)
+
+
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory):
     folder = tmp_path_factory.mktemp("variants")

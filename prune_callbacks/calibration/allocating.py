@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prune_callbacks.calibration.blocks import naming, oriented, weight_shape
 from prune_callbacks.calibration.capture import BlockInputs
-from prune_callbacks.calibration.experts import ExpertWeight
+from prune_callbacks.calibration.experts import ExpertWeight, inside
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.walking import next_inputs
 from prune_callbacks.pruners import Pruner, Wanda
@@ -161,7 +161,7 @@ class LagrangianAllocation:
     def _importance(self, name: str) -> float:
         if not self.importance:
             return 1.0
-        known = [unit for unit in self.importance if f"{name}.".startswith(f"{unit}.")]
+        known = [unit for unit in self.importance if inside(name, unit)]
         if not known:
             raise ValueError(f"importance has neither {name} nor its block")
         return self.importance[max(known, key=len)]
@@ -284,7 +284,7 @@ def allocate(
     shown = [replace(batch) for batch in inputs]
     values: dict[str, Any] = {}
     for index, (block_name, block) in enumerate(blocks):
-        mine = {name: layer for name, layer in layers.items() if f"{name}.".startswith(f"{block_name}.")}
+        mine = {name: layer for name, layer in layers.items() if inside(name, block_name)}
         weights = {name: oriented(layer, layer.get_parameter("weight").detach()) for name, layer in mine.items()}
         if allocation.statistic(1) is None:
             values |= allocation.measure(pruner, weights, {})

@@ -16,7 +16,7 @@ from prune_callbacks.calibration.blocks import (
     weight_shape,
 )
 from prune_callbacks.calibration.coupling import Coupled
-from prune_callbacks.calibration.experts import ExpertWeight, dense_in_mixtures
+from prune_callbacks.calibration.experts import ExpertWeight, dense_in_mixtures, told_dense
 from prune_callbacks.calibration.prune_report import LayerReport
 from prune_callbacks.pruners import JointPruner, Magnitude, Pruned, Pruner, Structured, check_weight
 from prune_callbacks.ranks import Ranks
@@ -68,10 +68,8 @@ class BlockPruning:
         """
         fused, deciding = dense_in_mixtures(blocks, chosen)
         self.skipped |= fused | deciding
-        for kind, dense in (("tensors", fused), ("routers", deciding)):
-            if dense:
-                first, reason = next(iter(dense.items()))
-                warnings.warn(f"{len(dense)} {kind} stay dense, first {first}: {reason}", stacklevel=3)
+        for told in told_dense(fused, deciding):
+            warnings.warn(told, stacklevel=3)
 
     def prune(
         self,

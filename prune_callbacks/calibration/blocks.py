@@ -9,10 +9,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from prune_callbacks.calibration.experts import ExpertWeight, expert_weights, routers
+from prune_callbacks.calibration.experts import ExpertWeight, expert_weights, fused_parameters, routers
 
 PRUNABLE = (nn.Linear, Conv1D)
 """Layer types whose `weight` is pruned. `Conv1D` is GPT-2's Linear with a weight of shape (in, out)."""
+
+
+SPARSE = 0.01
+"""The fraction of zeros from which on a tensor is taken for a pruned one."""
 
 
 def find_language_model(module: nn.Module) -> nn.Module:
@@ -126,6 +130,60 @@ def find_targets(
                 f"target {pattern!r} matches no layer. The first block has {', '.join(dict.fromkeys(shown))}"
             )
     return {name: layer for name, layer in layers.items() if any(_matches(name, layer, p) for p in patterns)}
+
+
+def matrices(blocks: Sequence[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
+    """
+    All weights in the blocks that may hold zeros of a pruning, by name, whatever is pruned by default.
+
+    Those of every `nn.Linear` and `Conv1D`, routers of any kind, and tensors of experts, also of experts whose module
+    does not say how it stores them.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for block_name, block in blocks:
+        found |= {f"{name}.weight": layer.get_parameter("weight") for name, layer in _linear(block_name, block)}
+        found |= {
+            f"{block_name}.{name}.weight": block.get_submodule(name).get_parameter("weight") for name in routers(block)
+        }
+        found |= _fused(block_name, block)
+    once = {id(parameter): name for name, parameter in reversed(found.items())}
+    return {name: p for name, p in found.items() if once[id(p)] == name and p.is_floating_point()}
+
+
+def sparse_experts(
+    blocks: Sequence[tuple[str, nn.Module]], targets: Sequence[str] | str | None = None
+) -> dict[str, nn.Parameter]:
+    """
+    Tensors of experts that hold 1 % of zeros or more, by name: what is left out where linear layers only are taken.
+
+    Args:
+        blocks: what `find_blocks` returned.
+        targets: as of `find_targets`.
+    """
+    patterns = [targets] if isinstance(targets, str) else targets
+    found = {name: parameter for block in blocks for name, parameter in _fused(*block).items()}
+    return {
+        name: parameter
+        for name, parameter in found.items()
+        if (patterns is None or any(_expert_matches(name, pattern) for pattern in patterns))
+        and float((parameter.detach() == 0).float().mean()) >= SPARSE
+    }
+
+
+def _fused(block_name: str, block: nn.Module) -> dict[str, nn.Parameter]:
+    """Tensors with a matrix for each of several experts."""
+    return {
+        ".".join(filter(None, (block_name, place, attribute))): parameter
+        for place, _, attribute, parameter in fused_parameters(block)
+    }
+
+
+def _expert_matches(name: str, pattern: str) -> bool:
+    return any(fnmatchcase(known, pattern) for known in (name, name.rsplit(".", 1)[-1], f"{name}.0"))
+
+
+def _linear(block_name: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, m) for name, m in _prunable([(block_name, block)]) if not isinstance(m, ExpertWeight))
 
 
 def _prunable(blocks: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:

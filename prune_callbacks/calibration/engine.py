@@ -11,6 +11,7 @@ from prune_callbacks.calibration.block_pruning import BlockPruning
 from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, weight_shape
 from prune_callbacks.calibration.capture import Batch, BlockInputs
 from prune_callbacks.calibration.coupling import Coupled, coupled_targets, planned_removal
+from prune_callbacks.calibration.experts import inside
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.prune_report import PruneReport, peak_memory
 from prune_callbacks.calibration.walking import (
@@ -96,7 +97,7 @@ def prune_sequentially(
         raise ValueError(f"{type(pruner if calibrated else allocation).__name__} needs calibration batches, got None")
     if forced is not None and forced.type == "cuda":
         torch.cuda.reset_peak_memory_stats(forced)
-    last = max(i for i, (block_name, _) in enumerate(found) if any(_inside(n, block_name) for n in chosen))
+    last = max(i for i, (block_name, _) in enumerate(found) if any(inside(n, block_name) for n in chosen))
     run = BlockPruning(pruner, ranks, coupled, removed, min_expert_tokens)
     run.skipped.update(left)
     if targets is None:
@@ -111,7 +112,7 @@ def prune_sequentially(
             bar.update(task, description=f"{type(allocation).__name__}: measuring the dense model")
             run.pruners = allocate(allocation, pruner, found[: last + 1], chosen, inputs, forced, ranks)
         for index, (block_name, block) in enumerate(found[: last + 1]):
-            layers = {n: m for n, m in chosen.items() if _inside(n, block_name)}
+            layers = {n: m for n, m in chosen.items() if inside(n, block_name)}
             bar.update(task, description=f"pruning {block_name}")
             home = next(block.parameters()).device
             where = forced or home
@@ -138,7 +139,3 @@ def prune_sequentially(
         run.scales,
         run.by_magnitude,
     )
-
-
-def _inside(name: str, block: str) -> bool:
-    return name == block or name.startswith(block + ".")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -11,6 +12,11 @@ UNKNOWN = (
     "the input (`is_transposed`)"
 )
 DECIDES = "it decides which experts a token goes to, and what they count"
+
+
+def shape_of(parameter: Tensor) -> torch.Size:
+    """A parameter's own shape, also where ZeRO-3 has partitioned it: there it is empty and carries it as `ds_shape`."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class ExpertWeight(nn.Module):
@@ -55,11 +61,18 @@ class ExpertWeight(nn.Module):
         return self.weight
 
 
+def inside(name: str, module: str) -> bool:
+    """Whether a dotted name is a module's, or of something in it."""
+    return f"{name}.".startswith(f"{module}.")
+
+
 def fused_parameters(block: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """Parameters of a block that hold several matrices: (module's name, module, parameter's name there, parameter)."""
     for name, owner in block.named_modules():
         for attribute, parameter in owner.named_parameters(recurse=False):
-            if parameter.ndim >= 3 and not isinstance(owner, CONVOLUTIONS):
+            shape = shape_of(parameter)
+            several = len(shape) >= 3 and sum(size > 1 for size in shape) > 1  # RWKV has vectors of (1, 1, features)
+            if several and not isinstance(owner, CONVOLUTIONS):
                 yield name, owner, attribute, parameter
 
 
@@ -71,8 +84,9 @@ def expert_weights(owner: nn.Module) -> Iterator[tuple[str, ExpertWeight]]:
     """
     stored = getattr(owner, "is_transposed", None)
     for attribute, parameter in owner.named_parameters(recurse=False):
-        if isinstance(stored, bool) and parameter.ndim == 3 and not isinstance(owner, CONVOLUTIONS):
-            for index in range(len(parameter)):
+        shape = shape_of(parameter)
+        if isinstance(stored, bool) and len(shape) == 3 and not isinstance(owner, CONVOLUTIONS):
+            for index in range(shape[0]):
                 yield f"{attribute}.{index}", ExpertWeight(owner, attribute, index, stored)
 
 
@@ -81,21 +95,31 @@ def routers(block: nn.Module) -> dict[str, str]:
     What decides which experts a token goes to, in a block with fused experts: names of modules, and why they are dense.
 
     Structure decides: beside the experts, a weight with one output for every expert, or with a single one (the gate of
-    a shared expert), that is its module's only one. A few weights, on which all that follows depends.
+    a shared expert), that is its module's only one or stands directly beside them. A few weights, on which all that
+    follows depends. Where experts stand in the block itself, all of its layers stand beside them: then those count only
+    if nothing else decides.
     """
     found: dict[str, str] = {}
+    beside: dict[str, str] = {}
     for place, _, _, fused in fused_parameters(block):
         above = place.rpartition(".")[0]
         for name, module in block.get_submodule(above).named_modules():
             path = f"{above}.{name}" if above and name else above or name
-            inside = f"{path}.".startswith(f"{place}.") or not name
-            weight = getattr(module, "weight", None)
-            if not inside and isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) in (1, len(fused)):
-                parent = block.get_submodule(path.rpartition(".")[0])
-                alone = path.rpartition(".")[0] == above or sum(1 for _ in parent.children()) == 1
-                if alone:
-                    found[path] = DECIDES
-    return found
+            shape = _matrix_shape(module)
+            if not name or inside(path, place) or shape is None or shape[0] not in (1, shape_of(fused)[0]):
+                continue
+            parent = path.rpartition(".")[0]
+            if parent == above:
+                (found if above else beside)[path] = DECIDES
+            elif sum(_matrix_shape(child) is not None for child in block.get_submodule(parent).children()) == 1:
+                found[path] = DECIDES
+    return found or beside
+
+
+def _matrix_shape(module: nn.Module) -> torch.Size | None:
+    """Of a module whose `weight` is a matrix, the weight's shape."""
+    weight = getattr(module, "weight", None)
+    return shape_of(weight) if isinstance(weight, Tensor) and len(shape_of(weight)) == 2 else None
 
 
 def dense_in_mixtures(
@@ -127,3 +151,13 @@ def dense_in_mixtures(
                 fused[name] = NOT_TAKEN if isinstance(getattr(owner, "is_transposed", None), bool) else UNKNOWN
         deciding |= {f"{block_name}.{name}": reason for name, reason in routers(block).items()}
     return fused, {name: reason for name, reason in deciding.items() if name not in chosen}
+
+
+def told_dense(fused: Mapping[str, str], deciding: Mapping[str, str]) -> list[str]:
+    """What `dense_in_mixtures` found, as sentences for warnings: how many of either kind, and the first."""
+    kinds = {"tensors": fused, "routers": deciding}
+    return [
+        f"{len(dense)} {kind} stay dense, first {first}: {dense[first]}"
+        for kind, dense in kinds.items()
+        for first in list(dense)[:1]
+    ]

@@ -12,16 +12,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from prune_callbacks.calibration import (
+    SPARSE,
     Scope,
     check_shrinkable,
+    dense_in_mixtures,
     find_blocks,
     find_language_model,
     find_targets,
     naming,
     parameter_name,
     parameters_of,
+    shape_of,
     shrink_masks,
     stored_input_first,
+    told_dense,
     weight_shape,
 )
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
@@ -104,6 +108,10 @@ class IterativePrune(Callback):
         self._begin()
         self._enforcer(trainer)
         layers = self._layers(pl_module)
+        if self.targets is None:
+            blocks = find_blocks(find_language_model(pl_module), self.blocks)
+            for told in told_dense(*dense_in_mixtures(blocks, layers)):
+                rank_zero_warn(f"IterativePrune: {told}")
         for name, layer in layers.items():
             with naming(name):
                 self.pruner.pattern.check_shape(weight_shape(layer))
@@ -206,7 +214,7 @@ class IterativePrune(Callback):
         if isinstance(given, MaskSet):
             return given
         zeros = masks_of_zeros(trainer, parameters_of(self._layers(trainer.lightning_module)))
-        if zeros.sparsity() < 0.01:
+        if zeros.sparsity() < SPARSE:
             return MaskSet({})
         rank_zero_info(f"IterativePrune begins with the zeros that the model has: {zeros.sparsity():.2%}")
         return zeros
@@ -278,10 +286,10 @@ class IterativePrune(Callback):
         layers = find_targets(find_blocks(find_language_model(pl_module), self.blocks), self.targets, experts=True)
         counts = Counter(parameter_name(name, layer) for name, layer in layers.items() if hasattr(layer, "fused"))
         for name, parameter in parameters_of(layers).items():
-            if name in counts and counts[name] < len(parameter):
+            if name in counts and counts[name] < shape_of(parameter)[0]:
                 raise ValueError(
                     f"IterativePrune prunes all experts of {name} or none, and the targets choose {counts[name]} of "
-                    f"{len(parameter)}; choose all, e.g. with targets={name!r}"
+                    f"{shape_of(parameter)[0]}; choose all, e.g. with targets={name!r}"
                 )
         return layers
 

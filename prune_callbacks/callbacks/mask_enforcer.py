@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prune_callbacks.calibration import find_blocks, find_language_model, find_targets, parameters_of
+from prune_callbacks.calibration import SPARSE, find_blocks, find_language_model, find_targets, matrices, parameters_of
 from prune_callbacks.callbacks.lost_process import LostProcessWatch
 from prune_callbacks.callbacks.trainer_state import logs_now, one_shot_report
 from prune_callbacks.parallel import (
@@ -31,7 +31,8 @@ class MaskEnforcer(Callback):
       would go on moving the weights for many steps.
 
     Masks come from the `IterativePrune` or `OneShotPrune` of the same trainer, else from `masks`, else from the zeros
-    of the model's linear layers. They are part of the checkpoint; a fit resumed from one starts from its masks.
+    of the model's linear layers, routers and experts. They are part of the checkpoint; a fit resumed from one starts
+    from its masks.
 
     Args:
         masks: a `MaskSet`, or the path of a file that `MaskSet.save` wrote.
@@ -130,13 +131,18 @@ class MaskEnforcer(Callback):
         if self.given is not None:
             assert isinstance(self.given, MaskSet)
             return self.given
-        layers = find_targets(find_blocks(find_language_model(pl_module)), experts=True)
-        masks = masks_of_zeros(trainer, parameters_of(layers))
+        blocks = find_blocks(find_language_model(pl_module))
+        layers = find_targets(blocks, experts=True)
+        zeros = masks_of_zeros(trainer, matrices(blocks))
+        # What stays dense by default (routers, experts of an unknown kind) may have been pruned by somebody.
+        known, sparsity = parameters_of(layers), zeros.layer_sparsity()
+        held = [name for name in zeros if name in known or sparsity[name] >= SPARSE]
+        masks = MaskSet.join(MaskSet({name: zeros[name]}) for name in held)
         if masks.sparsity() == 0:
             raise ValueError(
                 "MaskEnforcer found no masks: there is no OneShotPrune among the callbacks, masks= was not given, and "
                 f"none of the {len(layers)} linear layers in the decoder blocks holds a zero"
             )
-        report = rank_zero_info if masks.sparsity() >= 0.01 else rank_zero_warn
-        report(f"MaskEnforcer holds the zeros that the model has: {masks.sparsity():.2%} of {len(layers)} layers")
+        report = rank_zero_info if masks.sparsity() >= SPARSE else rank_zero_warn
+        report(f"MaskEnforcer holds the zeros that the model has: {masks.sparsity():.2%} of {len(masks)} layers")
         return masks

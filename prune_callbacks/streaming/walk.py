@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from prune_callbacks.calibration.block_pruning import BlockPruning
 from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, parameters_of, weight_shape
 from prune_callbacks.calibration.capture import Batch
+from prune_callbacks.calibration.experts import inside
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.prune_report import peak_memory, reset_peak_memory
 from prune_callbacks.calibration.walking import layer_progress
@@ -100,9 +101,7 @@ class BlockWalk:
 
     def _inside(self, index: int) -> dict[str, nn.Module]:
         """The layers to prune of a block."""
-        return {
-            name: layer for name, layer in self.layers.items() if f"{name}.".startswith(f"{self.blocks[index][0]}.")
-        }
+        return {name: layer for name, layer in self.layers.items() if inside(name, self.blocks[index][0])}
 
     def _inputs(self, journal: Journal, index: int) -> list[StoredInputs]:
         """The inputs of a block, whose hidden states are in its folder already, or it is the first one."""
