@@ -1,7 +1,7 @@
 """Which sparsity every layer gets, decided on the dense model before anything is pruned."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from prune_callbacks.calibration.blocks import naming, oriented, weight_shape
+from prune_callbacks.calibration.blocks import naming, oriented, parameter_name, weight_shape
 from prune_callbacks.calibration.capture import BlockInputs
 from prune_callbacks.calibration.experts import ExpertWeight, inside
 from prune_callbacks.calibration.observing import collect
@@ -101,8 +101,8 @@ class LagrangianAllocation:
     `importance` losses are in units of what they cost.
 
     Args:
-        importance: what a layer's loss is multiplied by, by the name of the layer or its block; empty: by 1. Those of
-            `from_file` turn losses into increases of perplexity, as measured.
+        importance: what a layer's loss is multiplied by, by the name of the layer, of an expert's tensor or of the
+            block; empty: by 1. Those of `from_file` turn losses into increases of perplexity, as measured.
         reach: layers' sparsities lie within so much of the target (and in [0, 0.95]).
         points: sparsities at which losses are measured, on either side of the target.
     """
@@ -161,10 +161,10 @@ class LagrangianAllocation:
     def _importance(self, name: str) -> float:
         if not self.importance:
             return 1.0
-        known = [unit for unit in self.importance if inside(name, unit)]
-        if not known:
+        unit = _unit_of(name, self.importance)
+        if unit is None:
             raise ValueError(f"importance has neither {name} nor its block")
-        return self.importance[max(known, key=len)]
+        return self.importance[unit]
 
     def _bounds(self, pattern: Pattern) -> tuple[float, float]:
         return max(0.0, pattern.sparsity - self.reach), min(0.95, pattern.sparsity + self.reach)
@@ -199,7 +199,8 @@ class SensitivityAllocation:
     Layers that cost more when pruned alone stay denser; see `by_sensitivity`.
 
     Args:
-        sensitivity: of every layer, by name; `prune_callbacks.studies.sensitivity` measures it.
+        sensitivity: of every layer, by name, or of all experts in one tensor, by its name;
+            `prune_callbacks.studies.sensitivity` measures it.
         lowest: sparsity that every layer has at least.
         highest: and at most.
     """
@@ -232,12 +233,17 @@ class SensitivityAllocation:
         self, pruner: Pruner, weights: Mapping[str, Tensor], statistics: Mapping[str, Statistic]
     ) -> dict[str, Any]:
         """What was given."""
-        return {name: self.sensitivity[name] for name in weights if name in self.sensitivity}
+        return {name: self.sensitivity[unit] for name in weights if (unit := _unit_of(name, self.sensitivity))}
 
     def choose(self, values: Values, shapes: Mapping[str, tuple[int, int]], pattern: Pattern) -> dict[str, Pattern]:
         """See `by_sensitivity`."""
         sizes = _sizes(shapes)
         return _counted(by_sensitivity(values, sizes, pattern.sparsity, self.lowest, self.highest), sizes, pattern)
+
+
+def _unit_of(name: str, units: Iterable[str]) -> str | None:
+    """The smallest of the units that a layer is in: itself, the tensor that an expert is in, or the block."""
+    return max((unit for unit in units if inside(name, unit)), key=len, default=None)
 
 
 def _measured(path: str | Path) -> dict[str, Any]:
@@ -294,14 +300,18 @@ def allocate(
         block.to(where)
         statistics = collect(allocation.statistic, index, block, mine, shown, where, ranks)
         weights = {name: oriented(layer, layer.get_parameter("weight").detach()) for name, layer in mine.items()}
+        experts = {name for name, layer in mine.items() if isinstance(layer, ExpertWeight)}
+        statistics = {name: found for name, found in statistics.items() if found.tokens or name not in experts}
         unseen = sorted(mine.keys() - statistics.keys())
-        if unseen:
-            expert = isinstance(mine[unseen[0]], ExpertWeight)
-            raise ValueError(
-                f"{unseen[0]}: {'no token reached it' if expert else 'its forward was never called'} during "
-                "calibration, so no sparsity can be allocated to it; leave it out of `targets`"
-                + (" or use more calibration windows" if expert else "")
-            )
+        reached = {parameter_name(name, mine[name]) for name in statistics}
+        for name in unseen:
+            # Experts beside those that tokens reached have the pattern as it is, and are left to Magnitude.
+            if name not in experts or parameter_name(name, mine[name]) not in reached:
+                what = "no product with it was seen" if name in experts else "its forward was never called"
+                raise ValueError(
+                    f"{name}: {what} during calibration, so no sparsity can be allocated to it; leave it out of `targets`"
+                )
+        weights = {name: weight for name, weight in weights.items() if name in statistics}
         values |= ranks.share(ranks.attempt(lambda w=weights, s=statistics: allocation.measure(pruner, w, s)))  # type: ignore[misc]
         if index < len(blocks) - 1:
             next_inputs(index, block, shown, where, ranks)
@@ -311,8 +321,24 @@ def allocate(
         pattern.per == "row" or (pattern.per is None and isinstance(pruner, Wanda))
     ):
         pattern = replace(pattern, per="even")  # rows of equal counts would miss the total
-    chosen = ranks.share(ranks.attempt(lambda: allocation.choose(values, shapes, pattern)))
+    measured = {name: shape for name, shape in shapes.items() if name in values}
+    unreached = {name: shape for name, shape in shapes.items() if name not in values}
+    if allocation.statistic(1) is None:
+        measured, unreached = shapes, {}
+    chosen = ranks.share(ranks.attempt(lambda: allocation.choose(values, measured, pattern)))
+    chosen |= _as_it_is(pattern, _sizes(unreached), sum(_sizes(measured).values()))
     return {name: _with_pattern(pruner, chosen[name]) for name in layers}
+
+
+def _as_it_is(pattern: Pattern, sizes: Mapping[str, int], others: int) -> dict[str, Pattern]:
+    """The pattern for layers besides `others` weights; of `Unstructured` with counts that keep the total exact."""
+    if not isinstance(pattern, Unstructured):
+        return dict.fromkeys(sizes, pattern)
+    removed, before = {}, others
+    for name, size in sizes.items():
+        removed[name] = round(pattern.sparsity * (before + size)) - round(pattern.sparsity * before)
+        before += size
+    return _counted(removed, sizes, pattern)
 
 
 def _with_pattern(pruner: Pruner, pattern: Pattern) -> Pruner:
