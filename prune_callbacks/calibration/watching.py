@@ -17,11 +17,11 @@ PRODUCTS = frozenset({torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor._
 
 class WeightUses(TorchFunctionMode):
     """
-    Calls `observe(name, x)` for every product `x W^T` with one of the weights, in whatever way it is written.
+    Calls `observe(name, x)` for products `x W^T` with one of the weights.
 
-    Seen are `F.linear(x, W)`, `x @ W.T` and `W @ x.T` by any of torch's names for them, batched ones included. A weight
-    is known by where its values lie, so views of it (an expert of a fused parameter) and transposes are recognised;
-    copies and casts are not.
+    Seen are `F.linear(x, W)`, and `x @ W.T` and `W @ x.T` where they are written so or as `matmul`, `mm` or `bmm` with
+    the two factors by position; `einsum`, `addmm` and others are not. A weight is known by where its values lie, so
+    views of it (an expert of a fused parameter) and transposes are recognised; copies and casts are not.
 
     Args:
         weights: views (out, in), by name.
@@ -37,7 +37,8 @@ class WeightUses(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.linear:
             named = dict(zip(("input", "weight"), args, strict=False)) | kwargs
-            self._see(named["input"], named["weight"].mT)
+            if named["weight"].ndim > 1:  # of a single output the weight may be a vector
+                self._see(named["input"], named["weight"].mT)
         elif func in PRODUCTS and len(args) == 2:
             self._see(*args)
         return func(*args, **kwargs)
