@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
 
-from prune_callbacks.calibration import find_blocks, find_language_model, find_targets, weight_shape
+from prune_callbacks.calibration import find_blocks, find_language_model, find_targets, sparse_experts, weight_shape
 from prune_callbacks.deploy.conversion import Conversion, is_converted
 from prune_callbacks.deploy.csr import CSRReport, convert_to_csr_
 from prune_callbacks.deploy.latency import BASE, layer_sweep, model_sweep, with_compiled
@@ -151,6 +151,10 @@ class SparsityBenchmark(Callback):
         masks = MaskSet.from_nonzero(weights)  # type: ignore[arg-type]
         models: dict[str, nn.Module] = {BASE: dense}
         record: dict[str, Any] = {"zeros": masks.sparsity(), "left_out": {}}
+        if experts := list(sparse_experts(find_blocks(dense, self.blocks), self.targets)):
+            record["left_out"][f"{experts[0]}{f' and {len(experts) - 1} more' if experts[1:] else ''}"] = (
+                "experts in one tensor, which stay dense in every variant; 2:4 and CSR take linear layers only"
+            )
 
         def attempt(name: str, build: Callable[[], nn.Module]) -> None:
             try:

@@ -11,11 +11,13 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor
 
-from prune_callbacks.calibration import find_blocks, find_targets
+from prune_callbacks.calibration import find_blocks, find_targets, sparse_experts
 from prune_callbacks.deploy.backends import Backend, why_not_two_four
 
 CHECK_TOKENS = (64, 13)
 """Layers are verified on this many tokens: the kernels want multiples of 8 or 16 and pad the rest."""
+
+EXPERTS = "it holds the weights of several layers (experts) in one tensor, and 2:4 kernels take linear layers only"
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def find_two_four(model: nn.Module, targets: Sequence[str] | str | None, blocks:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of shared weights, in words for pruning; they are named below
         found = find_targets(find_blocks(model, blocks), targets)
+    experts = dict.fromkeys(sparse_experts(find_blocks(model, blocks), targets), EXPERTS)
     owners = _owners(model)
     layers: dict[str, nn.Linear] = {}
     skipped: dict[str, str] = {}
@@ -112,11 +115,11 @@ def find_two_four(model: nn.Module, targets: Sequence[str] | str | None, blocks:
             layers[name] = layer
     if len(dense) == len(found):
         raise ValueError(
-            f"nothing to convert, none of the {len(found)} layers is 2:4: {_grouped(dense)}. Prune the model with "
-            "NM(2, 4) first, or name the layers that are with targets"
+            f"nothing to convert, none of the {len(found)} layers is 2:4: {_grouped(dense | experts)}. Prune the model "
+            "with NM(2, 4) first, or name the layers that are with targets"
         )
     first = next(iter(found.values())).get_parameter("weight")
-    return TwoFour(layers, skipped | dense, first.device)
+    return TwoFour(layers, skipped | dense | experts, first.device)
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

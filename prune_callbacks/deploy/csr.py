@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prune_callbacks.calibration.blocks import find_blocks, find_targets
+from prune_callbacks.calibration.blocks import find_blocks, find_targets, sparse_experts
 
 METADATA = "prune_callbacks.csr"
 """The key under which a CSR file has its shapes."""
@@ -25,6 +25,8 @@ DTYPES = (torch.float32, torch.float64)
 """What torch multiplies CSR matrices in on a CPU; half precision is not implemented."""
 
 INDEX_BYTES = 4
+
+EXPERTS = "it holds the weights of several layers (experts) in one tensor, and CSR takes linear layers only"
 
 
 class CSRLinear(nn.Linear):
@@ -96,7 +98,8 @@ def convert_to_csr_(
 
     Layers stay the same objects, with their names, hooks and biases; weights are new parameters, (out, in), that
     require no gradient. Save the model before: `save_pretrained` does not know CSR tensors. GPT-2's `Conv1D`, weights
-    that something else shares and subclasses of `nn.Linear` stay dense and are named in the report.
+    that something else shares, subclasses of `nn.Linear` and sparse experts in one tensor stay dense and are named in
+    the report.
 
     Args:
         model: a causal language model on the CPU, float32 or float64.
@@ -112,6 +115,7 @@ def convert_to_csr_(
         for name, layer in find_targets(find_blocks(model, blocks), targets).items()
         if not isinstance(layer, CSRLinear)
     }
+    experts = dict.fromkeys(sparse_experts(find_blocks(model, blocks), targets), EXPERTS)
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     skipped: dict[str, str] = {}
     for name, layer in layers.items():
@@ -124,7 +128,7 @@ def convert_to_csr_(
             _refuse_unserved(name, weight)
     chosen = {name: cast(nn.Linear, layer) for name, layer in layers.items() if name not in skipped}
     if not chosen:
-        raise ValueError(f"no layer can be converted to CSR: {skipped or 'all targets are CSR already'}")
+        raise ValueError(f"no layer can be converted to CSR: {skipped | experts or 'all targets are CSR already'}")
     shapes = [(layer.out_features, layer.in_features) for layer in chosen.values()]
     dtype = next(iter(chosen.values())).weight.dtype
     sizes = {name: _convert(layer) for name, layer in chosen.items()}
@@ -136,7 +140,7 @@ def convert_to_csr_(
         sparsity=1 - kept / total,
         break_even_sparsity=break_even_sparsity(shapes, dtype),
         layers=sizes,
-        skipped=skipped,
+        skipped=skipped | experts,
     )
     if report.csr_bytes > report.dense_bytes:
         warnings.warn(
