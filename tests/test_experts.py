@@ -22,6 +22,7 @@ from prune_callbacks import (
     Columns,
     IMPSchedule,
     IterativePrune,
+    LagrangianAllocation,
     LoRARecovery,
     Magnitude,
     MaskEnforcer,
@@ -30,6 +31,7 @@ from prune_callbacks import (
     PruneReport,
     RunReport,
     SparseGPT,
+    SparsityBenchmark,
     Structured,
     TokenDataModule,
     Unstructured,
@@ -38,7 +40,10 @@ from prune_callbacks import (
 )
 from prune_callbacks.calibration import find_blocks, find_targets, parameters_of
 from prune_callbacks.calibration.experts import routers
+from prune_callbacks.calibration.watching import WeightUses
 from prune_callbacks.deploy import load_compressed, save_compressed
+from prune_callbacks.deploy.conversion import find_two_four
+from prune_callbacks.deploy.csr import convert_to_csr_
 from prune_callbacks.evaluation.drawing import layer_grid
 from prune_callbacks.evaluation.page import mask_pictures
 from prune_callbacks.tasks import PythonDocs
@@ -188,9 +193,32 @@ def test_experts_that_few_tokens_reach_are_left_to_magnitude_and_named(batches):
     report = assert_equal_to_rerunning(model_of("gpt-oss"), batches, SparseGPT(NM(2, 4)), min_tokens=most)
     few = {n: t for n, t in report.by_magnitude.items() if n.startswith("model.layers.0.mlp.experts.down_proj")}
     assert few == {f"model.layers.0.mlp.experts.down_proj.{e}": len(x) for e, x in enumerate(counts) if len(x) < most}
-    with pytest.raises(ValueError, match=r"down_proj.3: no token reached it .* use more calibration windows"):
-        pruned(unreachable(model_of("gpt-oss"), 3), batches, Wanda(Unstructured(0.5)), allocation=OWL())
-    pruned(model_of("gpt-oss"), batches, Wanda(Unstructured(0.5)), allocation=OWL())
+
+
+@pytest.mark.parametrize("pruner", [SparseGPT(Unstructured(0.47)), SparseGPT(NM(2, 4))], ids=str)
+def test_with_an_allocation_experts_that_no_token_reaches_have_the_mean_share(batches, pruner):
+    exact = isinstance(pruner.pattern, Unstructured)
+    for allocation in (OWL(threshold=2.0), LagrangianAllocation())[0 if exact else 1 :]:
+        report = pruned(unreachable(model_of("gpt-oss"), 3), batches, pruner, allocation=allocation)
+        assert set(report.by_magnitude.values()) == {0}
+        alone = {layer.name: layer.sparsity for layer in report.layers if layer.name in report.by_magnitude}
+        assert len(alone) == 4
+        assert all(abs(sparsity - pruner.pattern.sparsity) < (2e-3 if exact else 1e-9) for sparsity in alone.values())
+        assert len({round(layer.sparsity, 2) for layer in report.layers}) > 1
+        sizes = {name: mask.numel() for name, mask in report.masks.items()}
+        removed = sum(int((~mask).sum()) for mask in report.masks.values())
+        if exact:
+            assert removed == round(0.47 * sum(sizes.values()))
+        else:
+            assert removed >= 0.5 * sum(sizes.values())
+
+
+def test_with_an_allocation_experts_of_which_nothing_is_seen_are_an_error(batches):
+    model = model_of("mixtral")
+    owner = model.model.layers[1].mlp.experts
+    owner.forward = lambda *args: type(owner).forward(copy.deepcopy(owner), *args)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.down_proj.0: no product with it was seen .* `targets`"):
+        pruned(model, batches, Wanda(Unstructured(0.5)), allocation=OWL())
 
 
 def test_targets_choose_experts(batches):
@@ -377,6 +405,15 @@ def test_rounds_name_what_they_leave_dense_in_mixtures(tmp_path):
     assert "2 routers stay dense, first model.layers.0.feed_forward.router" in told[1]
 
 
+def test_a_product_with_a_vector_is_let_through():
+    layer, seen = nn.Linear(4, 3), []
+    x = torch.randn(2, 4)
+    with WeightUses({"layer": layer.weight.detach()}, lambda name, x: seen.append((name, x))):
+        assert torch.equal(nn.functional.linear(x, layer.weight[0]), x @ layer.weight[0])
+        nn.functional.linear(x, layer.weight)
+    assert [(name, rows is x) for name, rows in seen] == [("layer", True)]
+
+
 def test_experts_whose_products_are_not_seen_stay_dense_and_are_named(batches):
     model = model_of("mixtral")
     owner = model.model.layers[1].mlp.experts
@@ -423,6 +460,44 @@ def test_lora_leaves_experts_as_they_were_pruned(batches, tmp_path):
     assert not torch.equal(
         module.model.model.layers[1].self_attn.q_proj.weight, fresh.model.layers[1].self_attn.q_proj.weight
     )
+
+
+def test_lora_says_so_where_the_model_was_pruned_before_and_where_only_experts_were(batches, tmp_path):
+    pytest.importorskip("peft")
+    model = model_of("mixtral").float()
+    pruned(model, batches, Wanda(NM(2, 4)))
+    loader = torch.utils.data.DataLoader(torch.randint(3, 61, (4, 12)), batch_size=2)
+    with pytest.warns(UserWarning, match=r"4 tensors of experts, first .*experts.gate_up_proj, get no LoRA layers"):
+        trainer_of([LoRARecovery()], tmp_path, max_steps=1).fit(CausalLM(model, optimizer), loader)
+    only = r"only experts are pruned, 4 tensors, first .*experts.gate_up_proj.* MaskEnforcer"
+    one_shot = OneShotPrune(Wanda(NM(2, 4)), batches, targets="*.experts.*", progress=False)
+    with pytest.raises(ValueError, match=only):
+        fit([one_shot, LoRARecovery()], tmp_path)
+    with pytest.raises(ValueError, match=only):
+        trainer_of([LoRARecovery()], tmp_path, max_steps=1).fit(CausalLM(sparse_in_experts(batches), optimizer), loader)
+
+
+def sparse_in_experts(batches):
+    """Of which only the experts are pruned."""
+    model = model_of("mixtral").float()
+    pruned(model, batches, Wanda(NM(2, 4)), targets="*.experts.*")
+    return model
+
+
+def test_what_takes_linear_layers_only_names_sparse_experts(batches):
+    model = model_of("mixtral").float()
+    pruned(model, batches, Wanda(NM(2, 4)))
+    experts = [name for name, p in model.named_parameters() if p.ndim == 3]
+    found = find_two_four(model, None, None)
+    assert [name for name in found.skipped if "experts" in name] == experts
+    assert "2:4 kernels take linear layers only" in found.skipped[experts[0]]
+    assert not find_two_four(model, "q_proj", None).skipped
+    _, record = SparsityBenchmark().variants(model, torch.device("cpu"))
+    assert any(name.startswith(f"{experts[0]} and 3 more") for name in record["left_out"])
+    assert [name for name in record["csr"]["skipped"] if "experts" in name] == experts
+    report = convert_to_csr_(model)
+    assert list(report.skipped) == experts
+    assert "CSR takes linear layers only" in report.skipped[experts[0]]
 
 
 def test_a_fit_reports_its_experts(tokenizer, tmp_path):

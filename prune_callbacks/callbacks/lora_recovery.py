@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from transformers import PreTrainedModel
 
-from prune_callbacks.calibration import find_blocks, find_language_model, find_targets
+from prune_callbacks.calibration import SPARSE, find_blocks, find_language_model, find_targets, sparse_experts
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
@@ -138,18 +139,30 @@ class LoRARecovery(Callback):
         if one_shot is not None:
             assert one_shot.report is not None
             experts = [name for name in one_shot.report.masks if not name.endswith(".weight")]
-            if experts:
-                rank_zero_warn(
-                    f"LoRARecovery: {len(experts)} tensors of experts, first {experts[0]}, get no LoRA layers, which "
-                    "linear layers do; they stay as they were pruned"
-                )
+            _leave(experts, only=len(experts) == len(one_shot.report.masks))
             return [name.removesuffix(".weight") for name in one_shot.report.masks if name not in experts]
-        layers = find_targets(find_blocks(model))
+        blocks = find_blocks(model)
+        layers = find_targets(blocks)
         weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
-        sparse = [name for name, zeros in MaskSet.from_nonzero(weights).layer_sparsity().items() if zeros >= 0.01]
+        sparse = [name for name, zeros in MaskSet.from_nonzero(weights).layer_sparsity().items() if zeros >= SPARSE]
+        _leave(list(sparse_experts(blocks)), only=not sparse)
         if not sparse:
             raise ValueError(
                 "LoRARecovery found no pruned layer: there is no OneShotPrune before it among the callbacks, and none "
                 f"of the {len(layers)} linear layers in the decoder blocks has 1 % of zeros"
             )
         return sparse
+
+
+def _leave(experts: Sequence[str], only: bool) -> None:
+    """Says that tensors of experts get no LoRA layers; raises ValueError if nothing else is pruned."""
+    if experts and only:
+        raise ValueError(
+            f"LoRARecovery found no pruned linear layer: only experts are pruned, {len(experts)} tensors, first "
+            f"{experts[0]}, and they get no LoRA layers. Recover them by training under MaskEnforcer() instead"
+        )
+    if experts:
+        rank_zero_warn(
+            f"LoRARecovery: {len(experts)} tensors of experts, first {experts[0]}, get no LoRA layers, which "
+            "linear layers do; they stay as they were pruned"
+        )
