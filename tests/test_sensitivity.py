@@ -4,8 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+import families
 import pytest
 import torch
+import transformers as hf
 from launch import run
 from scipy.stats import spearmanr
 
@@ -191,3 +193,60 @@ def test_importance_by_layer_or_block():
             allocation=LagrangianAllocation(importance={"model.layers.0": 1.0}),
             progress=False,
         )
+
+
+def mixture():
+    torch.manual_seed(0)
+    config = families.MIXTURES["mixtral"]()
+    config.vocab_size = 259
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6)
+    return model
+
+
+def test_the_experts_of_a_tensor_are_one_layer(tmp_path):
+    pruner, path, few = SparseGPT(Unstructured(0.7)), tmp_path / "s.json", 145
+    model, experts = mixture(), "model.layers.0.mlp.experts.down_proj"
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="2 routers stay dense, first model.layers.0.mlp.gate"):
+        found = sensitivity(model, BATCHES, WINDOWS, pruner, path=path, min_expert_tokens=few, progress=False)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert len(found.increase) == 2 * (4 + 2)
+    copy = mixture()
+    report = prune_sequentially(copy, BATCHES, pruner, targets=experts, min_expert_tokens=few, progress=False)
+    assert 0 < len(report.by_magnitude) < len(report.layers) == 4
+    assert found.increase[experts] == pytest.approx(perplexity(copy, WINDOWS, progress=False) - found.dense, abs=2e-3)
+    # Whoever prunes by the file finds the experts in it.
+    for allocation in (
+        LagrangianAllocation.from_file(path, reach=0.05, points=1),
+        SensitivityAllocation.from_file(path, 0.2, 0.9),
+    ):
+        report = prune_sequentially(mixture(), BATCHES, pruner, allocation=allocation, progress=False)
+        sizes = {name: keep.numel() for name, keep in report.masks.items()}
+        assert experts in sizes
+        assert sum(int((~keep).sum()) for keep in report.masks.values()) == round(0.7 * sum(sizes.values()))
+
+
+def test_a_block_is_pruned_with_its_experts():
+    pruner = Wanda(Unstructured(0.7))
+    whole = sensitivity(mixture(), BATCHES, WINDOWS, pruner, unit="block", progress=False)
+    layers = sensitivity(mixture(), BATCHES, WINDOWS, pruner, progress=False)
+    for block in whole.proxy:
+        total = sum(loss for name, loss in layers.proxy.items() if name.startswith(f"{block}."))
+        assert whole.proxy[block] == pytest.approx(total, rel=1e-5)
+    assert layers.proxy["model.layers.0.mlp.experts.gate_up_proj"] > 0.1
+
+
+def test_cells_of_files_from_before_the_shift_are_measured_again(tmp_path):
+    path, pruner = tmp_path / "s.json", Wanda(Unstructured(0.7))
+    found = sensitivity(fresh(), BATCHES, WINDOWS, pruner, unit="block", path=path, progress=False)
+    written = json.loads(path.read_text())
+    for cell in written["cells"].values():
+        del cell["shift"]
+    path.write_text(json.dumps(written))
+    again = sensitivity(fresh(), BATCHES, WINDOWS, pruner, unit="block", path=path, progress=False)
+    assert again.shift == pytest.approx(found.shift)
+    assert all("shift" in cell for cell in json.loads(path.read_text())["cells"].values())

@@ -309,7 +309,8 @@ def allocate(
             if name not in experts or parameter_name(name, mine[name]) not in reached:
                 what = "no product with it was seen" if name in experts else "its forward was never called"
                 raise ValueError(
-                    f"{name}: {what} during calibration, so no sparsity can be allocated to it; leave it out of `targets`"
+                    f"{name}: {what} during calibration, so no sparsity can be allocated to it; leave it out of "
+                    "`targets`"
                 )
         weights = {name: weight for name, weight in weights.items() if name in statistics}
         values |= ranks.share(ranks.attempt(lambda w=weights, s=statistics: allocation.measure(pruner, w, s)))  # type: ignore[misc]

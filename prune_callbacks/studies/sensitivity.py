@@ -1,5 +1,6 @@
 """How much perplexity rises when one layer, or one block, is pruned and all others stay dense."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,18 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from prune_callbacks.calibration import find_blocks, find_targets, naming, oriented, weight_shape
+from prune_callbacks.calibration import (
+    dense_in_mixtures,
+    find_blocks,
+    find_targets,
+    naming,
+    oriented,
+    parameter_name,
+    told_dense,
+    weight_shape,
+)
 from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_inputs, run_block, to_device
+from prune_callbacks.calibration.experts import ExpertWeight, inside
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.walking import (
     check_dense,
@@ -26,12 +37,14 @@ from prune_callbacks.calibration.walking import (
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.evaluation.drawing import draw_sensitivity
 from prune_callbacks.evaluation.report import open_results, write_json
-from prune_callbacks.pruners import Pruner, Structured
+from prune_callbacks.pruners import Magnitude, Pruner, Structured
 from prune_callbacks.ranks import ALONE
 from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.solvers.linalg import row_dot
 
 Unit = Literal["layer", "block"]
+
+MEASURED = ("increase", "proxy", "shift")
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,7 @@ def sensitivity(
     targets: Sequence[str] | str | None = None,
     blocks: str | None = None,
     batch_size: int = 1,
+    min_expert_tokens: int = 32,
     path: Path | None = None,
     setting: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -99,10 +113,11 @@ def sensitivity(
         batches: calibration batches, as of `prune_sequentially`.
         windows: token ids on which perplexity is measured; each window is scored on its own.
         pruner: what is done to a unit.
-        unit: "layer" or "block".
-        targets: patterns of layer names; None for all linear layers of the decoder blocks.
+        unit: "layer" or "block". All experts in one tensor are one layer, by the tensor's name.
+        targets: patterns of layer names; None for all linear layers and experts of the decoder blocks but routers.
         blocks: name of the list of decoder blocks, where it cannot be found.
         batch_size: windows per forward pass.
+        min_expert_tokens: an expert that fewer tokens reach is pruned by Magnitude, as of `prune_sequentially`.
         path: a JSON file that gets every unit's result as soon as it is known; what it holds is not measured again.
         setting: what else the results depend on (model, text); a file of another setting is refused.
         progress: show a progress bar.
@@ -116,7 +131,9 @@ def sensitivity(
     if isinstance(pruner, Structured):
         raise ValueError("Structured removes coupled layers' units together; there is no single layer to prune by it")
     found = find_blocks(model, blocks)
-    chosen = find_targets(found, targets)
+    chosen = find_targets(found, targets, experts=not hasattr(pruner, "grid"))
+    for told in told_dense(*dense_in_mixtures(found, chosen)) if targets is None else ():
+        warnings.warn(told, stacklevel=2)
     for name, block in found:
         refuse_compiled(name, block)
     for name, layer in chosen.items():
@@ -124,6 +141,8 @@ def sensitivity(
             check_dense(layer.get_parameter("weight"))
             pruner.pattern.check_shape(weight_shape(layer))
     described = {"pruner": repr(pruner), "unit": unit, "windows": list(windows.shape)} | dict(setting or {})
+    if any(isinstance(layer, ExpertWeight) for layer in chosen.values()):
+        described["min_expert_tokens"] = min_expert_tokens  # files from before experts were measured are of another
     results: dict[str, Any] = {"setting": described, "cells": {}} if path is None else open_results(path, described)
     modules = [block for _, block in found]
     with evaluating(model), layer_progress(len(chosen), progress) as (bar, task):
@@ -132,15 +151,15 @@ def sensitivity(
         inputs = capture_inputs(model, modules, batches)
         shown = capture_inputs(model, modules, windows.split(batch_size))
         for index, (block_name, block) in enumerate(found):
-            layers = {n: m for n, m in chosen.items() if f"{n}.".startswith(f"{block_name}.")}
-            units = {block_name: layers} if unit == "block" else {n: {n: m} for n, m in layers.items()}
-            left = {name: members for name, members in units.items() if members and name not in results["cells"]}
+            layers = {n: m for n, m in chosen.items() if inside(n, block_name)}
+            units = {block_name: layers} if unit == "block" and layers else _units(layers)
+            left = {name: members for name, members in units.items() if not _complete(results["cells"].get(name, {}))}
             bar.update(task, description=f"sensitivity of {block_name}", advance=len(layers) if not left else 0)
             where = next(block.parameters()).device
             statistics = collect(Gram, index, block, layers, inputs, where) if left else {}
             outputs = [run_block(index, block, batch, where) for batch in inputs] if left else []
             for name, members in left.items():
-                with _pruned(members, statistics, pruner) as proxy:
+                with _pruned(members, statistics, pruner, min_expert_tokens) as proxy:
                     shift = _shift(index, block, inputs, outputs)
                     with _entering(modules, index, shown):
                         value = perplexity(model, windows, batch_size=batch_size, progress=False)
@@ -150,9 +169,23 @@ def sensitivity(
                 bar.advance(task, len(members))
             for batches_here in (inputs, shown) if index < len(found) - 1 else ():
                 next_inputs(index, block, batches_here, where, ALONE)
-    cells = results["cells"]
-    columns = ({name: cell[key] for name, cell in cells.items()} for key in ("increase", "proxy", "shift"))
+    cells = {name: cell for name, cell in results["cells"].items() if _complete(cell)}
+    columns = ({name: cell[key] for name, cell in cells.items()} for key in MEASURED)
     return Sensitivity(unit, results["dense"], *columns)
+
+
+def _units(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
+    """Every layer by itself, but all experts of a tensor together."""
+    units: dict[str, dict[str, nn.Module]] = {}
+    for name, layer in layers.items():
+        unit = parameter_name(name, layer) if isinstance(layer, ExpertWeight) else name
+        units.setdefault(unit, {})[name] = layer
+    return units
+
+
+def _complete(cell: Mapping[str, float]) -> bool:
+    """Whether all is measured; older files have no shift."""
+    return all(key in cell for key in MEASURED)
 
 
 def _shift(index: int, block: nn.Module, inputs: Sequence[BlockInputs], dense: Sequence[Tensor]) -> float:
@@ -169,28 +202,40 @@ def _shift(index: int, block: nn.Module, inputs: Sequence[BlockInputs], dense: S
 
 @contextmanager
 def _pruned(
-    layers: Mapping[str, nn.Module], statistics: Mapping[str, Gram | InputNorm], pruner: Pruner
+    layers: Mapping[str, nn.Module],
+    statistics: Mapping[str, Gram | InputNorm],
+    pruner: Pruner,
+    min_expert_tokens: int,
 ) -> Iterator[float]:
     """The layers pruned for a while; their relative loss, summed."""
     dense = {name: layer.get_parameter("weight").data.clone() for name, layer in layers.items()}
     loss = 0.0
     try:
+        reached = {parameter_name(name, layer) for name, layer in layers.items() if name in statistics}
         for name, layer in layers.items():
-            if name not in statistics:
-                raise ValueError(f"{name}: its forward was never called during calibration; leave it out of `targets`")
-            statistic, kept = statistics[name], layer.get_parameter("weight").data
-            assert isinstance(statistic, Gram)
+            expert = isinstance(layer, ExpertWeight)
+            if parameter_name(name, layer) not in reached:
+                what = "no product with it was seen" if expert else "its forward was never called"
+                raise ValueError(f"{name}: {what} during calibration; leave it out of `targets`")
+            statistic, kept = statistics.get(name), layer.get_parameter("weight").data
+            assert statistic is None or isinstance(statistic, Gram)
             weight = oriented(layer, kept)
+            few = expert and (statistic is None or statistic.tokens < max(min_expert_tokens, 1))
             with naming(name):
-                pruned = pruner.prune(weight, statistic)
-            before, after = (part.to(statistic.matrix) for part in (weight, pruned.weight))
-            output = row_dot(before @ statistic.matrix, before)
-            loss += row_dot((after - before) @ statistic.matrix, after - before) / output if output > 0 else 0.0
+                pruned = Magnitude(pruner.pattern).prune(weight, None) if few else pruner.prune(weight, statistic)
+            if statistic is not None:
+                loss += _relative_loss(weight, pruned.weight, statistic.matrix)
             kept.copy_(oriented(layer, pruned.weight))
         yield loss
     finally:
         for name, layer in layers.items():
             layer.get_parameter("weight").data.copy_(dense[name])
+
+
+def _relative_loss(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
+    before, after = weight.to(gram), pruned.to(gram)
+    output = row_dot(before @ gram, before)
+    return row_dot((after - before) @ gram, after - before) / output if output > 0 else 0.0
 
 
 @contextmanager
@@ -241,6 +286,7 @@ def measure_sensitivity(
     unit: Unit = "layer",
     targets: Sequence[str] | str | None = None,
     batch_size: int = 1,
+    min_expert_tokens: int = 32,
 ) -> Sensitivity:
     """
     `sensitivity` of a model into `dirpath/sensitivity.json`, going on where it stopped, and as a table.
@@ -252,8 +298,9 @@ def measure_sensitivity(
         dirpath: the folder.
         name: of the model, for the file.
         unit: "layer" or "block".
-        targets: patterns of layer names; None for all linear layers of the decoder blocks.
+        targets: patterns of layer names; None for all linear layers and experts of the decoder blocks but routers.
         batch_size: evaluation windows per forward pass.
+        min_expert_tokens: as of `sensitivity`.
     """
     data.setup("fit")
     assert data.calibration_windows is not None
@@ -268,6 +315,7 @@ def measure_sensitivity(
         unit=unit,
         targets=targets,
         batch_size=batch_size,
+        min_expert_tokens=min_expert_tokens,
         path=folder / "sensitivity.json",
         setting={"model": name, "text": data.evaluation_title, "calibration": list(data.calibration_windows.shape)},
     )
