@@ -1,12 +1,14 @@
 """python train.py recipe=NAME [key=value ...]: prune a language model, bring its quality back, and report."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import seed_everything
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -152,7 +154,13 @@ def run_all(cfg: DictConfig, given: list[str]) -> None:
 @hydra.main(version_base="1.3", config_path="recipes", config_name="train")
 def main(cfg: DictConfig) -> None:
     """The command line."""
-    run(list(HydraConfig.get().overrides.task))
+    given = list(HydraConfig.get().overrides.task)
+    try:
+        run(given)
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # which says so of the first only, when all are through
+            print(f"failed: {' '.join(given)}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -160,3 +160,8 @@ def test_layers_that_share_an_input_share_one_factorisation(tiny, batches, monke
     assert count == 2 * 4  # q, k, v; o; gate, up; down
     names = [layer.name for layer in report.layers]
     assert names.index("model.layers.0.mlp.down_proj.weight") < names.index("model.layers.1.self_attn.q_proj.weight")
+
+
+def test_a_class_is_no_pruner(tiny, batches, unchecked):
+    with pytest.raises(ValueError, match=r"pruner is one like Wanda\(Unstructured\(0.5\)\), got <class"):
+        prune_sequentially(tiny, batches, Wanda, progress=False)

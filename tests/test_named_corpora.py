@@ -93,7 +93,7 @@ def test_what_is_not_there_is_named(root, tokenizer):
     path = str(root / "ptb/ptb.test.txt")
     with pytest.raises(ValueError, match="evaluate names one corpus twice"):
         TokenDataModule(tokenizer, *docs, evaluate=[path, path])
-    data = TokenDataModule(tokenizer, *docs, seq_len=512, calibration_windows=2, evaluate=["ptb"], root=root)
+    data = TokenDataModule(tokenizer, *docs, seq_len=512, calibration_windows=2, evaluate="ptb", root=root)
     with pytest.raises(ValueError, match="the evaluation corpus, Penn Treebank test: the text has 35 tokens"):
         data.setup("fit")
 

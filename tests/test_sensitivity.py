@@ -150,6 +150,9 @@ def test_what_cannot_be_measured_is_refused(tmp_path, unchecked):
         sensitivity(fresh(), BATCHES, WINDOWS, Wanda(NM(2, 5)), progress=False)
     with pytest.raises(ValueError, match="no sensitivities at .*recipe=sensitivity measures them"):
         SensitivityAllocation.from_file(tmp_path / "none.json")
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match="report.json holds no sensitivities"):
+        LagrangianAllocation.from_file(tmp_path / "report.json")
     blocks = tmp_path / "blocks.json"
     sensitivity(fresh(), BATCHES, WINDOWS, Wanda(Unstructured(0.5)), unit="block", path=blocks, progress=False)
     with pytest.raises(ValueError, match="holds the sensitivities of blocks"):

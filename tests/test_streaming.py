@@ -16,6 +16,7 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
+from launch import train
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -649,6 +650,23 @@ def test_the_report_has_what_reports_have(tmp_path, source, batches, capsys):
     compare({"one": record, "two": record}, tmp_path / "compared.png")
     assert comparison_main([str(tmp_path / "target"), "--output", str(tmp_path / "page.html")]) == 0
     assert "two" in capsys.readouterr().out
+
+
+def test_a_streamed_run_is_a_complete_one(tmp_path, source, batches):
+    prune(source, tmp_path / "target", batches)
+    assert read_run(tmp_path / "target").missing == ()
+
+
+def test_no_batches_leave_no_trace(tmp_path, source, batches):
+    refuses(source, tmp_path / "target", [], "there is no calibration batch")
+    assert not (tmp_path / "target").exists()
+    prune(source, tmp_path / "target", batches)
+
+
+def test_the_recipe_says_what_is_wrong_with_its_source(tmp_path):
+    code, output = train("recipe=prune_streaming", f"source={tmp_path / 'nothing'}", f"output_dir={tmp_path / 'out'}")
+    assert code == 1
+    assert "nothing does not exist; name a folder with config.json" in " ".join(output.split())
 
 
 def test_a_file_system_without_locks(tmp_path, source, batches, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -108,7 +109,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path, tokenizer, data, monke
     other = make_data(tokenizer, evaluation_windows=2)
     with pytest.raises(ValueError, match="holds results of another setting"):
         sweep_point(network, other, Wanda(Unstructured(0.5)), tmp_path, progress=False)
-    with pytest.raises(ValueError, match="holds results of another setting"):
+    with pytest.raises(ValueError, match="another setting: model was None and is 'another'. Choose another folder"):
         sweep_point(network, data, Wanda(Unstructured(0.5)), tmp_path, name="another", progress=False)
 
 
@@ -246,6 +247,20 @@ def test_unknown_pruners_are_refused_before_any_point(tmp_path):
     assert "Could not find 'pruner/wando'" in output
     assert "sparsegpt" in output  # what there is
     assert not (tmp_path / "a/sweep.json").exists()
+
+
+def test_every_point_that_fails_is_named(tmp_path):
+    given = ["--multirun", "recipe=sweep", "pruner=magnitude", "pattern.sparsity=1.5,0.5,2", "smoke=true"]
+    code, output = train(*given, f"output_dir={tmp_path}")
+    assert code == 1
+    named = re.findall(r"failed: .*pattern\.sparsity=(\S+) .*must lie in", output)
+    assert named == ["1.5", "2"]
+    assert len(json.loads((tmp_path / "sweep.json").read_text())["cells"]) == 1
+    page = subprocess.run(
+        [sys.executable, "-m", "prune_callbacks.evaluation.report", str(tmp_path)], capture_output=True, text=True
+    )
+    assert page.returncode == 2
+    assert "holds no run but a study, whose results are in sweep.json and sweep.png" in page.stderr
 
 
 def test_an_ablation_sweeps_by_itself(tmp_path):

@@ -250,6 +250,8 @@ def _measured(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"no sensitivities at {path}; python train.py recipe=sensitivity measures them")
     results: dict[str, Any] = json.loads(Path(path).read_text())
+    if not {"unit"} <= set(results.get("setting", {})) or "cells" not in results:
+        raise ValueError(f"{path} holds no sensitivities; python train.py recipe=sensitivity writes sensitivity.json")
     return results
 
 

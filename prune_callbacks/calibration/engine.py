@@ -70,6 +70,8 @@ def prune_sequentially(
             layer, for activations that are not finite or a Gram that cannot be factorised.
     """
     begin = time.perf_counter()
+    if isinstance(pruner, type) or not hasattr(pruner, "statistic"):
+        raise ValueError(f"pruner is one like Wanda(Unstructured(0.5)), got {pruner!r}")
     if allocation is not None:
         check_allocation(allocation, pruner)
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model that is meant

@@ -65,6 +65,7 @@ def draw_curves(results: dict[str, Any], path: Path) -> None:
     axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].yaxis.set_minor_formatter("{x:g}" if _narrow(axes[0]) else NullFormatter())
     for axis in axes[1:]:
+        axis.margins(y=0.1)
         axis.set_ylim(0)
     axes[0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)

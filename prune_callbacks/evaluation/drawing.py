@@ -206,10 +206,12 @@ def draw_sensitivity(increase: Mapping[str, float], dense: float, seq_len: int, 
                 colour = "white" if abs(norm(value) - 0.5) > 0.35 else "black"
                 axis.text(column, row, f"{value:+.2g}", ha="center", va="center", fontsize=8, color=colour)
         ticks = [sign * reach * share for sign, share in ((-1, 1), (-1, 0.1), (0, 0), (1, 0.1), (1, 1))]
-        bar = figure.colorbar(image, ax=axis, label="increase in perplexity", ticks=ticks, format="%+.2g")
+        bar = figure.colorbar(image, ax=axis, label="increase in perplexity (logarithmic)", ticks=ticks, format="%+.2g")
         bar.ax.yaxis.set_minor_formatter(NullFormatter())
     axis.set_ylabel("decoder block pruned alone" if of_blocks else "decoder block of the layer pruned alone")
-    axis.set_title(f"dense perplexity {dense:.2f} rises by\nwindows of {seq_len} tokens", fontsize=10)
+    axis.set_title(
+        f"how much perplexity rises when one is pruned\n(dense {dense:.2f}, windows of {seq_len} tokens)", fontsize=10
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

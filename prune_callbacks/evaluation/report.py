@@ -79,7 +79,16 @@ def open_results(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
     if path.is_file():
         results = json.loads(path.read_text())
         if results["setting"] != setting:
-            raise ValueError(f"{path} holds results of another setting: {results['setting']}")
+            before = results["setting"]
+            told = "; ".join(
+                f"{key} was {before.get(key)!r} and is {setting.get(key)!r}"
+                for key in {**before, **setting}
+                if before.get(key) != setting.get(key)
+            )
+            raise ValueError(
+                f"{path} holds results of another setting: {told}. Choose another folder, or give the same setting "
+                "again to go on"
+            )
     return results
 
 

@@ -87,6 +87,9 @@ def read_run(dirpath: str | Path) -> Run:
             f"{dirpath} holds no run: found {', '.join(names[:5]) + (', ...' if names[5:] else '') or 'nothing'}. A "
             f"run's folder holds at least one of {', '.join(TRACES)}"
         )
+    studied = [path.name for stem in ("sweep", "sensitivity") for path in sorted(dirpath.glob(f"{stem}.*"))]
+    if studied and not (dirpath / "report.json").exists():
+        raise ValueError(f"{dirpath} holds no run but a study, whose results are in {' and '.join(studied)}")
     written = _read_record(dirpath / "report.json")
     record = _complete(written or {})
     config_file = dirpath / "config.yaml"
@@ -155,6 +158,8 @@ def _unmeasured(record: dict[str, Any], *, measured: bool, job: bool) -> list[st
         return ["A report: this recipe calls a function in place of a training, whose results are in its own files."]
     if not measured:
         return ["All measurements: report.json is first written when the model is pruned, and there is none yet."]
+    if record["stage"] == "streamed":  # by prune_checkpoint, which neither trains nor measures
+        return []
     reached = STAGES.index(record["stage"]) if record["stage"] in STAGES else -1
     due = {"pruned": "the masks' last change is still to come", "recovered": "training has not come to its end"}
     missing = []

@@ -1,6 +1,6 @@
 """Pruning a checkpoint that does not fit into memory, one decoder block at a time."""
 
-from prune_callbacks.streaming.job import prune_on_windows
+from prune_callbacks.streaming.job import checked_source, prune_on_windows
 from prune_callbacks.streaming.prune import prune_checkpoint
 
-__all__ = ["prune_checkpoint", "prune_on_windows"]
+__all__ = ["checked_source", "prune_checkpoint", "prune_on_windows"]

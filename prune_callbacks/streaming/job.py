@@ -8,6 +8,7 @@ from torch import Tensor
 
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.streaming.prune import prune_checkpoint
+from prune_callbacks.streaming.source import Checkpoint
 
 
 @runtime_checkable
@@ -18,6 +19,12 @@ class Calibration(Protocol):
     calibration_batch_size: int
 
     def setup(self, stage: str) -> None: ...
+
+
+def checked_source(source: str) -> str:
+    """The folder itself, or what is wrong with it, before its tokenizer is looked for."""
+    Checkpoint(source)
+    return source
 
 
 def prune_on_windows(

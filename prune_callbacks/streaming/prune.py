@@ -80,6 +80,8 @@ def prune_checkpoint(
     if isinstance(batches, Tensor):
         raise ValueError(f"batches must be several batches, got one tensor of shape {tuple(batches.shape)}; split it")
     given = list(batches or ()) if calibrated else []
+    if calibrated and not given:
+        raise ValueError("there is no calibration batch; give at least one batch of token ids")
     checkpoint = Checkpoint(source)
     model = build_skeleton(checkpoint.config, model_dtype(checkpoint, dtype))
     where = torch.device(device or "cpu")

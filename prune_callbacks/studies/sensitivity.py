@@ -43,6 +43,8 @@ from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.solvers.linalg import row_dot
 
 Unit = Literal["layer", "block"]
+SHOWN = 15
+"""How many are printed as a table."""
 
 MEASURED = ("increase", "proxy", "shift")
 
@@ -321,12 +323,15 @@ def measure_sensitivity(
     )
     seq_len = data.evaluation_windows.shape[1]
     table = Table(title=f"perplexity {measured.dense:.2f} (windows of {seq_len}) rises by, when one {unit} is pruned")
-    for column in (unit, "increase", "loss of its layers, relative", "shift of the block's output"):
-        table.add_column(column, justify="left" if column == unit else "right")
-    for part in sorted(measured.increase, key=lambda n: -measured.increase[n])[:15]:
+    table.add_column(unit, overflow="fold", min_width=36)
+    for column in ("increase", "relative loss", "shift"):
+        table.add_column(column, justify="right")
+    for part in sorted(measured.increase, key=lambda n: -measured.increase[n])[:SHOWN]:
         loss, shift = measured.proxy[part], measured.shift[part]
         table.add_row(part, f"{measured.increase[part]:+.3f}", f"{loss:.3f}", f"{shift:.2g}")
     Console().print(table)
+    if len(measured.increase) > SHOWN:
+        Console().print(f"the {SHOWN} of {len(measured.increase)} that cost most; sensitivity.json has all")
     Console().print(
         f"rank correlation (Spearman) of increase and loss {measured.rank_correlation:.2f}, of increase and shift "
         f"{measured.shift_rank_correlation:.2f}"

@@ -140,7 +140,7 @@ class TokenDataModule(LightningDataModule):
         calibration: Corpus | str,
         evaluation: Corpus | str,
         *,
-        evaluate: Sequence[str] = (),
+        evaluate: Sequence[str] | str = (),
         root: str | Path | None = None,
         seq_len: int = 512,
         batch_size: int = 4,
@@ -163,6 +163,7 @@ class TokenDataModule(LightningDataModule):
             part: corpus(given, part, root) if isinstance(given, str) else given for part, given in parts
         }
         self.evaluation_title = self.corpora["evaluation"].title
+        evaluate = [evaluate] if isinstance(evaluate, str) else evaluate
         self._further = {Path(name).name: corpus(name, "evaluation", root) for name in evaluate}
         if len(self._further) < len(evaluate):
             raise ValueError(f"evaluate names one corpus twice: {list(evaluate)}")
