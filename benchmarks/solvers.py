@@ -34,7 +34,7 @@ import oracles
 from prune_callbacks import ALPS, MRP, NM, Gram, Pruned, SparseGPT, Unstructured
 from prune_callbacks.calibration.windows import contiguous_windows
 from prune_callbacks.evaluation.report import write_json
-from prune_callbacks.solvers.linalg import DampedGram, damp, row_dot
+from prune_callbacks.solvers.linalg import DampedGram, damp, quadratic_form
 from prune_callbacks.tasks import PythonDocs, smollm2_135m
 
 BLOCKS = (1, 15, 28)
@@ -133,7 +133,7 @@ def measure(weight: torch.Tensor, gram: Gram, pattern: Unstructured | NM, repeat
         def loop(width: int = width) -> Any:
             factor = damp(gram.matrix, 0.01).inverse_factor
             solved, _ = oracles.sparsegpt_columns(weight, factor, pattern, 128, width)
-            return solved, row_dot((solved - weight) @ gram.matrix, solved - weight)
+            return solved, quadratic_form(solved - weight, gram.matrix)
 
         cell[name] = {"seconds": timed(loop, 1)[0]}
     # The textbook's way, in float64, on rows spread over the layer; also the judge of how exact MRP is.
@@ -149,7 +149,7 @@ def measure(weight: torch.Tensor, gram: Gram, pattern: Unstructured | NM, repeat
     optimum = per_row(dense.double(), exact, keep) - dense
     reached = (mrp.weight[rows] - dense).double()
     cell["MRP-SM (all)"]["excess_on_sampled_rows"] = (
-        row_dot(reached @ exact.matrix, reached) / row_dot(optimum @ exact.matrix, optimum) - 1
+        quadratic_form(reached, exact.matrix) / quadratic_form(optimum, exact.matrix) - 1
     )
     return cell
 

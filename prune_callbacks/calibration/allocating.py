@@ -17,7 +17,7 @@ from prune_callbacks.calibration.walking import next_inputs
 from prune_callbacks.pruners import Pruner, Wanda
 from prune_callbacks.ranks import Ranks
 from prune_callbacks.solvers import Gram, InputNorm
-from prune_callbacks.solvers.linalg import row_dot
+from prune_callbacks.solvers.linalg import quadratic_form
 from prune_callbacks.solvers.statistics import Statistic
 from prune_callbacks.sparsity import NM, Pattern, Unstructured
 from prune_callbacks.sparsity.allocation import by_losses, by_outliers, by_sensitivity, check_reach, mix_of_groups
@@ -180,15 +180,14 @@ class LagrangianAllocation:
     def _curve(self, pruner: Pruner, name: str, weight: Tensor, statistic: Statistic) -> list[tuple[float, float]]:
         assert isinstance(statistic, Gram)
         dense = weight.to(statistic.matrix)
-        output = row_dot(dense @ statistic.matrix, dense)
+        output = quadratic_form(dense, statistic.matrix)
         curve = []
         for pattern in self._patterns(pruner.pattern):
             with naming(name):
                 pruned = _with_pattern(pruner, pattern).prune(weight, statistic)
             loss = pruned.loss
             if loss is None:
-                change = pruned.weight.to(statistic.matrix) - dense
-                loss = max(0.0, row_dot(change @ statistic.matrix, change))
+                loss = max(0.0, quadratic_form(pruned.weight.to(statistic.matrix) - dense, statistic.matrix))
             curve.append((1 - float(pruned.keep.double().mean()), loss / output if output > 0 else 0.0))
         return curve
 
@@ -293,15 +292,13 @@ def allocate(
     values: dict[str, Any] = {}
     for index, (block_name, block) in enumerate(blocks):
         mine = {name: layer for name, layer in layers.items() if inside(name, block_name)}
-        weights = {name: oriented(layer, layer.get_parameter("weight").detach()) for name, layer in mine.items()}
         if allocation.statistic(1) is None:
-            values |= allocation.measure(pruner, weights, {})
+            values |= allocation.measure(pruner, _weights(mine), {})
             continue
         home = next(block.parameters()).device
         where = device or home
         block.to(where)
         statistics = collect(allocation.statistic, index, block, mine, shown, where, ranks)
-        weights = {name: oriented(layer, layer.get_parameter("weight").detach()) for name, layer in mine.items()}
         experts = {name for name, layer in mine.items() if isinstance(layer, ExpertWeight)}
         statistics = {name: found for name, found in statistics.items() if found.tokens or name not in experts}
         unseen = sorted(mine.keys() - statistics.keys())
@@ -314,7 +311,7 @@ def allocate(
                     f"{name}: {what} during calibration, so no sparsity can be allocated to it; leave it out of "
                     "`targets`"
                 )
-        weights = {name: weight for name, weight in weights.items() if name in statistics}
+        weights = _weights({name: layer for name, layer in mine.items() if name in statistics})
         values |= ranks.share(ranks.attempt(lambda w=weights, s=statistics: allocation.measure(pruner, w, s)))  # type: ignore[misc]
         if index < len(blocks) - 1:
             next_inputs(index, block, shown, where, ranks)
@@ -324,13 +321,17 @@ def allocate(
         pattern.per == "row" or (pattern.per is None and isinstance(pruner, Wanda))
     ):
         pattern = replace(pattern, per="even")  # rows of equal counts would miss the total
-    measured = {name: shape for name, shape in shapes.items() if name in values}
-    unreached = {name: shape for name, shape in shapes.items() if name not in values}
-    if allocation.statistic(1) is None:
-        measured, unreached = shapes, {}
+    passed = allocation.statistic(1) is not None
+    unreached = {name: shape for name, shape in shapes.items() if passed and name not in values}
+    measured = {name: shape for name, shape in shapes.items() if name not in unreached}
     chosen = ranks.share(ranks.attempt(lambda: allocation.choose(values, measured, pattern)))
     chosen |= _as_it_is(pattern, _sizes(unreached), sum(_sizes(measured).values()))
     return {name: _with_pattern(pruner, chosen[name]) for name in layers}
+
+
+def _weights(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """As (out, in), where the layers are now."""
+    return {name: oriented(layer, layer.get_parameter("weight").detach()) for name, layer in layers.items()}
 
 
 def _as_it_is(pattern: Pattern, sizes: Mapping[str, int], others: int) -> dict[str, Pattern]:

@@ -21,8 +21,13 @@ from prune_callbacks.calibration.prune_report import LayerReport
 from prune_callbacks.pruners import JointPruner, Magnitude, Pruned, Pruner, Structured, check_weight
 from prune_callbacks.ranks import Ranks
 from prune_callbacks.solvers import Gram, InputNorm
-from prune_callbacks.solvers.linalg import row_dot
+from prune_callbacks.solvers.linalg import quadratic_form
 from prune_callbacks.sparsity import MaskSet
+
+
+def takes_experts(pruner: Pruner) -> bool:
+    """Whether a pruner takes fused experts: coupled units and grids are known for linear layers only."""
+    return not isinstance(pruner, Structured) and not hasattr(pruner, "grid")
 
 
 class BlockPruning:
@@ -250,6 +255,5 @@ def _sharing_an_input(
 def _relative_loss(weight: Tensor, pruned: Pruned, statistic: Gram | InputNorm | None) -> float | None:
     if pruned.loss is None or not isinstance(statistic, Gram):
         return None
-    dense = weight.to(statistic.matrix)
-    output = row_dot(dense @ statistic.matrix, dense)
+    output = quadratic_form(weight.to(statistic.matrix), statistic.matrix)
     return pruned.loss / output if output > 0 else 0.0

@@ -1,7 +1,7 @@
 """Capturing what a model hands to its decoder blocks, and running one block on it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,6 @@ def capture_one_by_one(
     if isinstance(batches, Tensor):
         raise ValueError(f"batches must be several batches, got one tensor of shape {tuple(batches.shape)}; split it")
     originals = [block.forward for block in blocks]
-    replaced = [block.__dict__.get("forward") for block in blocks]  # accelerate, for one, sets it on the instance
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     entering: list[Tensor] = []
     returns_tuple: list[bool] = []
@@ -75,9 +74,7 @@ def capture_one_by_one(
         return forward
 
     count = 0
-    try:
-        for i, block in enumerate(blocks):
-            block.forward = record(i)
+    with forwards_replaced(blocks, [record(i) for i in range(len(blocks))]):
         for batch in batches:
             calls.clear()
             entering.clear()
@@ -90,13 +87,23 @@ def capture_one_by_one(
                 )
             count += 1
             yield BlockInputs(entering[0], list(calls), _real_tokens(batch))
-    finally:
-        for block, forward in zip(blocks, replaced, strict=True):
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.forward = forward
     if not count:
         raise ValueError("there is no calibration batch; give at least one batch of token ids")
+
+
+@contextmanager
+def forwards_replaced(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """The blocks do something else for a while."""
+    before = [block.__dict__.get("forward") for block in blocks]  # accelerate, for one, sets it on the instance
+    try:
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+        yield
+    finally:
+        for block, original in zip(blocks, before, strict=True):
+            block.__dict__.pop("forward", None)
+            if original is not None:
+                block.forward = original
 
 
 def run_model(model: nn.Module, batch: Batch) -> None:

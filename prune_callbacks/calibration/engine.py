@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prune_callbacks.calibration.allocating import Allocation, allocate, check_allocation
-from prune_callbacks.calibration.block_pruning import BlockPruning
+from prune_callbacks.calibration.block_pruning import BlockPruning, takes_experts
 from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, weight_shape
 from prune_callbacks.calibration.capture import Batch, BlockInputs
 from prune_callbacks.calibration.coupling import Coupled, coupled_targets, planned_removal
@@ -78,8 +78,7 @@ def prune_sequentially(
     found = find_blocks(model, blocks)
     for block_name, block in found:
         refuse_compiled(block_name, block)
-    # Coupled units and grids are known for linear layers only.
-    chosen = find_targets(found, targets, experts=not isinstance(pruner, Structured) and not hasattr(pruner, "grid"))
+    chosen = find_targets(found, targets, experts=takes_experts(pruner))
     coupled: list[Coupled] = []
     left: dict[str, str] = {}
     removed: dict[str, int] = {}

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prune_callbacks.solvers.linalg import NumericalError, all_finite, row_dot
+from prune_callbacks.solvers.linalg import NumericalError, all_finite, quadratic_form
 from prune_callbacks.solvers.statistics import Gram, InputNorm, Statistic
 from prune_callbacks.sparsity import Pattern
 
@@ -79,7 +79,7 @@ def as_pruned(
     if isinstance(statistic, Gram):
         change = (weight.to(statistic.matrix.dtype) - dense.to(statistic.matrix.dtype)).to(statistic.matrix.device)
         # Not below zero, which rounding can do where the loss is zero.
-        loss = max(0.0, row_dot(change @ statistic.matrix, change))
+        loss = max(0.0, quadratic_form(change, statistic.matrix))
     return Pruned(weight, keep, loss, None if scale is None else scale.half())
 
 

@@ -120,9 +120,13 @@ def ridge_inverse(matrix: Float[Tensor, "in in"], added: Float[Tensor, " in"]) -
     return torch.cholesky_inverse(torch.linalg.cholesky(regular))
 
 
-def row_dot(a: Float[Tensor, "rows in"], b: Float[Tensor, "rows in"]) -> float:
-    """The sum of all `a_ij b_ij`; that of the rows' sums in float64."""
-    return float(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
+def quadratic_form(rows: Float[Tensor, "rows in"], gram: Float[Tensor, "in in"]) -> float:
+    """
+    `sum over rows of r G r^T`: what the rows, weights or a change of them, make of the inputs, squared.
+
+    The rows' sums are added up in float64.
+    """
+    return float(torch.linalg.vecdot(rows @ gram, rows).sum(dtype=torch.float64))
 
 
 def all_finite(x: Tensor) -> bool:

@@ -83,6 +83,7 @@ def _report(journal: Journal, about: Mapping[str, Any]) -> dict[str, Any]:
     skipped = dict(about["skipped"])
     for record in journal.records:
         skipped |= record["skipped"]
+    # run_folder has a table of absent values, but importing it brings matplotlib into the memory that is saved here.
     return {
         "recipe": about["recipe"],
         "model": about["model"],

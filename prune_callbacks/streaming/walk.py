@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prune_callbacks.calibration.block_pruning import BlockPruning
+from prune_callbacks.calibration.block_pruning import BlockPruning, takes_experts
 from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, parameters_of, weight_shape
 from prune_callbacks.calibration.capture import Batch
 from prune_callbacks.calibration.experts import inside
@@ -70,7 +70,7 @@ class BlockWalk:
         self.calibrated = pruner.statistic(1) is not None
         self.blocks = find_blocks(model, blocks)
         refuse_shared(model, self.blocks)
-        self.layers = find_targets(self.blocks, targets, experts=not hasattr(pruner, "grid"))
+        self.layers = find_targets(self.blocks, targets, experts=takes_experts(pruner))
         for name, layer in self.layers.items():
             with naming(name):
                 pruner.pattern.check_shape(weight_shape(layer))
@@ -145,18 +145,18 @@ class BlockWalk:
         used = torch.cat([ids.flatten() for ids in self._ids()]).unique().long().cpu()
         rows, begin = [], 0
         for piece in self.checkpoint.pieces(key):
-            inside = used[(used >= begin) & (used < begin + len(piece))]
-            rows.append(piece[inside - begin])
+            here = used[(used >= begin) & (used < begin + len(piece))]
+            rows.append(piece[here - begin])
             begin += len(piece)
-        whole, dtype = embedding.weight, embedding.weight.dtype
-        embedding.weight = nn.Parameter(torch.cat(rows).to(dtype), requires_grad=False)
+        empty = embedding.weight  # on the meta device
+        embedding.weight = nn.Parameter(torch.cat(rows).to(empty.dtype), requires_grad=False)
         numbers = torch.full((begin,), -1).index_put_((used,), torch.arange(len(used)))
         hook = embedding.register_forward_pre_hook(lambda _, args: (numbers[args[0]], *args[1:]))
         try:
             yield
         finally:
             hook.remove()
-            embedding.weight = whole
+            embedding.weight = empty
 
     def _block(self, journal: Journal, index: int, inputs: Sequence[StoredInputs], advance: Advance) -> dict[str, Any]:
         """Prunes a block, runs it for the next one, and writes its weights."""
@@ -200,7 +200,7 @@ class BlockWalk:
             "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in run.layers],
             "skipped": run.skipped,
             "by_magnitude": run.by_magnitude,
-            "parameters": {name: [_removed(masks, name), math.prod(masks.shape(name))] for name in masks},
+            "parameters": {name: [int((~masks[name]).sum()), math.prod(masks.shape(name))] for name in masks},
             "violations": masks.violations({name: weights[name] for name in masks}),
         }
 
@@ -219,10 +219,6 @@ class BlockWalk:
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:
                     setattr(module, name, buffer.cpu())
-
-
-def _removed(masks: MaskSet, name: str) -> int:
-    return int((~masks[name]).sum())
 
 
 def _are_ids(given: Any) -> bool:

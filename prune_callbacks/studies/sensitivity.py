@@ -24,7 +24,15 @@ from prune_callbacks.calibration import (
     told_dense,
     weight_shape,
 )
-from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_inputs, run_block, to_device
+from prune_callbacks.calibration.block_pruning import takes_experts
+from prune_callbacks.calibration.capture import (
+    Batch,
+    BlockInputs,
+    capture_inputs,
+    forwards_replaced,
+    run_block,
+    to_device,
+)
 from prune_callbacks.calibration.experts import ExpertWeight, inside
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.walking import (
@@ -40,7 +48,7 @@ from prune_callbacks.evaluation.report import open_results, write_json
 from prune_callbacks.pruners import Magnitude, Pruner, Structured
 from prune_callbacks.ranks import ALONE
 from prune_callbacks.solvers import Gram, InputNorm
-from prune_callbacks.solvers.linalg import row_dot
+from prune_callbacks.solvers.linalg import quadratic_form
 
 Unit = Literal["layer", "block"]
 SHOWN = 15
@@ -133,7 +141,7 @@ def sensitivity(
     if isinstance(pruner, Structured):
         raise ValueError("Structured removes coupled layers' units together; there is no single layer to prune by it")
     found = find_blocks(model, blocks)
-    chosen = find_targets(found, targets, experts=not hasattr(pruner, "grid"))
+    chosen = find_targets(found, targets, experts=takes_experts(pruner))
     for told in told_dense(*dense_in_mixtures(found, chosen)) if targets is None else ():
         warnings.warn(told, stacklevel=2)
     for name, block in found:
@@ -236,8 +244,8 @@ def _pruned(
 
 def _relative_loss(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
     before, after = weight.to(gram), pruned.to(gram)
-    output = row_dot(before @ gram, before)
-    return row_dot((after - before) @ gram, after - before) / output if output > 0 else 0.0
+    output = quadratic_form(before, gram)
+    return quadratic_form(after - before, gram) / output if output > 0 else 0.0
 
 
 @contextmanager
@@ -254,16 +262,8 @@ def _entering(blocks: Sequence[nn.Module], index: int, batches: Sequence[BlockIn
     def last(*args: Any, **kwargs: Any) -> Any:
         return forward(next(stored).hidden)
 
-    replaced = [block.__dict__.get("forward") for block in blocks[:index]]
-    try:
-        for i, block in enumerate(blocks[:index]):
-            block.forward = last if i == index - 1 else forward
+    with forwards_replaced(blocks[:index], [*[forward] * (index - 1), last][:index]):
         yield
-    finally:
-        for block, original in zip(blocks[:index], replaced, strict=True):
-            block.__dict__.pop("forward", None)
-            if original is not None:
-                block.forward = original
 
 
 @runtime_checkable

@@ -2,7 +2,6 @@
 
 import atexit
 import copy
-import fcntl
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,21 +22,15 @@ from prune_callbacks.evaluation.curves import draw_curves, sweep_table
 from prune_callbacks.evaluation.report import open_results, write_json
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.sparsity import NM
+from prune_callbacks.studies.sensitivity import CalibrationAndEvaluation
 
 
 @runtime_checkable
-class SweepData(Protocol):
-    """A data module such as `TokenDataModule`, as far as a sweep needs it."""
-
-    calibration_windows: Tensor | None
-    evaluation_windows: Tensor | None
-    evaluation_title: str
-    calibration_batch_size: int
+class SweepData(CalibrationAndEvaluation, Protocol):
+    """One that can also say what decides its windows before it makes them."""
 
     @property
     def setting(self) -> Mapping[str, str | int | None]: ...
-
-    def setup(self, stage: str) -> None: ...
 
 
 @dataclass
@@ -144,7 +137,9 @@ def _keep(folder: Path, setting: dict[str, Any], key: str, cell: dict[str, Any],
     """Adds a point to the file as it is now: another process may have written points of its own meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".sweep.lock").open("w") as lock:
-        with suppress(OSError):  # a file system without locks
+        with suppress(OSError, ImportError):  # a file system without locks, Windows
+            import fcntl
+
             fcntl.flock(lock, fcntl.LOCK_EX)
         results = open_results(folder / "sweep.json", setting)
         results["cells"][key] = cell
