@@ -1,6 +1,6 @@
 """Running a model block by block over calibration windows, and pruning it on the way."""
 
-from prune_callbacks.calibration.allocating import OWL, Allocation, LagrangianAllocation, SensitivityAllocation
+from prune_callbacks.calibration.allocations import OWL, Allocation, LagrangianAllocation, SensitivityAllocation
 from prune_callbacks.calibration.blocks import (
     SPARSE,
     find_blocks,

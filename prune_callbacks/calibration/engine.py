@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from prune_callbacks.calibration.allocating import Allocation, allocate, check_allocation
+from prune_callbacks.calibration.allocating import allocate, check_allocation
+from prune_callbacks.calibration.allocations import Allocation
 from prune_callbacks.calibration.block_pruning import BlockPruning, takes_experts
 from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, weight_shape
 from prune_callbacks.calibration.capture import Batch, BlockInputs

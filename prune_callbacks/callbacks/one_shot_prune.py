@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from prune_callbacks.calibration import PruneReport, find_language_model, prune_sequentially, savable, save_sparse_model
-from prune_callbacks.calibration.allocating import Allocation, check_allocation
+from prune_callbacks.calibration.allocating import check_allocation
+from prune_callbacks.calibration.allocations import Allocation
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.trainer_state import logs_now, resumed_checkpoint

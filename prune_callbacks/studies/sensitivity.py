@@ -5,12 +5,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
-from rich.console import Console
-from rich.table import Table
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
@@ -43,7 +41,6 @@ from prune_callbacks.calibration.walking import (
     refuse_compiled,
 )
 from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.drawing import draw_sensitivity
 from prune_callbacks.evaluation.report import open_results, write_json
 from prune_callbacks.pruners import Magnitude, Pruner, Structured
 from prune_callbacks.ranks import ALONE
@@ -51,9 +48,6 @@ from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.solvers.linalg import quadratic_form
 
 Unit = Literal["layer", "block"]
-SHOWN = 15
-"""How many are printed as a table."""
-
 MEASURED = ("increase", "proxy", "shift")
 
 
@@ -264,77 +258,3 @@ def _entering(blocks: Sequence[nn.Module], index: int, batches: Sequence[BlockIn
 
     with forwards_replaced(blocks[:index], [*[forward] * (index - 1), last][:index]):
         yield
-
-
-@runtime_checkable
-class CalibrationAndEvaluation(Protocol):
-    """A data module such as `TokenDataModule`, as far as a study needs it."""
-
-    calibration_windows: Tensor | None
-    evaluation_windows: Tensor | None
-    evaluation_title: str
-    calibration_batch_size: int
-
-    def setup(self, stage: str) -> None: ...
-
-
-def measure_sensitivity(
-    model: nn.Module,
-    data: CalibrationAndEvaluation,
-    pruner: Pruner,
-    dirpath: str | Path,
-    *,
-    name: str | None = None,
-    unit: Unit = "layer",
-    targets: Sequence[str] | str | None = None,
-    batch_size: int = 1,
-    min_expert_tokens: int = 32,
-) -> Sensitivity:
-    """
-    `sensitivity` of a model into `dirpath/sensitivity.json`, going on where it stopped, and as a table.
-
-    Args:
-        model: a causal LM.
-        data: has calibration and evaluation windows.
-        pruner: what is done to a unit.
-        dirpath: the folder.
-        name: of the model, for the file.
-        unit: "layer" or "block".
-        targets: patterns of layer names; None for all linear layers and experts of the decoder blocks but routers.
-        batch_size: evaluation windows per forward pass.
-        min_expert_tokens: as of `sensitivity`.
-    """
-    data.setup("fit")
-    assert data.calibration_windows is not None
-    assert data.evaluation_windows is not None
-    folder = Path(dirpath)
-    folder.mkdir(parents=True, exist_ok=True)
-    measured = sensitivity(
-        model,
-        data.calibration_windows.split(data.calibration_batch_size),
-        data.evaluation_windows,
-        pruner,
-        unit=unit,
-        targets=targets,
-        batch_size=batch_size,
-        min_expert_tokens=min_expert_tokens,
-        path=folder / "sensitivity.json",
-        setting={"model": name, "text": data.evaluation_title, "calibration": list(data.calibration_windows.shape)},
-    )
-    seq_len = data.evaluation_windows.shape[1]
-    table = Table(title=f"perplexity {measured.dense:.2f} (windows of {seq_len}) rises by, when one {unit} is pruned")
-    table.add_column(unit, overflow="fold", min_width=36)
-    for column in ("increase", "relative loss", "shift"):
-        table.add_column(column, justify="right")
-    for part in sorted(measured.increase, key=lambda n: -measured.increase[n])[:SHOWN]:
-        loss, shift = measured.proxy[part], measured.shift[part]
-        table.add_row(part, f"{measured.increase[part]:+.3f}", f"{loss:.3f}", f"{shift:.2g}")
-    Console().print(table)
-    if len(measured.increase) > SHOWN:
-        Console().print(f"the {SHOWN} of {len(measured.increase)} that cost most; sensitivity.json has all")
-    Console().print(
-        f"rank correlation (Spearman) of increase and loss {measured.rank_correlation:.2f}, of increase and shift "
-        f"{measured.shift_rank_correlation:.2f}"
-    )
-    draw_sensitivity(measured.increase, measured.dense, seq_len, folder / "sensitivity.png")
-    return measured

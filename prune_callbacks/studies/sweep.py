@@ -16,13 +16,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from prune_callbacks.calibration import prune_sequentially, reset_peak_memory
-from prune_callbacks.calibration.allocating import Allocation
+from prune_callbacks.calibration.allocations import Allocation
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.evaluation.curves import draw_curves, sweep_table
 from prune_callbacks.evaluation.report import open_results, write_json
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.sparsity import NM
-from prune_callbacks.studies.sensitivity import CalibrationAndEvaluation
+from prune_callbacks.studies.sensitivity_job import CalibrationAndEvaluation
 
 
 @runtime_checkable
