@@ -504,14 +504,6 @@ def test_weights_that_are_said_to_be_tied_and_are_not(tmp_path, batches):
     refuses(source, tmp_path / "other", batches, "config.json ties .*embed_tokens.weight and lm_head.weight, and")
 
 
-def test_experts_that_transformers_fuses_on_loading_are_refused(tmp_path, batches):
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
-    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
-    source = saved(tmp_path / "source", model)
-    refuses(source, tmp_path / "target", batches, r"transformers makes .*experts.* of it and others when it loads them")
-
-
 def test_bad_calls_are_refused_before_work(tmp_path, source, batches, unchecked):
     target = tmp_path / "target"
     refuses(source, target, batches, "Structured removes units from layers of all", Structured(Columns(0.25)))

@@ -48,8 +48,8 @@ def finish(
 ) -> None:
     """Writes what is outside of the blocks, the files beside the weights, all masks and the report, which ends it."""
     if journal.model.exists():  # else it has its name already
-        shards.copy(shards.outside, checkpoint, journal.model / shards.file(len(shards.of_block)))
-        write_json(journal.model / INDEX, shards.index())
+        shards.copy_outside(checkpoint, journal.model / shards.file(len(shards.of_block)))
+        write_json(journal.model / INDEX, shards.index(journal.model))
         _copy_others(checkpoint.folder, journal.model)
         config = checkpoint.config
         config.dtype = model.dtype

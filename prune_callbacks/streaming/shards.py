@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.sparsity.masks import METADATA
 from prune_callbacks.streaming.files import DTYPES, Pieces, whole, write_tensors
+from prune_callbacks.streaming.places import Place, as_saved
 from prune_callbacks.streaming.source import Checkpoint
 
 FORMAT = {"format": "pt"}
@@ -24,43 +26,62 @@ class Shards:
     Args:
         model: its weights are on the meta device.
         blocks: names of its decoder blocks.
-        places: the checkpoint's name of every weight.
+        places: where every weight comes from.
 
     Attributes:
-        of_block: for every block its weights' names in the checkpoint, by name.
-        outside: the same for everything else.
+        of_block: for every block where its weights come from, by name.
+        outside: the same for everything else, which is copied.
+        nbytes: what all weights take.
+
+    Raises:
+        ValueError: a weight outside of the blocks is converted when it is loaded.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], places: Mapping[str, str]) -> None:
-        self.of_block = [{n: key for n, key in places.items() if n.startswith(f"{block}.")} for block in blocks]
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[str], places: Mapping[str, Place]) -> None:
+        self.model = model
+        self.of_block = [{n: place for n, place in places.items() if n.startswith(f"{block}.")} for block in blocks]
         inside = {name for part in self.of_block for name in part}
-        self.outside = {name: key for name, key in places.items() if name not in inside}
+        self.outside: dict[str, str] = {}
+        for name, place in places.items():
+            if name not in inside:
+                if not isinstance(place, str):
+                    raise ValueError(
+                        f"{name}, outside of the decoder blocks, is made of {place.keys[0][1]} and others when it is "
+                        "loaded, which is supported in the blocks only. Load the model where there is memory for it "
+                        "once, save it with save_pretrained(folder, save_original_format=False), and name that folder"
+                    )
+                self.outside[name] = place
         state = model.state_dict()
-        self.like = {name: (state[name].dtype, tuple(state[name].shape)) for name in places}
+        self.nbytes = sum(state[name].nbytes for name in places)
 
     def file(self, index: int) -> str:
         """The name of a block's file; that of the rest comes behind all blocks."""
         return f"model-{index + 1:05d}-of-{len(self.of_block) + 1:05d}.safetensors"
 
-    @property
-    def nbytes(self) -> int:
-        """What all weights take."""
-        return sum(Pieces(*self.like[name], lambda: iter(())).nbytes for name in self.like)
+    def write_block(self, weights: Mapping[str, Tensor], path: Path) -> None:
+        """Writes a block's weights, by their names in the model, as `save_pretrained` would."""
+        write_tensors(path, {name: whole(weight) for name, weight in as_saved(self.model, weights).items()}, FORMAT)
 
-    def copy(self, names: Mapping[str, str], checkpoint: Checkpoint, path: Path) -> None:
-        """Writes weights as they are, but for the dtype, a piece at a time."""
+    def copy_outside(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Writes the weights outside of the blocks as they are, but for the dtype, a piece at a time."""
+        state = self.model.state_dict()
 
         def pieces(name: str, key: str) -> Pieces:
-            dtype, shape = self.like[name]
-            return Pieces(dtype, shape, lambda: (piece.to(dtype) for piece in checkpoint.pieces(key)))
+            dtype = state[name].dtype
+            return Pieces(
+                dtype, tuple(state[name].shape), lambda: (piece.to(dtype) for piece in checkpoint.pieces(key))
+            )
 
-        write_tensors(path, {name: pieces(name, key) for name, key in names.items()}, FORMAT)
+        written = {name: next(iter(as_saved(self.model, {name: state[name]}))) for name in self.outside}
+        write_tensors(path, {written[name]: pieces(name, key) for name, key in self.outside.items()}, FORMAT)
 
-    def index(self) -> dict[str, Any]:
-        """What `model.safetensors.index.json` holds."""
-        parts = [*self.of_block, self.outside]
-        places = {name: self.file(index) for index, part in enumerate(parts) for name in part}
-        return {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(places.items()))}
+    def index(self, folder: Path) -> dict[str, Any]:
+        """What `model.safetensors.index.json` holds, of files that are all written."""
+        weight_map: dict[str, str] = {}
+        for number in range(len(self.of_block) + 1):
+            with safe_open(folder / self.file(number), framework="pt") as file:
+                weight_map |= dict.fromkeys(file.keys(), self.file(number))
+        return {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def masks_in_pieces(masks: MaskSet) -> tuple[dict[str, Pieces], dict[str, str]]:

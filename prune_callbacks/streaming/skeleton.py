@@ -1,14 +1,11 @@
-"""A model without weights, and where in a checkpoint its weights are."""
+"""A model without weights, which get values and lose them again."""
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from prune_callbacks.streaming.source import Checkpoint
 
@@ -52,90 +49,6 @@ def model_dtype(checkpoint: Checkpoint, dtype: str | torch.dtype | None) -> torc
         floating = (e.dtype for e in checkpoint.entries.values() if e.dtype is not None and e.dtype.is_floating_point)
         dtype = next(floating, torch.float32)
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
-def find_places(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """
-    For every weight of the model its name in the checkpoint, by the rules of `from_pretrained`; of tied ones the first.
-
-    Raises:
-        ValueError: the checkpoint lacks a weight, has one of another shape or without values that can be changed, or
-            holds weights that transformers makes others of when it loads them.
-    """
-    state = model.state_dict(keep_vars=True)
-    renamed = _renamed(model, checkpoint, state)
-    aliases: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        aliases.setdefault(id(tensor), []).append(name)
-    places: dict[str, str] = {}
-    for names in aliases.values():
-        present = [renamed[name] for name in names if name in renamed]
-        if not present:
-            raise ValueError(
-                f"{checkpoint.folder} has no {names[0]}, which {type(model).__name__} of its config.json needs; it has "
-                f"{len(checkpoint.entries)} tensors, first {min(checkpoint.entries, default='none')}"
-            )
-        _check_entry(checkpoint, present[0], names[0], state[names[0]])
-        _check_tied(checkpoint, names, present)
-        places[names[0]] = present[0]
-    return places
-
-
-def _renamed(model: PreTrainedModel, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """The checkpoint's names by the model's."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    found: dict[str, str] = {}
-    unknown = []
-    for key in checkpoint.entries:
-        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, dict(state))
-        if name not in state and key in state:
-            name, converted = key, None
-        if converted is not None:
-            raise ValueError(
-                f"{key} in {checkpoint.folder} is not a weight of {type(model).__name__}: transformers makes {name} of "
-                "it and others when it loads them, which is not supported one block at a time. Load the model where "
-                "there is memory for it once, save it with save_pretrained(folder, save_original_format=False), and "
-                "name that folder"
-            )
-        if name in state:
-            found[name] = key
-        else:
-            unknown.append(key)
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
-    unknown = [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]
-    if unknown:
-        warnings.warn(
-            f"{len(unknown)} tensors of {checkpoint.folder} are no weights of {type(model).__name__} and are left out, "
-            f"first {unknown[0]}",
-            stacklevel=4,
-        )
-    return found
-
-
-def _check_entry(checkpoint: Checkpoint, key: str, name: str, wanted: Tensor) -> None:
-    entry = checkpoint.entries[key]
-    if entry.shape != tuple(wanted.shape):
-        raise ValueError(
-            f"{key} in {entry.file} has shape {entry.shape}, and config.json makes {name} of shape "
-            f"{tuple(wanted.shape)}: they are not of one model"
-        )
-    if wanted.is_floating_point() and (entry.dtype is None or not entry.dtype.is_floating_point):
-        raise ValueError(
-            f"{key} in {entry.file} is {entry.dtype_name}; quantized weights cannot be pruned, save the model "
-            "dequantized"
-        )
-
-
-def _check_tied(checkpoint: Checkpoint, names: list[str], present: list[str]) -> None:
-    for other in present[1:]:
-        pairs = zip(checkpoint.pieces(present[0]), checkpoint.pieces(other), strict=True)
-        if not all(torch.equal(a, b) for a, b in pairs):
-            raise ValueError(
-                f"config.json ties {' and '.join(names)}, and {checkpoint.folder} has different values for them; say "
-                '"tie_word_embeddings": false in config.json if they are two weights'
-            )
 
 
 def refuse_shared(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> None:

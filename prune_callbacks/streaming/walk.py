@@ -24,8 +24,9 @@ from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.streaming.files import sizes, whole, write_tensors
 from prune_callbacks.streaming.inputs import StoredInputs, store_inputs, store_next
 from prune_callbacks.streaming.journal import Journal
-from prune_callbacks.streaming.shards import FORMAT, Shards, masks_in_pieces
-from prune_callbacks.streaming.skeleton import drop, fill, find_places, refuse_shared
+from prune_callbacks.streaming.places import find_places, read_weights
+from prune_callbacks.streaming.shards import Shards, masks_in_pieces
+from prune_callbacks.streaming.skeleton import drop, fill, refuse_shared
 from prune_callbacks.streaming.source import Checkpoint
 
 Advance = Callable[[int], None]
@@ -165,18 +166,16 @@ class BlockWalk:
         runs = self.calibrated and index < self.last
         nothing: tuple[str, ...] = ("skipped", "by_magnitude", "violations", "parameters")
         record: dict[str, Any] = {"layers": []} | {key: {} for key in nothing}
-        if not layers and not runs:
-            self.shards.copy(names, self.checkpoint, shard)
-            return record | {"files": sizes(shard)}
         prefix, block = self.blocks[index]
         self._load(index)
-        block.to(self.where)
+        if layers or runs:
+            block.to(self.where)
         if layers:
             record = self._prune(journal, index, inputs, advance)
         if runs:
             store_next(index, block, inputs, self.where, journal.hidden(index + 1))
         state = block.state_dict()
-        write_tensors(shard, {name: whole(state[name.removeprefix(f"{prefix}.")]) for name in names}, FORMAT)
+        self.shards.write_block({name: state[name.removeprefix(f"{prefix}.")] for name in names}, shard)
         del state
         self._unload(index)
         return record | {"files": sizes(shard, journal.masks(index), journal.scales(index))}
@@ -207,9 +206,8 @@ class BlockWalk:
     def _load(self, index: int) -> None:
         """Gives a block its values."""
         prefix, block = self.blocks[index]
-        names = self.shards.of_block[index]
-        read = self.checkpoint.read(names.values())
-        fill(block, {name.removeprefix(f"{prefix}."): read[key] for name, key in names.items()})
+        weights = read_weights(self.checkpoint, self.model, self.shards.of_block[index])
+        fill(block, {name.removeprefix(f"{prefix}."): weight for name, weight in weights.items()})
 
     def _unload(self, index: int) -> None:
         """Takes them away; buffers that are computed stay."""

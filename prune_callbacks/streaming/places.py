@@ -1,0 +1,190 @@
+"""Where in a checkpoint the weights of a model are, and what transformers makes of its tensors when it loads them."""
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from prune_callbacks.streaming.source import Checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """
+    Weights of a model that are made of several tensors of a checkpoint, or are parts of one: experts, in most cases.
+
+    Attributes:
+        converter: makes them, as transformers does it.
+        name: of the first of them.
+        keys: the tensors that it takes, each with the pattern by which the converter knows it.
+    """
+
+    converter: WeightConverter
+    name: str
+    keys: list[tuple[str, str]]
+
+    def convert(self, model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The weights, of the checkpoint's tensors."""
+        converter = deepcopy(self.converter)
+        for pattern, key in self.keys:
+            converter.add_tensor(self.name, key, pattern, tensors[key].to(dtype))  # type: ignore[arg-type]
+        made = converter.convert(self.name, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+Place = str | Conversion
+"""Where a weight comes from: the tensor's name in the checkpoint, or what makes it of several."""
+
+
+def find_places(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Place]:
+    """
+    Where every weight of the model comes from, by the rules of `from_pretrained`; of tied ones the first.
+
+    The model is told what was done to names and weights, as `from_pretrained` does it, so that they are saved as they
+    were; see `as_saved`.
+
+    Raises:
+        ValueError: the checkpoint lacks a weight, or has one of another shape or without values that can be changed.
+    """
+    state = model.state_dict(keep_vars=True)
+    found = _found(model, checkpoint, state)
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        aliases.setdefault(id(tensor), []).append(name)
+    places: dict[str, Place] = {}
+    for names in aliases.values():
+        present = [found[name] for name in names if name in found]
+        if not present:
+            raise ValueError(
+                f"{checkpoint.folder} has no {names[0]}, which {type(model).__name__} of its config.json needs; it has "
+                f"{len(checkpoint.entries)} tensors, first {min(checkpoint.entries, default='none')}"
+            )
+        if isinstance(present[0], str):
+            _check_entry(checkpoint, present[0], names[0], state[names[0]])
+        _check_tied(checkpoint, names, [place for place in present if isinstance(place, str)])
+        places[names[0]] = present[0]
+    return places
+
+
+def read_weights(checkpoint: Checkpoint, model: PreTrainedModel, places: Mapping[str, Place]) -> dict[str, Tensor]:
+    """Weights by name, in memory of their own; those that are converted in the model's dtype."""
+    keys = {name: place for name, place in places.items() if isinstance(place, str)}
+    read = checkpoint.read(keys.values())
+    found = {name: read[key] for name, key in keys.items()}
+    state = model.state_dict()
+    for conversion in _once(places.values()):
+        views = checkpoint.views(key for _, key in conversion.keys)
+        found |= conversion.convert(model, views, state[conversion.name].dtype)
+    return found
+
+
+def as_saved(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by name as `save_pretrained` writes them: as they were found, in parts and by other names if need be."""
+    saved: dict[str, Tensor] = revert_weight_conversion(model, dict(weights))
+    return saved
+
+
+def _found(model: PreTrainedModel, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> dict[str, Place]:
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    found: dict[str, Place] = {}
+    conversions: dict[str, Conversion] = {}
+    unknown = []
+    # In this order transformers has them too: that of experts is their number.
+    for key in sorted(checkpoint.entries, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, dict(state))
+        if name not in state and key in state:
+            name, pattern = key, None
+        if name not in state:
+            unknown.append(key)
+        elif pattern is None:
+            found[name] = key
+        else:
+            made = conversions.setdefault(name, Conversion(by_pattern[pattern], name, []))
+            made.keys.append((pattern, key))
+    model._weight_conversions = [t for t in transforms if t.was_used()]  # type: ignore[assignment]
+    for conversion in conversions.values():
+        found |= dict.fromkeys(_check_conversion(conversion, model, checkpoint, state), conversion)
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+    unknown = [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]
+    if unknown:
+        warnings.warn(
+            f"{len(unknown)} tensors of {checkpoint.folder} are no weights of {type(model).__name__} and are left out, "
+            f"first {unknown[0]}",
+            stacklevel=4,
+        )
+    return found
+
+
+def _check_conversion(
+    conversion: Conversion, model: PreTrainedModel, checkpoint: Checkpoint, state: Mapping[str, Tensor]
+) -> list[str]:
+    """The names of the weights that it makes; ValueError if they are not those of the model."""
+    entries = {key: checkpoint.entries[key] for _, key in conversion.keys}
+    for key in entries:
+        _check_floating(checkpoint, key)
+    dtype = state[conversion.name].dtype
+    whose = f"{conversion.name} is made of {len(entries)} tensors of {checkpoint.folder}, first {next(iter(entries))}"
+    try:
+        made = conversion.convert(
+            model, {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items()}, dtype
+        )
+    except Exception as error:  # of whatever kind; transformers' operations have no errors of their own
+        raise ValueError(f"{whose}, which do not fit together: one is missing, or has another shape") from error
+    for name, tensor in made.items():
+        if name not in state or tensor.shape != state[name].shape:
+            wanted = tuple(state[name].shape) if name in state else "not there"
+            raise ValueError(
+                f"{whose}. They make {name} of shape {tuple(tensor.shape)}, and by config.json it is {wanted}: one of "
+                "them is missing, or they are not of one model"
+            )
+    return list(made)
+
+
+def _once(places: Iterable[Place]) -> list[Conversion]:
+    return list(dict.fromkeys(place for place in places if isinstance(place, Conversion)))
+
+
+def _check_entry(checkpoint: Checkpoint, key: str, name: str, wanted: Tensor) -> None:
+    entry = checkpoint.entries[key]
+    if entry.shape != tuple(wanted.shape):
+        raise ValueError(
+            f"{key} in {entry.file} has shape {entry.shape}, and config.json makes {name} of shape "
+            f"{tuple(wanted.shape)}: they are not of one model"
+        )
+    if wanted.is_floating_point():
+        _check_floating(checkpoint, key)
+
+
+def _check_floating(checkpoint: Checkpoint, key: str) -> None:
+    entry = checkpoint.entries[key]
+    if entry.dtype is None or not entry.dtype.is_floating_point:
+        raise ValueError(
+            f"{key} in {entry.file} is {entry.dtype_name}; quantized weights cannot be pruned, save the model "
+            "dequantized"
+        )
+
+
+def _check_tied(checkpoint: Checkpoint, names: list[str], present: list[str]) -> None:
+    for other in present[1:]:
+        pairs = zip(checkpoint.pieces(present[0]), checkpoint.pieces(other), strict=True)
+        if not all(torch.equal(a, b) for a, b in pairs):
+            raise ValueError(
+                f"config.json ties {' and '.join(names)}, and {checkpoint.folder} has different values for them; say "
+                '"tie_word_embeddings": false in config.json if they are two weights'
+            )
