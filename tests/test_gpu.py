@@ -31,6 +31,7 @@ from prune_callbacks import (
     Wanda,
     load_compressed,
     permute_channels_,
+    prune_checkpoint,
     prune_sequentially,
     save_compressed,
     shrink,
@@ -57,6 +58,55 @@ def test_pruning_on_the_device_equals_pruning_on_the_cpu(pruner):
         assert (on_cpu.masks[name] == on_gpu.masks[name]).float().mean() > 0.99
     assert on_gpu.sparsity == on_cpu.sparsity
     assert on_gpu.peak_memory_bytes < 1e9
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        Wanda(NM(2, 4)),
+        SparseGPT(Unstructured(0.5)),
+        MRP(NM(1, 4)),
+        MRP(NM(2, 4), "MM"),
+        ALPS(NM(2, 4)),
+        Structured(Columns(0.25)),
+        GPTQ(Wanda(NM(2, 4)), Grid(4, 32)),
+        GPTQ(SparseGPT(NM(2, 4)), Grid(4, 32)),
+        SparseGPTQ(NM(2, 4), Grid(4, 32)),
+    ],
+    ids=repr,
+)
+def test_a_weight_on_the_cpu_is_solved_for_where_its_statistic_is(pruner):
+    x = torch.randn(2000, 128, device="cuda") @ torch.randn(128, 128, device="cuda")
+    statistic = pruner.statistic(128, "cuda")
+    statistic.update(x)
+    weight = torch.randn(64, 128)
+    mixed, there = pruner.prune(weight, statistic), pruner.prune(weight.cuda(), statistic)
+    for part in ("weight", "keep", "scale"):
+        if (value := getattr(mixed, part)) is not None:
+            assert value.device.type == "cpu"
+            assert torch.equal(value, getattr(there, part).cpu())
+    assert mixed.loss == there.loss
+
+
+@pytest.mark.parametrize("overlapping", [True, False])
+def test_streaming_to_the_device_is_what_pruning_there_makes(tmp_path, monkeypatch, overlapping):
+    monkeypatch.setattr("prune_callbacks.calibration.loading.overlaps", lambda where: overlapping)
+    batches = list(torch.randint(3, 200, (6, 64)).split(2))
+    model = tiny_llama(hidden_size=64, layers=4)
+    model.save_pretrained(tmp_path / "source")
+    report = prune_sequentially(model, batches, SparseGPT(Unstructured(0.5)), device="cuda", progress=False)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    prune_checkpoint(
+        tmp_path / "source",
+        tmp_path / "target",
+        SparseGPT(Unstructured(0.5)),
+        batches,
+        device="cuda",
+        progress=False,
+    )
+    streamed = type(model).from_pretrained(tmp_path / "target/model").state_dict()
+    assert all(torch.equal(streamed[name], tensor) for name, tensor in model.state_dict().items())
+    assert MaskSet.load(tmp_path / "target/masks.safetensors") == report.masks
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Applies an allocation: measures the dense model, block by block, and gives every layer a pattern of its own."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import fields, replace
 from typing import Any
 
@@ -11,10 +12,12 @@ from prune_callbacks.calibration.allocations import Allocation, layer_sizes, wit
 from prune_callbacks.calibration.blocks import oriented, parameter_name, weight_shape
 from prune_callbacks.calibration.capture import BlockInputs
 from prune_callbacks.calibration.experts import ExpertWeight, inside
+from prune_callbacks.calibration.loading import visited
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.walking import next_inputs
 from prune_callbacks.pruners import Pruner, Wanda
 from prune_callbacks.ranks import Ranks
+from prune_callbacks.solvers.statistics import Statistic
 from prune_callbacks.sparsity import Pattern, Unstructured
 
 
@@ -52,45 +55,65 @@ def allocate(
         ranks: each has inputs of its own; rank 0 decides.
     """
     shapes = {name: weight_shape(layer) for name, layer in layers.items()}
-    shown = [replace(batch) for batch in inputs]
-    values: dict[str, Any] = {}
-    for index, (block_name, block) in enumerate(blocks):
-        mine = {name: layer for name, layer in layers.items() if inside(name, block_name)}
-        if allocation.statistic(1) is None:
-            values |= allocation.measure(pruner, _weights(mine), {})
-            continue
-        home = next(block.parameters()).device
-        where = device or home
-        block.to(where)
-        statistics = collect(allocation.statistic, index, block, mine, shown, where, ranks)
-        experts = {name for name, layer in mine.items() if isinstance(layer, ExpertWeight)}
-        statistics = {name: found for name, found in statistics.items() if found.tokens or name not in experts}
-        unseen = sorted(mine.keys() - statistics.keys())
-        reached = {parameter_name(name, mine[name]) for name in statistics}
-        for name in unseen:
-            # Experts beside those that tokens reached have the pattern as it is, and are left to Magnitude.
-            if name not in experts or parameter_name(name, mine[name]) not in reached:
-                what = "no product with it was seen" if name in experts else "its forward was never called"
-                raise ValueError(
-                    f"{name}: {what} during calibration, so no sparsity can be allocated to it; leave it out of "
-                    "`targets`"
-                )
-        weights = _weights({name: layer for name, layer in mine.items() if name in statistics})
-        values |= ranks.share(ranks.attempt(lambda w=weights, s=statistics: allocation.measure(pruner, w, s)))  # type: ignore[misc]
-        if index < len(blocks) - 1:
-            next_inputs(index, block, shown, where, ranks)
-        block.to(home)
+    passed = allocation.statistic(1) is not None
+    if passed:
+        values = _measured(allocation, pruner, blocks, layers, inputs, device, ranks)
+    else:
+        values = allocation.measure(pruner, _weights(layers), {})
     pattern = pruner.pattern
     if isinstance(pattern, Unstructured) and (
         pattern.per == "row" or (pattern.per is None and isinstance(pruner, Wanda))
     ):
         pattern = replace(pattern, per="even")  # rows of equal counts would miss the total
-    passed = allocation.statistic(1) is not None
     unreached = {name: shape for name, shape in shapes.items() if passed and name not in values}
     measured = {name: shape for name, shape in shapes.items() if name not in unreached}
     chosen = ranks.share(ranks.attempt(lambda: allocation.choose(values, measured, pattern)))
     chosen |= _as_it_is(pattern, layer_sizes(unreached), sum(layer_sizes(measured).values()))
     return {name: with_pattern(pruner, chosen[name]) for name in layers}
+
+
+def _measured(
+    allocation: Allocation,
+    pruner: Pruner,
+    blocks: Sequence[tuple[str, nn.Module]],
+    layers: Mapping[str, nn.Module],
+    inputs: Sequence[BlockInputs],
+    device: torch.device | None,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """What the allocation measures on a pass over the dense blocks, of all layers that a token reaches."""
+    shown = [replace(batch) for batch in inputs]
+    values: dict[str, Any] = {}
+    with closing(visited(blocks, device, ranks)) as visits:
+        for index, block_name, block, where in visits:
+            mine = {name: layer for name, layer in layers.items() if inside(name, block_name)}
+            statistics = _seen(mine, collect(allocation.statistic, index, block, mine, shown, where, ranks))
+            weights = _weights({name: layer for name, layer in mine.items() if name in statistics})
+            values |= ranks.share(ranks.attempt(lambda w=weights, s=statistics: allocation.measure(pruner, w, s)))  # type: ignore[misc]
+            if index < len(blocks) - 1:
+                next_inputs(index, block, shown, where, ranks)
+    return values
+
+
+def _seen(layers: Mapping[str, nn.Module], statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
+    """
+    The statistics of the layers that a token reached.
+
+    Experts beside those that tokens reached have the pattern as it is, and are left to Magnitude.
+
+    Raises:
+        ValueError: nothing was seen of another layer, or of all experts in a tensor.
+    """
+    experts = {name for name, layer in layers.items() if isinstance(layer, ExpertWeight)}
+    seen = {name: found for name, found in statistics.items() if found.tokens or name not in experts}
+    reached = {parameter_name(name, layers[name]) for name in seen}
+    for name in sorted(layers.keys() - seen.keys()):
+        if name not in experts or parameter_name(name, layers[name]) not in reached:
+            what = "no product with it was seen" if name in experts else "its forward was never called"
+            raise ValueError(
+                f"{name}: {what} during calibration, so no sparsity can be allocated to it; leave it out of `targets`"
+            )
+    return seen
 
 
 def _weights(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming
 from prune_callbacks.calibration.capture import Batch, BlockInputs
 from prune_callbacks.calibration.coupling import Coupled, coupled_targets, planned_removal
 from prune_callbacks.calibration.experts import inside
+from prune_callbacks.calibration.loading import visited
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.prune_report import PruneReport, peak_memory
 from prune_callbacks.calibration.walking import (
@@ -57,7 +59,8 @@ def prune_sequentially(
         targets: patterns of layer names; None for every Linear, Conv1D and fused expert inside the blocks, but not
             what decides which experts a token goes to.
         blocks: name of the list of decoder blocks, where it cannot be found.
-        device: where blocks are moved, one at a time, to be run and solved; None: where the model is.
+        device: where blocks are moved, one at a time, to be run and solved; None: where the model is. To a GPU the next
+            block is copied while one is solved for, so that two are there.
         allocation: spreads the pattern's sparsity over the layers, e.g. `OWL()`; None: the same in all of them.
         min_expert_tokens: an expert that fewer calibration tokens reach is pruned by Magnitude, in the same pattern,
             with a warning that names it. Over 32 tokens the norm of a (Gaussian) feature is known to an eighth.
@@ -105,7 +108,11 @@ def prune_sequentially(
     if targets is None:
         run.note_dense(found, chosen)
     share_weights(model, ranks)
-    with evaluating(model), layer_progress(len(chosen), progress and ranks.rank == 0) as (bar, task):
+    with (
+        evaluating(model),
+        layer_progress(len(chosen), progress and ranks.rank == 0) as (bar, task),
+        closing(visited(found[: last + 1], forced, ranks)) as visits,
+    ):
         inputs: list[BlockInputs] = []
         if observed and batches is not None:
             bar.update(task, description="embedding the calibration windows")
@@ -113,12 +120,9 @@ def prune_sequentially(
         if allocation is not None:
             bar.update(task, description=f"{type(allocation).__name__}: measuring the dense model")
             run.pruners = allocate(allocation, pruner, found[: last + 1], chosen, inputs, forced, ranks)
-        for index, (block_name, block) in enumerate(found[: last + 1]):
+        for index, block_name, block, where in visits:
             layers = {n: m for n, m in chosen.items() if inside(n, block_name)}
             bar.update(task, description=f"pruning {block_name}")
-            home = next(block.parameters()).device
-            where = forced or home
-            ranks.attempt(lambda block=block, where=where: block.to(where))  # type: ignore[misc]
             if layers:
                 seen = {name: layer for name, layer in layers.items() if not coupled or name in readers}
                 statistics = collect(pruner.statistic, index, block, seen, inputs, where, ranks) if calibrated else {}
@@ -126,7 +130,6 @@ def prune_sequentially(
                 del statistics
             if index < last and calibrated:
                 next_inputs(index, block, inputs, where, ranks)
-            block.to(home)
     if not run.layers:
         raise ValueError(
             f"nothing was pruned; all {len(run.skipped)} layers were skipped: {next(iter(run.skipped.values()))}"

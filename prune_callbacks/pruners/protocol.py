@@ -37,9 +37,10 @@ class Pruner(Protocol):
     """
     Removes weights of one linear layer.
 
-    `prune` never changes its arguments. It computes in float32, or in float64 if the weight or the statistic
-    is. It raises ValueError for a shape that the pattern does not fit, a weight with NaN or inf, or a
-    statistic of the wrong kind or size, and NumericalError if the Gram cannot be factorised.
+    `prune` never changes its arguments. It computes in float32, or in float64 if the weight or the statistic is, and on
+    the statistic's device; the result is on the weight's. It raises ValueError for a shape that the pattern does not
+    fit, a weight with NaN or inf, or a statistic of the wrong kind or size, and NumericalError if the Gram cannot be
+    factorised.
     """
 
     @property
@@ -68,8 +69,9 @@ class JointPruner(Pruner, Protocol):
 def as_pruned(
     dense: Tensor, solved: Tensor, keep: Tensor, statistic: Statistic | None, scale: Tensor | None = None
 ) -> Pruned:
-    """The result for a layer: zeros made exact, finite in the layer's dtype, with its loss under a Gram."""
-    weight = solved.to(dense.dtype) * keep.to(dense.dtype) + 0  # the last turns -0 into 0
+    """The result for a layer: where it is, zeros made exact, finite in its dtype, with its loss under a Gram."""
+    keep = keep.to(dense.device)
+    weight = solved.to(dense) * keep.to(dense.dtype) + 0  # the last turns -0 into 0
     if not all_finite(weight):
         raise NumericalError(
             f"the pruned weights hold NaN or inf in {weight.dtype}. Use a larger damping, more calibration tokens, or "
@@ -77,17 +79,23 @@ def as_pruned(
         )
     loss = None
     if isinstance(statistic, Gram):
-        change = (weight.to(statistic.matrix.dtype) - dense.to(statistic.matrix.dtype)).to(statistic.matrix.device)
+        change = weight.to(statistic.matrix) - dense.to(statistic.matrix)
         # Not below zero, which rounding can do where the loss is zero.
         loss = max(0.0, quadratic_form(change, statistic.matrix))
-    return Pruned(weight, keep, loss, None if scale is None else scale.half())
+    return Pruned(weight, keep, loss, None if scale is None else scale.to(dense.device).half())
 
 
 def widened(weight: Tensor, statistic: Statistic | None) -> Tensor:
-    """The weight in the dtype that is computed in: float32, or float64 if it or the statistic is."""
-    known = torch.float32 if statistic is None else statistic.squared_norm.dtype
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), known)
-    return weight.detach().to(dtype)
+    """
+    The weight as it is computed with: in float32, or in float64 if it or the statistic is; where the statistic is.
+
+    A Gram is larger than most weights, and a device that has room for it is the one to solve on.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if statistic is None:
+        return weight.detach().to(dtype)
+    known = statistic.squared_norm
+    return weight.detach().to(known.device, torch.promote_types(dtype, known.dtype))
 
 
 def check_weight(weight: Tensor, pattern: Pattern) -> None:

@@ -130,7 +130,7 @@ class GPTQ:
             elif self.pruner is not None:
                 pruned = [self.pruner.prune(dense, statistic) for dense in weights]
                 sparse = torch.cat([widened(result.weight, statistic) for result in pruned])
-                keep = torch.cat([result.keep for result in pruned])
+                keep = torch.cat([result.keep.to(weight.device) for result in pruned])
             else:
                 sparse, keep = weight, weight != 0
             return self._rounded(sparse * keep, keep, system)

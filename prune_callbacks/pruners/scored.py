@@ -59,5 +59,5 @@ class Wanda:
         pattern = self.pattern
         if isinstance(pattern, Unstructured) and pattern.per is None:
             pattern = replace(pattern, per="row")
-        keep = pattern.keep(widened(weight, known).abs() * known.squared_norm.to(weight.device).sqrt())
+        keep = pattern.keep(widened(weight, known).abs() * known.squared_norm.sqrt())
         return as_pruned(weight, weight, keep, known)

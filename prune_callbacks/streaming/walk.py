@@ -15,6 +15,7 @@ from prune_callbacks.calibration.block_pruning import BlockPruning, takes_expert
 from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, parameters_of, weight_shape
 from prune_callbacks.calibration.capture import Batch
 from prune_callbacks.calibration.experts import inside
+from prune_callbacks.calibration.loading import Ahead, loading_ahead
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.prune_report import peak_memory, reset_peak_memory
 from prune_callbacks.calibration.walking import layer_progress
@@ -93,12 +94,13 @@ class BlockWalk:
             if self.calibrated and begin <= self.last:
                 bar.update(task, description="embedding the calibration windows")
                 inputs = self._inputs(journal, begin)
-            for index in range(begin, len(self.blocks)):
-                bar.update(task, description=f"pruning {self.blocks[index][0]}")
-                started = time.perf_counter()
-                record = self._block(journal, index, inputs, lambda count: bar.advance(task, count))
-                seconds = time.perf_counter() - started
-                journal.commit(record | {"seconds": seconds, "peak_memory_bytes": peak_memory(self.where)})
+            with loading_ahead(self.where) as ahead:
+                for index in range(begin, len(self.blocks)):
+                    bar.update(task, description=f"pruning {self.blocks[index][0]}")
+                    started = time.perf_counter()
+                    record = self._block(journal, index, inputs, ahead, lambda count: bar.advance(task, count))
+                    seconds = time.perf_counter() - started
+                    journal.commit(record | {"seconds": seconds, "peak_memory_bytes": peak_memory(self.where)})
 
     def _inside(self, index: int) -> dict[str, nn.Module]:
         """The layers to prune of a block."""
@@ -159,7 +161,14 @@ class BlockWalk:
             hook.remove()
             embedding.weight = empty
 
-    def _block(self, journal: Journal, index: int, inputs: Sequence[StoredInputs], advance: Advance) -> dict[str, Any]:
+    def _block(
+        self,
+        journal: Journal,
+        index: int,
+        inputs: Sequence[StoredInputs],
+        ahead: Ahead | None,
+        advance: Advance,
+    ) -> dict[str, Any]:
         """Prunes a block, runs it for the next one, and writes its weights."""
         layers, names = self._inside(index), self.shards.of_block[index]
         shard = journal.model / self.shards.file(index)
@@ -167,7 +176,7 @@ class BlockWalk:
         nothing: tuple[str, ...] = ("skipped", "by_magnitude", "violations", "parameters")
         record: dict[str, Any] = {"layers": []} | {key: {} for key in nothing}
         prefix, block = self.blocks[index]
-        self._load(index)
+        self._load(index, ahead)
         if layers or runs:
             block.to(self.where)
         if layers:
@@ -203,11 +212,18 @@ class BlockWalk:
             "violations": masks.violations({name: weights[name] for name in masks}),
         }
 
-    def _load(self, index: int) -> None:
-        """Gives a block its values."""
+    def _load(self, index: int, ahead: Ahead | None = None) -> None:
+        """Gives a block its values; on a GPU those of the next one are read and copied meanwhile."""
         prefix, block = self.blocks[index]
-        weights = read_weights(self.checkpoint, self.model, self.shards.of_block[index])
+        weights = ahead.take() if ahead is not None else None
+        if weights is None:
+            weights = self._read(index)
+        if ahead is not None and index < len(self.blocks) - 1:
+            ahead.begin(lambda: self._read(index + 1))
         fill(block, {name.removeprefix(f"{prefix}."): weight for name, weight in weights.items()})
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        return read_weights(self.checkpoint, self.model, self.shards.of_block[index])
 
     def _unload(self, index: int) -> None:
         """Takes them away; buffers that are computed stay."""
