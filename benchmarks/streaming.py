@@ -6,7 +6,8 @@ results are the same; and a run that is killed again and again.
 
 WINDOWS has token ids (windows, tokens) under "calibration". In memory means from_pretrained, prune_sequentially and
 save_pretrained. The memory is the process's largest resident set (VmHWM), Python and all libraries included; what they
-take by themselves is measured too. The kills are SIGKILLs at random moments of runs on a small model.
+take by themselves is measured too. The kills are SIGKILLs at random moments of runs
+of the model with Wanda 2:4, on 4 windows of 128.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +59,13 @@ def streaming(model: str, windows: str, target: str) -> None:
 
     batches = load_file(windows)["calibration"].long().split(BATCH)
     prune_checkpoint(model, target, SparseGPT(Unstructured(0.5)), batches, progress=False)
+
+
+def streaming_wanda(model: str, windows: str, target: str) -> None:
+    from prune_callbacks import NM, Wanda, prune_checkpoint
+
+    batches = load_file(windows)["calibration"].long().split(BATCH)
+    prune_checkpoint(model, target, Wanda(NM(2, 4)), batches, progress=False)
 
 
 WAYS = {"imports alone": imports, "in memory": in_memory, "streaming": streaming}
@@ -121,19 +130,15 @@ def digest(folder: Path) -> str:
     return content.hexdigest()
 
 
-def kills(count: int, folder: Path, seed: int = 0) -> dict[str, Any]:
+def kills(count: int, model: str | Path, windows: Path, folder: Path, seed: int = 0) -> dict[str, Any]:
     """Each run is killed at one random moment of its work, and then made again to its end."""
-    from prune_callbacks.tasks import tiny_llama
-
-    source, windows = folder / "small", folder / "small.safetensors"
-    tiny_llama(hidden_size=128, layers=12).save_pretrained(source)
-    torch.manual_seed(seed)
-    save_file({"calibration": torch.randint(3, 200, (16, 64))}, windows)
+    few = folder / "few.safetensors"
+    save_file({"calibration": load_file(windows)["calibration"][:4, :128].clone()}, few)
 
     def begin(name: str) -> "multiprocessing.process.BaseProcess":
         # Forked: a process that has imported everything already spends its time on the work.
         process = multiprocessing.get_context("fork").Process(
-            target=streaming, args=(str(source), str(windows), str(folder / name))
+            target=streaming_wanda, args=(str(model), str(few), str(folder / name))
         )
         process.start()
         return process
@@ -141,19 +146,28 @@ def kills(count: int, folder: Path, seed: int = 0) -> dict[str, Any]:
     started = time.perf_counter()
     begin("undisturbed").join()
     work, wanted = time.perf_counter() - started, digest(folder / "undisturbed")
-    moments, chance = [], random.Random(seed)
-    for number in range(count):
-        name = f"killed_{number}"
-        process = begin(name)
-        time.sleep(chance.uniform(0, work))
+    runs: list[dict[str, Any]] = []
+    chance = random.Random(seed)
+    while len(runs) < count:
+        target = folder / "killed"
+        process = begin(target.name)
+        moment = chance.uniform(0, work)
+        process.join(moment)
         process.kill()
         process.join()
-        finished = len(list((folder / name / "streaming").glob("block_*.json")))
-        moments.append({"killed": process.exitcode == -signal.SIGKILL, "finished_blocks": finished})
-        begin(name).join()
-        moments[-1]["same_bytes"] = digest(folder / name) == wanted
-        print(moments[-1])
-    return {"blocks": 12, "runs": moments, "same": sum(moment["same_bytes"] for moment in moments)}
+        if process.exitcode == -signal.SIGKILL:  # else it had ended before, and nothing was killed
+            finished = len(list(target.glob("streaming/block_*.json")))
+            begin(target.name).join()
+            runs.append(
+                {
+                    "after_seconds": round(moment, 1),
+                    "finished_blocks": finished,
+                    "same_bytes": digest(target) == wanted,
+                }
+            )
+            print(runs[-1], flush=True)
+        shutil.rmtree(target, ignore_errors=True)
+    return {"seconds_of_a_run": round(work, 1), "runs": runs, "same": sum(run["same_bytes"] for run in runs)}
 
 
 def compared(model: str, windows: str, folder: Path) -> dict[str, Any]:
@@ -186,7 +200,7 @@ def main() -> None:
         cells: dict[str, Callable[[], dict[str, Any]]] = {
             "imports alone": lambda: measured("imports alone"),
             "compared": lambda: compared(options.model or smollm2_135m(), str(options.windows), folder),
-            "kills": lambda: kills(options.kills, folder),
+            "kills": lambda: kills(options.kills, options.model or smollm2_135m(), options.windows, folder),
         }
         for key in options.only or cells:
             if key not in results["cells"]:

@@ -70,7 +70,7 @@ def test_nothing_is_loaded_ahead_on_the_cpu():
         assert ahead is None
 
 
-@pytest.mark.parametrize("allocation", [None, LagrangianAllocation()], ids=["even", "allocated"])
+@pytest.mark.parametrize("allocation", [None, LagrangianAllocation(points=1)], ids=["even", "allocated"])
 def test_pruning_ends_the_same(batches, overlapping, monkeypatch, allocation):
     begun = []
     begin = Ahead.begin
