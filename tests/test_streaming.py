@@ -397,8 +397,14 @@ def test_another_setting_is_refused_and_says_what_differs(tmp_path, source, batc
     prune(source, target, batches)
     wanted = content(target)
     refuses(source, target, batches, r"another setting: pruner was SparseGPT.* and is Wanda", Wanda(NM(2, 4)))
-    refuses(source, target, batches[:2], "another setting: batches was")
-    refuses(source, target, batches, "another setting: targets was", targets="*.mlp.*")
+    refuses(source, target, batches[:2], r"another setting: batches were 3 \(among them \w+\) and are 2\.")
+    refuses(
+        source,
+        target,
+        batches,
+        r"another setting: targets were 21 \(among them model.layers.0.self_attn.q_proj, .* and 9 more\) and are 9",
+        targets="*.mlp.*",
+    )
     refuses(source, target, batches, "another setting: min_expert_tokens was 32 and is 8", min_expert_tokens=8)
     refuses(source, target, batches, "another setting: dtype was torch.float32 and is torch.float16", dtype="float16")
     torch.manual_seed(1)
@@ -508,6 +514,9 @@ def test_bad_calls_are_refused_before_work(tmp_path, source, batches, unchecked)
     target = tmp_path / "target"
     refuses(source, target, batches, "Structured removes units from layers of all", Structured(Columns(0.25)))
     refuses(source, target, None, "SparseGPT needs calibration batches, got None")
+    refuses(source, target, [*batches, torch.tensor([[3, 64]])], "token ids from 3 to 64, and Llama.* for 0 to 63")
+    refuses(source, target, [*batches, torch.tensor([[-1, 6]])], "token ids from -1 to 6, and Llama.* for 0 to 63")
+    refuses(source, target, batches, "device='gpu' is none that torch knows", device="gpu")
     refuses(source, target, batches[0], r"got one tensor of shape \(2, 24\); split it")
     refuses(source, target, batches, "target 'nothing' matches no layer", targets=["nothing"])
     refuses(source, target, batches, r"layer model.layers.0.self_attn.q_proj: NM\(2, 5\) needs", Wanda(NM(2, 5)))

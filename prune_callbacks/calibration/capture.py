@@ -115,11 +115,25 @@ def run_model(model: nn.Module, batch: Batch) -> None:
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             found = sorted(inputs) if ids is None else f"{type(ids).__name__} {tuple(getattr(ids, 'shape', ()))}"
             raise ValueError(f"a calibration batch must hold input_ids, integers of shape (batch, tokens); got {found}")
+        check_ids(model, ids)
         model(**to_device(inputs, device), use_cache=False)
     elif isinstance(batch, Mapping):
         model(**to_device(inputs, device))
     else:
         model(batch.to(device))
+
+
+def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
+    """Raises ValueError for token ids that the model's embeddings do not have."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding) or not ids.numel():
+        return
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0 or highest >= embedding.num_embeddings:
+        raise ValueError(
+            f"the calibration batches have token ids from {lowest} to {highest}, and {type(model).__name__} has "
+            f"embeddings for 0 to {embedding.num_embeddings - 1}: they were made by the tokenizer of another model"
+        )
 
 
 def _real_tokens(batch: Batch) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from prune_callbacks.calibration.blocks import find_blocks, naming, oriented, weight_shape
 from prune_callbacks.calibration.capture import Batch, run_block, run_model
 from prune_callbacks.calibration.coupling import Coupled, find_coupled
+from prune_callbacks.calibration.loading import visited
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.walking import (
     calibration_inputs,
@@ -18,6 +20,7 @@ from prune_callbacks.calibration.walking import (
     evaluating,
     layer_progress,
     next_inputs,
+    parsed_device,
     refuse_compiled,
     share_weights,
 )
@@ -87,18 +90,20 @@ def permute_channels_(
         with naming(group.reader):
             check_dense(reader.get_parameter("weight"))
             pattern.check_shape((weight_shape(reader)[0], _width(model, group)))
+    forced = None if device is None else parsed_device(device)
     done: dict[str, Permuted] = {}
     batches = batches if isinstance(batches, Tensor) else list(batches)
     share_weights(model, ranks)
-    with evaluating(model), layer_progress(len(coupled), progress and ranks.rank == 0) as (bar, task):
+    with (
+        evaluating(model),
+        layer_progress(len(coupled), progress and ranks.rank == 0) as (bar, task),
+        closing(visited(found, forced, ranks)) as visits,
+    ):
         dense = [] if isinstance(batches, Tensor) else [_output_of(model, found[-1][1], b) for b in batches[:1]]
         inputs = calibration_inputs(model, [block for _, block in found], batches, ranks)
-        for index, (block_name, block) in enumerate(found):
+        for index, block_name, block, where in visits:
             groups = [group for group in coupled if group.reader.startswith(f"{block_name}.")]
             bar.update(task, description=f"permuting {block_name}")
-            home = next(block.parameters()).device
-            where = home if device is None else torch.device(device)
-            ranks.attempt(lambda block=block, where=where: block.to(where))  # type: ignore[misc]
             readers = {group.reader: model.get_submodule(group.reader) for group in groups}
             before = [run_block(index, block, batch, where) for batch in inputs[:1]]
             statistics = collect(Wanda(pattern).statistic, index, block, readers, inputs, where, ranks)
@@ -112,7 +117,6 @@ def permute_channels_(
                 _check_unchanged(before, [run_block(index, block, batch, where) for batch in inputs[:1]])
             if index < len(found) - 1:
                 next_inputs(index, block, inputs, where, ranks)
-            block.to(home)
         # Blocks may be coupled with each other, which none of them shows by itself.
         _check_unchanged(dense, [_output_of(model, found[-1][1], batch) for batch in batches[: len(dense)]])
     return done

@@ -75,6 +75,23 @@ def layer_progress(total: int, show: bool) -> Iterator[tuple[Progress, TaskID]]:
         yield bar, bar.add_task("pruning", total=total)
 
 
+def parsed_device(device: torch.device | str) -> torch.device:
+    """The device; ValueError if there is none of that name, or it is a GPU that is not here."""
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device={device!r} is none that torch knows; name one such as 'cpu', 'cuda' or 'cuda:1'"
+        ) from (error)
+    count = torch.cuda.device_count()
+    if parsed.type == "cuda" and (parsed.index or 0) >= count:
+        raise ValueError(
+            f"device={str(device)!r}, and there {'is' if count == 1 else 'are'} {count or 'no'} CUDA "
+            f"device{'' if count == 1 else 's'} that torch {torch.__version__} can use; leave device out for the CPU"
+        )
+    return parsed
+
+
 def check_dense(weight: Tensor) -> None:
     """Raises ValueError for a weight without values that can be changed: quantized, or on the meta device."""
     if not weight.is_floating_point() or weight.element_size() == 1:  # float8 goes with scales of its own

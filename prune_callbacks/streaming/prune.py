@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prune_callbacks.calibration.capture import Batch
+from prune_callbacks.calibration.walking import parsed_device
 from prune_callbacks.pruners import Pruner, Structured
 from prune_callbacks.streaming.finishing import check_space, finish
 from prune_callbacks.streaming.inputs import described_batches
@@ -84,7 +85,7 @@ def prune_checkpoint(
         raise ValueError("there is no calibration batch; give at least one batch of token ids")
     checkpoint = Checkpoint(source)
     model = build_skeleton(checkpoint.config, model_dtype(checkpoint, dtype))
-    where = torch.device(device or "cpu")
+    where = parsed_device(device or "cpu")
     walk = BlockWalk(checkpoint, model, pruner, given, targets, blocks, where, min_expert_tokens)
     setting = {
         "source": checkpoint.fingerprint(),
