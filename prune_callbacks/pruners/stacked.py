@@ -69,6 +69,7 @@ def solved_together(
     stacked, heights = torch.cat([widened(weight, gram) for weight in weights]), [len(weight) for weight in weights]
     system = damp(gram.matrix.to(stacked), damping)
     results = solve(stacked, system, chooser(pruner.pattern, heights), heights)
+    del stacked, system  # both are large
     parts = zip(weights, *(result.split(heights) for result in results), strict=True)
     return [as_pruned(dense, solved, keep, gram, *scale) for dense, solved, keep, *scale in parts]
 

@@ -99,9 +99,13 @@ def damp(gram: Float[Tensor, "in in"], damping: float) -> DampedGram:
         matrix.diagonal().add_(used * unit).add_(dead.to(gram) * unit)
         # H = R R^T with R upper triangular is the Cholesky factorisation of H read backwards; U = R^-1.
         lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
-        if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            inverse_factor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+        if int(info) == 0 and all_finite(lower):
+            # Every copy of a wide layer's Gram weighs: one is let go before the next is made, or written over.
+            factor = lower.flip(0, 1)
+            del lower
+            # Transposed, it has the layout of the solution.
+            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device).T
+            inverse_factor = torch.linalg.solve_triangular(factor, identity, upper=True, out=identity)
             if attempt:
                 warnings.warn(f"damping {damping} was too small for a factorisation; used {used}", stacklevel=2)
             return DampedGram(matrix, inverse_factor, dead, used, used * unit)

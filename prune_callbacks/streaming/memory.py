@@ -8,8 +8,11 @@ from contextlib import contextmanager, suppress
 M_MMAP_THRESHOLD = -3
 """glibc's number (malloc.h) for the size from which memory is mapped, and unmapped when it is freed."""
 
-LARGE, LARGEST = 2**20, 2**25
-"""What counts as large; and the largest threshold that glibc takes, to which it comes by itself in the end."""
+LARGE, LARGEST = 2**17, 2**25
+"""
+What counts as large: where glibc begins by itself (with 1 MB the masks and smaller layers of block after block scatter
+over the heap); and the largest threshold that it takes, to which it comes by itself in the end.
+"""
 
 
 @contextmanager
