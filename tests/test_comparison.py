@@ -10,6 +10,7 @@ import pytest
 from runs import NAMES, RECORD, make_run, perplexity, words
 
 from prune_callbacks.evaluation.comparison import grouped, main, write_comparison
+from prune_callbacks.evaluation.report import summary_table
 from prune_callbacks.evaluation.run_folder import read_run
 
 
@@ -42,6 +43,15 @@ def test_runs_side_by_side(tmp_path, make, capsys):
     assert text.count("cannot be compared") == 0
     assert page.count("<section") == 1
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_the_table_of_a_run_has_its_further_texts_and_tasks(capsys):
+    summary_table(RECORD)
+    printed = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
+    assert ["", "C4 validation", "7.25", "9.12", "-", ""] in printed
+    assert any(row[1:3] == ["piqa (acc)", "81.2%"] for row in printed)
+    summary_table(RECORD | {"corpora": {}, "zero_shot": {}})
+    assert "further" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

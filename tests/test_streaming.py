@@ -631,6 +631,10 @@ def test_what_was_lost_between_two_calls_is_noticed(tmp_path, source, batches, m
     assert prune(source, target, batches) == report
     (target / "model/model-00003-of-00004.safetensors").unlink()
     refuses(source, target, batches, "model-00003-of-00004.safetensors of the finished model, is missing")
+    shutil.rmtree(target)
+    prune(source, target, batches)
+    (target / "masks.safetensors").write_bytes(b"")
+    refuses(source, target, batches, r"masks.safetensors of the finished model, has 0 bytes and had \d+")
 
 
 def test_a_source_that_changed_in_place_is_refused(tmp_path, source, batches, monkeypatch):

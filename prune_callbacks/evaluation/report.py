@@ -106,8 +106,22 @@ def summary_table(record: dict[str, Any]) -> None:
     table.add_row("zeros in pruned layers", f"{record['sparsity']['achieved']:.2%}{base}")
     table.add_row("weights violating masks", str(sum(record["violations"].values())))
     Console().print(table)
+    if record.get("corpora") or record.get("zero_shot"):
+        Console().print(_further_table(record))
     if record["rounds"]:
         Console().print(_rounds_table(record))
+
+
+def _further_table(record: dict[str, Any]) -> Table:
+    table = Table(title="further texts (perplexity) and tasks (accuracy)")
+    for column in ("", *STAGES):
+        table.add_column(column, justify="right" if column else "left")
+    for name, text in record.get("corpora", {}).items():
+        table.add_row(text["dataset"] or name, *(_number(text.get(stage)) for stage in STAGES))
+    for task, result in record.get("zero_shot", {}).items():
+        measured = [result.get(stage) for stage in STAGES]
+        table.add_row(f"{task} ({result['metric']})", *("-" if m is None else f"{m['value']:.1%}" for m in measured))
+    return table
 
 
 def _rounds_table(record: dict[str, Any]) -> Table:

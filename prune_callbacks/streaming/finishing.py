@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from prune_callbacks.calibration.capture import Batch
 from prune_callbacks.streaming.files import copy_file, rename, size_of, sizes, write_json
-from prune_callbacks.streaming.journal import MASKS, MODEL, Journal
+from prune_callbacks.streaming.journal import MASKS, MODEL, SCALES, Journal
 from prune_callbacks.streaming.shards import Shards, join_files
 from prune_callbacks.streaming.source import INDEX, Checkpoint
 
@@ -60,7 +60,7 @@ def finish(
     join_files([p for p in map(journal.masks, numbers) if p.exists()], journal.target / MASKS)
     scales = [p for p in map(journal.scales, numbers) if p.exists()]
     if scales:
-        join_files(scales, journal.target / "scales.safetensors")
+        join_files(scales, journal.target / SCALES)
     journal.finish(_report(journal, about))
 
 
@@ -112,7 +112,9 @@ def _report(journal: Journal, about: Mapping[str, Any]) -> dict[str, Any]:
             "recover": 0.0,
             "evaluate": 0.0,
         },
-        "files": sizes(*(journal.target / MODEL).glob("*.safetensors")),
+        "files": sizes(
+            *sorted((journal.target / MODEL).glob("*.safetensors*")), journal.target / MASKS, journal.target / SCALES
+        ),
         "peak_memory_bytes": max((record["peak_memory_bytes"] for record in journal.records), default=0),
         "versions": {name: version(name) for name in ("prune-callbacks", "torch", "transformers", "safetensors")},
     }

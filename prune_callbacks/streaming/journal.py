@@ -10,7 +10,7 @@ from typing import Any
 
 from prune_callbacks.streaming.files import PARTIAL, remove_folder, write_json
 
-REPORT, MASKS, MODEL = "report.json", "masks.safetensors", "model"
+REPORT, MASKS, SCALES, MODEL = "report.json", "masks.safetensors", "scales.safetensors", "model"
 
 
 class Journal:
@@ -79,7 +79,7 @@ class Journal:
         """Raises ValueError if a file of the finished model is missing, or of another size than it was."""
         assert self.report is not None
         for name, size in self.report["files"].items():
-            self._check("of the finished model", name, size, [self.target / MODEL / name])
+            self._check("of the finished model", name, size, [self.target / MODEL / name, self.target / name])
 
     def _check(self, whose: str, name: str, size: int, places: Sequence[Path]) -> None:
         sizes = [path.stat().st_size for path in places if path.is_file()]
