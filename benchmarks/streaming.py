@@ -2,7 +2,7 @@
 prune_checkpoint against the whole model in memory, in processes of their own: peak memory, seconds, and whether the
 results are the same; and a run that is killed again and again.
 
-    python benchmarks/streaming.py WINDOWS.safetensors [--model FOLDER] [--kills 20]
+    python benchmarks/streaming.py WINDOWS.safetensors [--model FOLDER] [--repeats 3] [--kills 20]
 
 WINDOWS has token ids (windows, tokens) under "calibration". In memory means from_pretrained, prune_sequentially and
 save_pretrained. The memory is the process's largest resident set (VmHWM), Python and all libraries included; what they
@@ -19,6 +19,7 @@ import platform
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -170,10 +171,15 @@ def kills(count: int, model: str | Path, windows: Path, folder: Path, seed: int 
     return {"seconds_of_a_run": round(work, 1), "runs": runs, "same": sum(run["same_bytes"] for run in runs)}
 
 
-def compared(model: str, windows: str, folder: Path) -> dict[str, Any]:
-    """Both ways one after the other, and whether they end the same."""
-    cell = {way: measured(way, model, windows, str(folder / way)) for way in ("in memory", "streaming")}
-    cell["peak_over_in_memory"] = round(cell["streaming"]["peak_bytes"] / cell["in memory"]["peak_bytes"], 4)
+def compared(model: str, windows: str, folder: Path, repeats: int) -> dict[str, Any]:
+    """Both ways, taking turns, and whether they end the same; the peaks' medians, since the heap scatters by chance."""
+    cell: dict[str, Any] = {"in memory": [], "streaming": []}
+    for _ in range(repeats):
+        for way, runs in cell.items():
+            shutil.rmtree(folder / way, ignore_errors=True)
+            runs.append(measured(way, model, windows, str(folder / way)))
+    peaks = {way: statistics.median(run["peak_bytes"] for run in runs) for way, runs in cell.items()}
+    cell["peak_over_in_memory"] = round(peaks["streaming"] / peaks["in memory"], 4)
     return cell | {"equality": equal(folder / "in memory", folder / "streaming")}
 
 
@@ -181,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("windows", type=Path)
     parser.add_argument("--model")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of either way")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--only", nargs="+", choices=["imports alone", "compared", "kills"])
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/streaming_smollm2_135m.json")
@@ -199,7 +206,9 @@ def main() -> None:
         folder = Path(name)
         cells: dict[str, Callable[[], dict[str, Any]]] = {
             "imports alone": lambda: measured("imports alone"),
-            "compared": lambda: compared(options.model or smollm2_135m(), str(options.windows), folder),
+            "compared": lambda: compared(
+                str(options.model or smollm2_135m()), str(options.windows), folder, options.repeats
+            ),
             "kills": lambda: kills(options.kills, options.model or smollm2_135m(), options.windows, folder),
         }
         for key in options.only or cells:
