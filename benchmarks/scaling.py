@@ -89,17 +89,27 @@ def memory(shape: Shape, method: str) -> dict[str, float]:
     """
     Bytes on the device while a block is pruned, with a checkpoint in 16 bits and the windows' hidden states elsewhere.
 
-    All Grams of a block in float32; for the group in work six matrices of its Gram's size and some arrays of its
-    weights' size: SparseGPT 3, ALPS 12, MRP 6 and 6 more for the 2^27 weights that it solves for at once.
+    All Grams of a block in float32, and what the group in work takes.
     """
     grams = 0 if method == "Wanda" else 4 * sum(size**2 for _, size in shape.groups)
-    arrays = {"Wanda": 2, "SparseGPT": 3, "ALPS": 12}.get(method, 6)
-    at_once = 6 if method.startswith("MRP") else 0
-    work = max(
-        4 * ((0 if method == "Wanda" else 6) * size**2 + arrays * out * size + at_once * min(2**27, out * size))
-        for out, size in shape.groups
-    )
+    work = max(workspace(method, out, size) for out, size in shape.groups)
     return {"two blocks": 2 * 2 * shape.weights, "Grams": grams, "solver": work}
+
+
+def workspace(method: str, out: int, size: int) -> float:
+    """
+    Bytes that solving a group takes beside its weights and its Gram, all in float32.
+
+    A factorisation holds three matrices of the Gram's size; SparseGPT's sweep, after it, one and some arrays of the
+    weights' size. MRP has three and 6 arrays, and 6 more for the 2^27 weights that it solves for at once; ALPS twice
+    as many. `tests/test_benchmarks.py` measures it.
+    """
+    matrix, array = 4 * size**2, 4 * out * size
+    return {
+        "Wanda": 2.0 * array,
+        "SparseGPT": max(3 * matrix + array, matrix + 5.5 * array),
+        "ALPS": 6 * matrix + 13 * array,
+    }.get(method, 3 * matrix + 6 * array + 6 * min(4 * 2**27, array))
 
 
 def fitted(cells: dict[str, Any], method: str) -> tuple[float, float]:

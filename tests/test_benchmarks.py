@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -177,6 +179,40 @@ def test_scaling_prints_every_shape_and_its_counts_order_the_measured_layers(mon
     llama = bench.SHAPES[0]
     assert llama.weights * llama.blocks == pytest.approx(6.476e9, rel=1e-3)  # 6.74 billion less embeddings and head
     assert bench.block_seconds(llama, "MRP", 4, 4e13, 0) < bench.block_seconds(llama, "MRP", 1, 4e13, 0)
+
+
+WORKSPACE = """
+import sys, torch
+from prune_callbacks import ALPS, MRP, Gram, SparseGPT, Unstructured
+
+def memory(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+out, size = map(int, sys.argv[1:])
+small, gram, weight = Gram(64), Gram(size), torch.randn(out, size)
+small.update(torch.randn(128, 64))
+gram.update(torch.randn(2 * size, size))
+for pruner in (SparseGPT, lambda pattern: MRP(pattern, block_size=None), ALPS):
+    pruner(Unstructured(0.5)).prune(torch.randn(8, 64), small)  # libraries are loaded now
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
+    before = memory("VmRSS:")
+    pruned = pruner(Unstructured(0.5)).prune(weight, gram)
+    print(memory("VmHWM:") - before)
+    del pruned
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux")
+@pytest.mark.parametrize(("out", "size"), [(512, 2048), (1536, 1536), (3072, 768)])
+def test_what_scaling_counts_for_a_solver_is_what_it_takes(out, size):
+    bench = load("scaling")
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WORKSPACE, str(out), str(size)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    taken = dict(zip(("SparseGPT", "MRP, S = all", "ALPS"), map(int, done.stdout.split()), strict=True))
+    for method, peak in taken.items():
+        assert 0.7 * bench.workspace(method, out, size) < peak < 1.1 * bench.workspace(method, out, size) + 2**23
 
 
 def test_whole_models_are_pruned_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
