@@ -144,8 +144,14 @@ def kills(count: int, model: str | Path, windows: Path, folder: Path, seed: int 
         process.start()
         return process
 
+    def finish(name: str) -> None:
+        process = begin(name)
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"a run failed with {process.exitcode}, which nobody had killed: nothing can be compared")
+
     started = time.perf_counter()
-    begin("undisturbed").join()
+    finish("undisturbed")
     work, wanted = time.perf_counter() - started, digest(folder / "undisturbed")
     runs: list[dict[str, Any]] = []
     chance = random.Random(seed)
@@ -156,9 +162,11 @@ def kills(count: int, model: str | Path, windows: Path, folder: Path, seed: int 
         process.join(moment)
         process.kill()
         process.join()
+        if process.exitcode not in (0, -signal.SIGKILL):
+            raise SystemExit(f"a run failed with {process.exitcode} by itself")
         if process.exitcode == -signal.SIGKILL:  # else it had ended before, and nothing was killed
             finished = len(list(target.glob("streaming/block_*.json")))
-            begin(target.name).join()
+            finish(target.name)
             runs.append(
                 {
                     "after_seconds": round(moment, 1),

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import LlamaConfig, PreTrainedModel
 
 from prune_callbacks import MRP, NM, Magnitude, OneShotPrune, SparseGPT, Unstructured, Wanda, prune_sequentially
 from prune_callbacks.calibration import peak_memory
@@ -137,6 +138,27 @@ def test_wrong_kinds_of_input_are_named(tiny, batches, unchecked):
     for wrong, found in ((batches[0].float(), r"Tensor \(2, 16\)"), ({"ids": batches[0]}, r"\['ids'\]")):
         with pytest.raises(ValueError, match=f"must hold input_ids, integers of shape .*; got {found}"):
             prune_sequentially(tiny, [wrong], Wanda(NM(2, 4)), progress=False)
+
+
+def test_a_model_whose_embeddings_transformers_does_not_find_is_pruned(batches):
+    class Own(PreTrainedModel):
+        config_class = LlamaConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.tok = torch.nn.Embedding(259, 32)
+            self.stack = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(2))
+
+        def forward(self, input_ids, **kwargs):
+            hidden = self.tok(input_ids)
+            for block in self.stack:
+                hidden = block(hidden)
+            return hidden
+
+    model = Own(LlamaConfig(num_hidden_layers=2))
+    with pytest.raises(NotImplementedError):
+        model.get_input_embeddings()
+    assert prune_sequentially(model, batches, Wanda(NM(2, 4)), progress=False).sparsity == 0.5
 
 
 def test_too_few_tokens_are_warned_of_once(tiny):

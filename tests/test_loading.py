@@ -1,6 +1,7 @@
 """Blocks that are loaded while the one before is solved for: on a GPU by itself, here made to do so."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from prune_callbacks import (
     prune_checkpoint,
     prune_sequentially,
 )
-from prune_callbacks.calibration import loading
+from prune_callbacks.calibration import allocating, loading
 from prune_callbacks.calibration.block_pruning import BlockPruning
 from prune_callbacks.calibration.loading import Ahead, loading_ahead, visited
 from prune_callbacks.ranks import ALONE
@@ -84,15 +85,63 @@ def test_pruning_ends_the_same(batches, overlapping, monkeypatch, allocation):
     assert all(torch.equal(tensor, there.state_dict()[name]) for name, tensor in here.state_dict().items())
 
 
-def test_blocks_that_share_a_weight_see_it_changed(overlapping):
+@pytest.fixture
+def copying(overlapping, monkeypatch):
+    """As to a GPU: what is not there yet is copied, what is there already is not."""
+    there = set()
+
+    def copied(self, read):
+        return {name: value if value.data_ptr() in there else value.clone() for name, value in read().items()}
+
+    def move(block, where, ahead):
+        loading_move(block, where, ahead)
+        there.update(parameter.data_ptr() for parameter in block.parameters())
+
+    loading_move = loading._move
+    monkeypatch.setattr(Ahead, "_copied", copied)
+    monkeypatch.setattr(loading, "_move", move)
+
+
+@pytest.mark.parametrize("other", [1, 2])
+def test_blocks_that_share_a_weight_see_it_changed(copying, other):
     blocks = [(str(i), torch.nn.Linear(4, 4)) for i in range(3)]
-    blocks[2][1].weight = blocks[0][1].weight
+    blocks[other][1].weight = blocks[0][1].weight
     wanted = torch.full((4, 4), 7.0)
     for index, _, block, _ in visited(blocks, CPU, ALONE):
         if index == 0:
             block.weight.data.copy_(wanted)
-    assert torch.equal(blocks[2][1].weight, wanted)
-    assert blocks[2][1].weight is blocks[0][1].weight
+    assert torch.equal(blocks[other][1].weight, wanted)
+    assert blocks[other][1].weight is blocks[0][1].weight
+
+
+def test_without_room_for_two_blocks_they_are_loaded_one_by_one(batches, overlapping, monkeypatch):
+    tried = []
+
+    def full(self, read):
+        tried.append(read())
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Ahead, "_copied", full)
+    there, here = model(), model()
+    report = prune_sequentially(there, batches, PRUNER, device="cpu", progress=False)
+    assert len(tried) == 3
+    assert report.masks == prune_sequentially(here, batches, PRUNER, progress=False).masks
+
+
+def test_measuring_for_an_allocation_lets_go_of_a_block_before_the_next(batches, monkeypatch):
+    alive = []
+    collect = allocating.collect
+
+    def noting(*arguments, **settings):
+        assert not any(reference() is not None for reference in alive)
+        alive.clear()
+        found = collect(*arguments, **settings)
+        alive.extend(weakref.ref(statistic) for statistic in found.values())
+        return found
+
+    monkeypatch.setattr(allocating, "collect", noting)
+    prune_sequentially(model(), batches, PRUNER, allocation=LagrangianAllocation(points=1), progress=False)
+    assert alive
 
 
 def test_an_error_in_a_block_ends_the_thread(batches, overlapping):

@@ -405,6 +405,7 @@ def test_another_setting_is_refused_and_says_what_differs(tmp_path, source, batc
         r"another setting: targets were 21 \(among them model.layers.0.self_attn.q_proj, .* and 9 more\) and are 9",
         targets="*.mlp.*",
     )
+    refuses(source, target, batches[::-1], "batches were 3 and are 3, in another order or repeated")
     refuses(source, target, batches, "another setting: min_expert_tokens was 32 and is 8", min_expert_tokens=8)
     refuses(source, target, batches, "another setting: dtype was torch.float32 and is torch.float16", dtype="float16")
     torch.manual_seed(1)

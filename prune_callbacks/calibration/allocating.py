@@ -90,6 +90,7 @@ def _measured(
             statistics = _seen(mine, collect(allocation.statistic, index, block, mine, shown, where, ranks))
             weights = _weights({name: layer for name, layer in mine.items() if name in statistics})
             values |= ranks.share(ranks.attempt(lambda w=weights, s=statistics: allocation.measure(pruner, w, s)))  # type: ignore[misc]
+            del weights, statistics  # with them this block would stay on the device beside the next two
             if index < len(blocks) - 1:
                 next_inputs(index, block, shown, where, ranks)
     return values

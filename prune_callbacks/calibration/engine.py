@@ -96,7 +96,7 @@ def prune_sequentially(
         with naming(name):
             check_dense(layer.get_parameter("weight"))
             pruner.pattern.check_shape(weight_shape(layer))
-    forced = None if device is None else parsed_device(device)
+    forced = ranks.attempt(lambda: None if device is None else parsed_device(device))
     calibrated = pruner.statistic(1) is not None
     observed = calibrated or (allocation is not None and allocation.statistic(1) is not None)
     if observed and batches is None:

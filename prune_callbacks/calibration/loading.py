@@ -34,11 +34,14 @@ class Ahead:
         self._begun = self._pool.submit(self._copied, read)
 
     def take(self) -> dict[str, Tensor] | None:
-        """What was begun, once it is there, or the error that was met; None if nothing was begun."""
+        """What was begun, once it is there; None if nothing was, or there was no room for it beside what is in work."""
         begun, self._begun = self._begun, None
         if begun is None:
             return None
-        tensors = begun.result()
+        try:
+            tensors = begun.result()
+        except torch.OutOfMemoryError:
+            return None
         if self._stream is not None:
             for tensor in tensors.values():
                 # They were made on another stream: not to be given to it again before this one is done with them.
@@ -94,11 +97,11 @@ def visited(
         for index, (name, block) in enumerate(blocks):
             home = next(block.parameters()).device
             where = device or home
-            ranks.attempt(lambda block=block, where=where: _move(block, where, ahead))  # type: ignore[misc]
-            if ahead is not None and index < len(blocks) - 1:
-                # Not before this block is there: weights that both have are to be those that are changed here.
-                ahead.begin(lambda following=blocks[index + 1][1]: _values(following))  # type: ignore[misc]
             try:
+                ranks.attempt(lambda block=block, where=where: _move(block, where, ahead))  # type: ignore[misc]
+                if ahead is not None and index < len(blocks) - 1:
+                    # Not before this block is there: weights that both have are to be those that are changed here.
+                    ahead.begin(lambda following=blocks[index + 1][1]: _values(following))  # type: ignore[misc]
                 yield index, name, block, where
             finally:
                 block.to(home)

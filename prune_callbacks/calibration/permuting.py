@@ -90,7 +90,7 @@ def permute_channels_(
         with naming(group.reader):
             check_dense(reader.get_parameter("weight"))
             pattern.check_shape((weight_shape(reader)[0], _width(model, group)))
-    forced = None if device is None else parsed_device(device)
+    forced = ranks.attempt(lambda: None if device is None else parsed_device(device))
     done: dict[str, Permuted] = {}
     batches = batches if isinstance(batches, Tensor) else list(batches)
     share_weights(model, ranks)

@@ -80,9 +80,7 @@ def parsed_device(device: torch.device | str) -> torch.device:
     try:
         parsed = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(
-            f"device={device!r} is none that torch knows; name one such as 'cpu', 'cuda' or 'cuda:1'"
-        ) from (error)
+        raise ValueError(f"device={device!r} is none that torch knows; name one such as 'cpu' or 'cuda:1'") from error
     count = torch.cuda.device_count()
     if parsed.type == "cuda" and (parsed.index or 0) >= count:
         raise ValueError(

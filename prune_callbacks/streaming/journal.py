@@ -179,7 +179,8 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         if isinstance(old, dict) and isinstance(new, dict) and old != new:
             parts.append(f"{key}: {_difference(old, new)}")
         elif isinstance(old, list) and isinstance(new, list) and old != new:
-            parts.append(f"{key} were {_told(old, new)} and are {_told(new, old)}")
+            order = ", in another order or repeated" if set(old) == set(new) else ""
+            parts.append(f"{key} were {_told(old, new)} and are {_told(new, old)}{order}")
         elif old != new:
             parts.append(f"{key} was {old} and is {new}")
     return "; ".join(parts)
@@ -187,6 +188,7 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _told(items: Sequence[Any], others: Sequence[Any]) -> str:
     """How many, and which of them, at most three, are not among the others."""
-    only = [str(item) for item in items if item not in others]
+    known = set(others)
+    only = [str(item) for item in items if item not in known]
     more = f" and {len(only) - 3} more" if len(only) > 3 else ""
     return f"{len(items)}" + (f" (among them {', '.join(only[:3])}{more})" if only else "")

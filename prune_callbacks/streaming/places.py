@@ -29,18 +29,20 @@ class Conversion:
     Attributes:
         converter: makes them, as transformers does it.
         name: of the first of them.
+        dtype: of the weights.
         keys: the tensors that it takes, each with the pattern by which the converter knows it.
     """
 
     converter: WeightConverter
     name: str
+    dtype: torch.dtype
     keys: list[tuple[str, str]]
 
-    def convert(self, model: PreTrainedModel, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The weights, of the checkpoint's tensors."""
+    def convert(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights, of the checkpoint's tensors; in memory of their own or in that of the tensors."""
         converter = deepcopy(self.converter)
         for pattern, key in self.keys:
-            converter.add_tensor(self.name, key, pattern, tensors[key].to(dtype))  # type: ignore[arg-type]
+            converter.add_tensor(self.name, key, pattern, tensors[key].to(self.dtype))  # type: ignore[arg-type]
         made = converter.convert(self.name, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
@@ -84,10 +86,11 @@ def read_weights(checkpoint: Checkpoint, model: PreTrainedModel, places: Mapping
     keys = {name: place for name, place in places.items() if isinstance(place, str)}
     read = checkpoint.read(keys.values())
     found = {name: read[key] for name, key in keys.items()}
-    state = model.state_dict()
     for conversion in _once(places.values()):
         views = checkpoint.views(key for _, key in conversion.keys)
-        found |= conversion.convert(model, views, state[conversion.name].dtype)
+        on_file = {view.untyped_storage().data_ptr() for view in views.values()}
+        for name, weight in conversion.convert(model, views).items():
+            found[name] = weight.clone() if weight.untyped_storage().data_ptr() in on_file else weight
     return found
 
 
@@ -115,7 +118,7 @@ def _found(model: PreTrainedModel, checkpoint: Checkpoint, state: Mapping[str, T
         elif pattern is None:
             found[name] = key
         else:
-            made = conversions.setdefault(name, Conversion(by_pattern[pattern], name, []))
+            made = conversions.setdefault(name, Conversion(by_pattern[pattern], name, state[name].dtype, []))
             made.keys.append((pattern, key))
     model._weight_conversions = [t for t in transforms if t.was_used()]  # type: ignore[assignment]
     for conversion in conversions.values():
@@ -138,12 +141,9 @@ def _check_conversion(
     entries = {key: checkpoint.entries[key] for _, key in conversion.keys}
     for key in entries:
         _check_floating(checkpoint, key)
-    dtype = state[conversion.name].dtype
     whose = f"{conversion.name} is made of {len(entries)} tensors of {checkpoint.folder}, first {next(iter(entries))}"
     try:
-        made = conversion.convert(
-            model, {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items()}, dtype
-        )
+        made = conversion.convert(model, {k: torch.empty(entry.shape, device="meta") for k, entry in entries.items()})
     except Exception as error:  # of whatever kind; transformers' operations have no errors of their own
         raise ValueError(f"{whose}, which do not fit together: one is missing, or has another shape") from error
     for name, tensor in made.items():

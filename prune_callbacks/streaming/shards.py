@@ -60,7 +60,8 @@ class Shards:
 
     def write_block(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Writes a block's weights, by their names in the model, as `save_pretrained` would."""
-        write_tensors(path, {name: whole(weight) for name, weight in as_saved(self.model, weights).items()}, FORMAT)
+        here = {name: weight.cpu() for name, weight in weights.items()}  # parts of experts are copies: not on a GPU
+        write_tensors(path, {name: whole(weight) for name, weight in as_saved(self.model, here).items()}, FORMAT)
 
     def copy_outside(self, checkpoint: Checkpoint, path: Path) -> None:
         """Writes the weights outside of the blocks as they are, but for the dtype, a piece at a time."""

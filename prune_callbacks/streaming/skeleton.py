@@ -22,10 +22,10 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
             module._is_hf_initialized = False  # type: ignore[assignment]
     # What from_pretrained does for what no file holds (rotary frequencies); on the meta device it does nothing.
     model.initialize_weights()  # type: ignore[no-untyped-call]
-    for name, parameter in model.named_parameters():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         kept = next((d for p, d in model._get_dtype_plan(dtype).items() if _glob(p).search(name)), None)
-        if kept is not None:  # a few modules stay in float32 where all others are in 16 bits
-            parameter.data = parameter.data.to(kept)
+        if kept is not None:  # a few weights and buffers stay in float32 where all others are in 16 bits
+            tensor.data = tensor.data.to(kept)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.train(False)

@@ -221,7 +221,7 @@ class BlockWalk:
         weights = ahead.take() if ahead is not None else None
         if weights is None:
             weights = self._read(index)
-        if ahead is not None and index < len(self.blocks) - 1:
+        if ahead is not None and index < self.last:  # those behind are written as they are
             ahead.begin(lambda: self._read(index + 1))
         fill(block, {name.removeprefix(f"{prefix}."): weight for name, weight in weights.items()})
 
