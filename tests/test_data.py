@@ -3,6 +3,9 @@ from itertools import islice
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from prune_callbacks import TokenDataModule
 from prune_callbacks.calibration.windows import contiguous_windows, random_windows
@@ -112,6 +115,13 @@ def test_the_data_module(tokenizer):
     assert data.evaluation_windows.shape == (5, 64)
     assert tokenizer.decode(data.evaluation_windows[0].tolist()) in "\n\n".join(corpora[2].documents())
     assert data.evaluation_title == "Python language reference (evaluation)"
+
+
+def test_a_tokenizer_without_a_vocabulary_is_named():
+    empty = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()), name_or_path="models/mine")
+    data = TokenDataModule(empty, *(PythonDocs(part) for part in ("train", "calibration", "evaluation")), seq_len=8)
+    with pytest.raises(ValueError, match="the tokenizer of models/mine makes no token of text"):
+        data.setup("fit")
 
 
 def test_bad_corpora_are_named(tokenizer, tmp_path):

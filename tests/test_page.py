@@ -51,6 +51,13 @@ def test_a_finished_run_is_told_whole(make):
     assert any("Training loss" in alt for alt in alts)
 
 
+def test_experts_that_were_left_to_magnitude_are_named(make):
+    assert "Magnitude" not in words(html(make()))
+    text = words(html(make("few", by_magnitude={"model.layers.0.mlp.experts.down_proj.7": 31})))
+    assert "Experts pruned by Magnitude" in text
+    assert "expert tokens model.layers.0.mlp.experts.down_proj.7 31" in text
+
+
 def test_the_page_refers_to_nothing_outside(make):
     page = html(make()) + render("compare.html", title="none", groups=[])
     references = re.findall(r'(?:src|href|action|data|srcset)\s*=\s*"([^"]*)"', page)
@@ -184,6 +191,7 @@ def test_hostile_names_stay_text(make):
         model=evil,
         warnings=[evil],
         skipped={evil: evil},
+        by_magnitude={evil: 3},
         sparsity={"target": 0.5, "achieved": 0.5, "layers": layers},
         reconstruction_loss=dict.fromkeys(layers, 0.1),
         pruner="$\\frac{",

@@ -16,6 +16,7 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from launch import train
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -515,6 +516,7 @@ def test_bad_calls_are_refused_before_work(tmp_path, source, batches, unchecked)
     target = tmp_path / "target"
     refuses(source, target, batches, "Structured removes units from layers of all", Structured(Columns(0.25)))
     refuses(source, target, None, "SparseGPT needs calibration batches, got None")
+    refuses(source, target, [torch.rand(1, 8)], r"must hold input_ids, integers of shape .* got Tensor \(1, 8\)")
     refuses(source, target, [*batches, torch.tensor([[3, 64]])], "token ids from 3 to 64, and Llama.* for 0 to 63")
     refuses(source, target, [*batches, torch.tensor([[-1, 6]])], "token ids from -1 to 6, and Llama.* for 0 to 63")
     refuses(source, target, batches, "device='gpu' is none that torch knows", device="gpu")
@@ -580,6 +582,9 @@ def test_the_recipe_prunes_a_tiny_checkpoint_and_goes_on(tmp_path, capsys):
         for _ in range(2):  # the second time it has come to its end
             train.run(["recipe=prune_streaming", "smoke=true", f"output_dir={folder}"])
             assert "50.00% zeros in 28 layers" in capsys.readouterr().out
+        for given, name in (("allocation=owl", "allocation"), ("evaluate=[python_docs]", "evaluate")):
+            with pytest.raises(InstantiationException, match=f"{name} need the whole model, and prune_streaming has"):
+                train.run(["recipe=prune_streaming", "smoke=true", given, f"output_dir={tmp_path / name}"])
         with pytest.raises(ValueError, match="recipe=prune_streaming needs source=..."):
             train.run(["recipe=prune_streaming", f"output_dir={tmp_path / 'other'}"])
     assert {"model", "masks.safetensors", "report.json", "config.yaml"} <= {path.name for path in folder.iterdir()}
@@ -622,6 +627,12 @@ def test_what_was_lost_between_two_calls_is_noticed(tmp_path, source, batches, m
         (target / name).rename(tmp_path / "away")
         refuses(source, target, batches, message)
         (tmp_path / "away").rename(target / name)
+    hidden = sorted((target / "streaming/hidden_00002").iterdir())[-1]
+    states = hidden.read_bytes()
+    for damage in (hidden.unlink, lambda: hidden.write_bytes(states[:100])):
+        damage()
+        refuses(source, target, batches, f"{hidden.name}, with hidden states that enter a block, is missing or damaged")
+        hidden.write_bytes(states)
     shard = target / "model.partial/model-00002-of-00004.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-10])
@@ -631,11 +642,14 @@ def test_what_was_lost_between_two_calls_is_noticed(tmp_path, source, batches, m
     same(source, target, batches)
     assert prune(source, target, batches) == report
     (target / "model/model-00003-of-00004.safetensors").unlink()
-    refuses(source, target, batches, "model-00003-of-00004.safetensors of the finished model, is missing")
+    refuses(source, target, batches, "model-00003-of-00004.safetensors of the finished model is missing")
     shutil.rmtree(target)
     prune(source, target, batches)
+    (target / "model/config.json").rename(tmp_path / "away")
+    refuses(source, target, batches, r"config.json of the finished model is missing in .*/target: it was changed")
+    (tmp_path / "away").rename(target / "model/config.json")
     (target / "masks.safetensors").write_bytes(b"")
-    refuses(source, target, batches, r"masks.safetensors of the finished model, has 0 bytes and had \d+")
+    refuses(source, target, batches, r"masks.safetensors of the finished model has 0 bytes and had \d+")
 
 
 def test_a_source_that_changed_in_place_is_refused(tmp_path, source, batches, monkeypatch):

@@ -111,11 +111,7 @@ def run_model(model: nn.Module, batch: Batch) -> None:
     device = next(model.parameters()).device
     inputs = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else {"input_ids": batch}
     if isinstance(model, PreTrainedModel):
-        ids = inputs.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
-            found = sorted(inputs) if ids is None else f"{type(ids).__name__} {tuple(getattr(ids, 'shape', ()))}"
-            raise ValueError(f"a calibration batch must hold input_ids, integers of shape (batch, tokens); got {found}")
-        check_ids(model, ids)
+        check_batch(model, batch)
         model(**to_device(inputs, device), use_cache=False)
     elif isinstance(batch, Mapping):
         model(**to_device(inputs, device))
@@ -123,8 +119,13 @@ def run_model(model: nn.Module, batch: Batch) -> None:
         model(batch.to(device))
 
 
-def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
-    """Raises ValueError for token ids that the model's embeddings, where they are known, do not have."""
+def check_batch(model: PreTrainedModel, batch: Batch) -> None:
+    """Raises ValueError for a batch without token ids, or with some that the model's embeddings, if known, lack."""
+    inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        found = sorted(inputs) if ids is None else f"{type(ids).__name__} {tuple(getattr(ids, 'shape', ()))}"
+        raise ValueError(f"a calibration batch must hold input_ids, integers of shape (batch, tokens); got {found}")
     try:
         embedding = model.get_input_embeddings()
     except NotImplementedError:  # of a model of one's own, whose embeddings have a name of their own

@@ -92,7 +92,7 @@ def _report(journal: Journal, about: Mapping[str, Any]) -> dict[str, Any]:
         "optimizer_steps": 0,
         "processes": 1,
         "device": platform.machine(),
-        "warnings": [],
+        "warnings": None,  # they went to the terminal
         "perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None},
         **dict.fromkeys(("allocation", "schedule", "strategy", "precision", "adapter")),
         **{key: [] for key in ("rounds", "changes", "training_loss")},
@@ -113,7 +113,8 @@ def _report(journal: Journal, about: Mapping[str, Any]) -> dict[str, Any]:
             "evaluate": 0.0,
         },
         "files": sizes(
-            *sorted((journal.target / MODEL).glob("*.safetensors*")), journal.target / MASKS, journal.target / SCALES
+            *sorted((journal.target / MODEL).glob("*.safetensors*")),
+            *(journal.target / MODEL / "config.json", journal.target / MASKS, journal.target / SCALES),
         ),
         "peak_memory_bytes": max((record["peak_memory_bytes"] for record in journal.records), default=0),
         "versions": {name: version(name) for name in ("prune-callbacks", "torch", "transformers", "safetensors")},

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_one_by_one, change_tensors, run_block
@@ -35,9 +35,15 @@ class StoredInputs(BlockInputs):
     @property
     def hidden(self) -> Tensor:  # type: ignore[override]
         """Read whenever it is asked for."""
-        with safe_open(self.path, framework="pt") as file:
-            view: Tensor = file.get_tensor(HIDDEN)
-            return view.clone()  # aligned as any other tensor: kernels may round differently where it is not
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                view: Tensor = file.get_tensor(HIDDEN)
+                return view.clone()  # aligned as any other tensor: kernels may round differently where it is not
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{self.path}, with hidden states that enter a block, is missing or damaged ({error}): put it back and "
+                "make the same call again, or delete the target to begin anew"
+            ) from error
 
 
 def store_inputs(
@@ -116,4 +122,4 @@ def described_batches(batches: Iterable[Batch]) -> Iterator[str]:
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             else:
                 digest.update(f"{name} {value!r}".encode())
-        yield digest.hexdigest()
+        yield digest.hexdigest()[:16]

@@ -1,6 +1,6 @@
 """What `recipe=prune_streaming` calls."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -39,6 +39,7 @@ def prune_on_windows(
     blocks: str | None = None,
     min_expert_tokens: int = 32,
     name: str | None = None,
+    whole_model: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     `prune_checkpoint` on the calibration windows of a data module, and a line about it.
@@ -54,7 +55,18 @@ def prune_on_windows(
         blocks: name of the list of decoder blocks, where it cannot be found.
         min_expert_tokens: as in `prune_sequentially`.
         name: of the recipe, for the report.
+        whole_model: settings that need the whole model, by name, of which none may be given.
+
+    Raises:
+        ValueError: one of them is given; else as `prune_checkpoint`.
     """
+    given = [key for key, value in (whole_model or {}).items() if value]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} need the whole model, and {name} has one block of it in memory at a time. Leave "
+            "them out; where there is memory for all of it, prune with another recipe, or measure the written model/ "
+            "by itself (prune_callbacks.evaluation.perplexity)"
+        )
     batches = None
     if pruner.statistic(1) is not None:
         data.setup("fit")

@@ -70,7 +70,7 @@ class Journal:
         for number, record in enumerate(self.records):
             for name, size in record["files"].items():
                 places = (self.model / name, self.target / MODEL / name, self.work / name)
-                self._check(f"of block {number}, which was finished", name, size, places)
+                self._check(f"of block {number}, which was finished,", name, size, places)
         if not (self.target / MODEL).exists():  # else all that is left to write stands beside it
             self.model.mkdir(exist_ok=True)
         self.tidy()
@@ -86,7 +86,7 @@ class Journal:
         if sizes != [size]:
             found = f"has {sizes[0]} bytes and had {size}" if sizes else "is missing"
             raise ValueError(
-                f"{name} {whose}, {found} in {self.target}: it was changed by something else. Put it back, or delete "
+                f"{name} {whose} {found} in {self.target}: it was changed by something else. Put it back, or delete "
                 "the folder to begin anew"
             )
 

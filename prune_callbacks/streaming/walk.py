@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from prune_callbacks.calibration.block_pruning import BlockPruning, takes_experts
 from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, parameters_of, weight_shape
-from prune_callbacks.calibration.capture import Batch, check_ids
+from prune_callbacks.calibration.capture import Batch, check_batch
 from prune_callbacks.calibration.experts import inside
 from prune_callbacks.calibration.loading import Ahead, loading_ahead
 from prune_callbacks.calibration.observing import collect
@@ -77,9 +77,8 @@ class BlockWalk:
             with naming(name):
                 pruner.pattern.check_shape(weight_shape(layer))
         self.shards = Shards(model, [name for name, _ in self.blocks], find_places(model, checkpoint))
-        for ids in self._ids():
-            if _are_ids(ids):
-                check_ids(model, ids)
+        for batch in batches:
+            check_batch(model, batch)
         self.last = max(i for i in range(len(self.blocks)) if self._inside(i))
         self.few_tokens = False
         notes = BlockPruning(pruner, ALONE)

@@ -260,4 +260,10 @@ class TokenDataModule(LightningDataModule):
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not ids and text.strip():
+            raise ValueError(
+                f"the tokenizer of {self.tokenizer.name_or_path or type(self.tokenizer).__name__} makes no token of "
+                "text: there are no files of a tokenizer, or none that fit. Name another folder "
+                "(model.tokenizer.pretrained_model_name_or_path= on the command line)"
+            )
         return ids
