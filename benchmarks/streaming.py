@@ -6,8 +6,8 @@ results are the same; and a run that is killed again and again.
 
 WINDOWS has token ids (windows, tokens) under "calibration". In memory means from_pretrained, prune_sequentially and
 save_pretrained. The memory is the process's largest resident set (VmHWM), Python and all libraries included; what they
-take by themselves is measured too. The kills are SIGKILLs at random moments of runs
-of the model with Wanda 2:4, on 4 windows of 128.
+take by themselves is measured too. The kills are SIGKILLs at random moments of runs of
+the model with Wanda 2:4, on 4 windows of 128.
 """
 
 import argparse
@@ -55,18 +55,17 @@ def in_memory(model: str, windows: str, target: str) -> None:
     report.masks.save(Path(target) / "masks.safetensors")
 
 
+def streamed(model: str, windows: str, target: str, pruner: Any) -> None:
+    from prune_callbacks import prune_checkpoint
+
+    batches = load_file(windows)["calibration"].long().split(BATCH)
+    prune_checkpoint(model, target, pruner, batches, progress=False)
+
+
 def streaming(model: str, windows: str, target: str) -> None:
-    from prune_callbacks import SparseGPT, Unstructured, prune_checkpoint
+    from prune_callbacks import SparseGPT, Unstructured
 
-    batches = load_file(windows)["calibration"].long().split(BATCH)
-    prune_checkpoint(model, target, SparseGPT(Unstructured(0.5)), batches, progress=False)
-
-
-def streaming_wanda(model: str, windows: str, target: str) -> None:
-    from prune_callbacks import NM, Wanda, prune_checkpoint
-
-    batches = load_file(windows)["calibration"].long().split(BATCH)
-    prune_checkpoint(model, target, Wanda(NM(2, 4)), batches, progress=False)
+    streamed(model, windows, target, SparseGPT(Unstructured(0.5)))
 
 
 WAYS = {"imports alone": imports, "in memory": in_memory, "streaming": streaming}
@@ -131,15 +130,17 @@ def digest(folder: Path) -> str:
     return content.hexdigest()
 
 
-def kills(count: int, model: str | Path, windows: Path, folder: Path, seed: int = 0) -> dict[str, Any]:
+def kills(count: int, model: str, windows: Path, folder: Path, seed: int = 0) -> dict[str, Any]:
     """Each run is killed at one random moment of its work, and then made again to its end."""
+    from prune_callbacks import NM, Wanda
+
     few = folder / "few.safetensors"
     save_file({"calibration": load_file(windows)["calibration"][:4, :128].clone()}, few)
 
     def begin(name: str) -> "multiprocessing.process.BaseProcess":
         # Forked: a process that has imported everything already spends its time on the work.
         process = multiprocessing.get_context("fork").Process(
-            target=streaming_wanda, args=(str(model), str(few), str(folder / name))
+            target=streamed, args=(model, str(few), str(folder / name), Wanda(NM(2, 4)))
         )
         process.start()
         return process
@@ -210,14 +211,13 @@ def main() -> None:
         "machine": f"{platform.machine()}, torch {torch.__version__}",
     }
     results = open_results(options.results, setting)
+    model = str(options.model or smollm2_135m())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cells: dict[str, Callable[[], dict[str, Any]]] = {
             "imports alone": lambda: measured("imports alone"),
-            "compared": lambda: compared(
-                str(options.model or smollm2_135m()), str(options.windows), folder, options.repeats
-            ),
-            "kills": lambda: kills(options.kills, options.model or smollm2_135m(), options.windows, folder),
+            "compared": lambda: compared(model, str(options.windows), folder, options.repeats),
+            "kills": lambda: kills(options.kills, model, options.windows, folder),
         }
         for key in options.only or cells:
             if key not in results["cells"]:

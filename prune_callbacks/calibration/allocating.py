@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prune_callbacks.calibration.allocations import Allocation, layer_sizes, with_counts, with_pattern
 from prune_callbacks.calibration.blocks import oriented, parameter_name, weight_shape
 from prune_callbacks.calibration.capture import BlockInputs
-from prune_callbacks.calibration.experts import ExpertWeight, inside
+from prune_callbacks.calibration.experts import ExpertWeight, inside, not_seen
 from prune_callbacks.calibration.loading import visited
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.walking import next_inputs
@@ -110,9 +110,9 @@ def _seen(layers: Mapping[str, nn.Module], statistics: Mapping[str, Statistic]) 
     reached = {parameter_name(name, layers[name]) for name in seen}
     for name in sorted(layers.keys() - seen.keys()):
         if name not in experts or parameter_name(name, layers[name]) not in reached:
-            what = "no product with it was seen" if name in experts else "its forward was never called"
             raise ValueError(
-                f"{name}: {what} during calibration, so no sparsity can be allocated to it; leave it out of `targets`"
+                f"{name}: {not_seen(layers[name])} during calibration, so no sparsity can be allocated to it; leave it "
+                "out of `targets`"
             )
     return seen
 

@@ -16,7 +16,7 @@ from prune_callbacks.calibration.blocks import (
     weight_shape,
 )
 from prune_callbacks.calibration.coupling import Coupled
-from prune_callbacks.calibration.experts import ExpertWeight, dense_in_mixtures, told_dense
+from prune_callbacks.calibration.experts import ExpertWeight, dense_in_mixtures, not_seen, told_dense
 from prune_callbacks.calibration.prune_report import LayerReport
 from prune_callbacks.pruners import JointPruner, Magnitude, Pruned, Pruner, Structured, check_weight
 from prune_callbacks.ranks import Ranks
@@ -160,8 +160,7 @@ class BlockPruning:
         leader, first = next(iter(layers.items()))
         pruner = self._pruner_of(leader)
         if statistic is None and pruner.statistic(1) is not None:
-            what = "no product with it was seen" if isinstance(first, ExpertWeight) else "its forward was never called"
-            reason = f"{what} during calibration, so nothing is known about its inputs"
+            reason = f"{not_seen(first)} during calibration, so nothing is known about its inputs"
             warnings.warn(f"{leader} stays dense: {reason}. Leave it out of `targets` to silence this.", stacklevel=3)
             return dict.fromkeys(layers, reason)
         known = statistic if leader not in self.by_magnitude else None

@@ -61,6 +61,11 @@ class ExpertWeight(nn.Module):
         return self.weight
 
 
+def not_seen(layer: nn.Module) -> str:
+    """What is said of a layer of whose inputs calibration has learned nothing."""
+    return "no product with it was seen" if isinstance(layer, ExpertWeight) else "its forward was never called"
+
+
 def inside(name: str, module: str) -> bool:
     """Whether a dotted name is a module's, or of something in it."""
     return f"{name}.".startswith(f"{module}.")

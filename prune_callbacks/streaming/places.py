@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -86,7 +86,7 @@ def read_weights(checkpoint: Checkpoint, model: PreTrainedModel, places: Mapping
     keys = {name: place for name, place in places.items() if isinstance(place, str)}
     read = checkpoint.read(keys.values())
     found = {name: read[key] for name, key in keys.items()}
-    for conversion in _once(places.values()):
+    for conversion in dict.fromkeys(place for place in places.values() if isinstance(place, Conversion)):
         views = checkpoint.views(key for _, key in conversion.keys)
         on_file = {view.untyped_storage().data_ptr() for view in views.values()}
         for name, weight in conversion.convert(model, views).items():
@@ -108,9 +108,10 @@ def _found(model: PreTrainedModel, checkpoint: Checkpoint, state: Mapping[str, T
     found: dict[str, Place] = {}
     conversions: dict[str, Conversion] = {}
     unknown = []
+    names = dict(state)
     # In this order transformers has them too: that of experts is their number.
     for key in sorted(checkpoint.entries, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, dict(state))
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
         if name not in state and key in state:
             name, pattern = key, None
         if name not in state:
@@ -154,10 +155,6 @@ def _check_conversion(
                 "them is missing, or they are not of one model"
             )
     return list(made)
-
-
-def _once(places: Iterable[Place]) -> list[Conversion]:
-    return list(dict.fromkeys(place for place in places if isinstance(place, Conversion)))
 
 
 def _check_entry(checkpoint: Checkpoint, key: str, name: str, wanted: Tensor) -> None:

@@ -31,7 +31,7 @@ from prune_callbacks.calibration.capture import (
     run_block,
     to_device,
 )
-from prune_callbacks.calibration.experts import ExpertWeight, inside
+from prune_callbacks.calibration.experts import ExpertWeight, inside, not_seen
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.walking import (
     check_dense,
@@ -219,8 +219,7 @@ def _pruned(
         for name, layer in layers.items():
             expert = isinstance(layer, ExpertWeight)
             if parameter_name(name, layer) not in reached:
-                what = "no product with it was seen" if expert else "its forward was never called"
-                raise ValueError(f"{name}: {what} during calibration; leave it out of `targets`")
+                raise ValueError(f"{name}: {not_seen(layer)} during calibration; leave it out of `targets`")
             statistic, kept = statistics.get(name), layer.get_parameter("weight").data
             assert statistic is None or isinstance(statistic, Gram)
             weight = oriented(layer, kept)
