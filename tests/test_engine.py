@@ -1,9 +1,12 @@
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
-from prune_callbacks import MRP, NM, Magnitude, OneShotPrune, SparseGPT, Unstructured, Wanda, prune_sequentially
+from prune_callbacks import MRP, NM, Gram, Magnitude, OneShotPrune, SparseGPT, Unstructured, Wanda, prune_sequentially
 from prune_callbacks.calibration import peak_memory
+from prune_callbacks.calibration.capture import BlockInputs
+from prune_callbacks.calibration.observing import collect
 from prune_callbacks.solvers.linalg import damp
 
 
@@ -41,6 +44,49 @@ def test_layers_that_share_an_input_share_one_gram(tiny, batches, monkeypatch):
     made = [size for size in made if size > 1]
     # q, k and v share one; gate and up share one; o and down have their own: four a block, not seven.
     assert len(made) == 2 * 4
+
+
+class Repeating(nn.Module):
+    """A block with two layers, the second of which may be called twice."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.first, self.second, self.times = nn.Linear(8, 8), nn.Linear(8, 8), times
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(self.times):
+            x = self.second(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("times", "targets", "products"),
+    [
+        (1, ["first", "second"], 1),  # the first pass is whole; the other two end where `second` is reached
+        (2, ["first", "second"], 3 * 2),  # and all are where a second call would be missed
+        (1, ["first"], 1),
+        (0, ["first", "second"], 0),  # what the first pass did not reach the others may
+    ],
+)
+def test_a_calibration_pass_ends_where_all_was_seen(times, targets, products):
+    torch.manual_seed(0)
+    block, made = Repeating(times), []
+    block.second.register_forward_hook(lambda *_: made.append(1))
+    layers = {name: block.get_submodule(name) for name in targets}
+    inputs = [BlockInputs(torch.randn(5, 8), [((), {})], None) for _ in range(3)]
+    grams = collect(lambda size, device: Gram(size, device), 0, block, layers, inputs, torch.device("cpu"))
+    assert len(made) == products
+    expected = {name: [] for name in targets}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: expected[name].append(args[0]))
+    for batch in inputs:
+        block(batch.hidden)
+    assert grams.keys() == {name for name in targets if expected[name]}
+    for name, gram in grams.items():
+        x = torch.cat(expected[name]).detach()
+        assert gram.tokens == len(x)
+        torch.testing.assert_close(gram.matrix, x.T @ x)
 
 
 def test_magnitude_runs_without_batches(tiny):

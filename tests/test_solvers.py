@@ -30,6 +30,14 @@ def test_statistics_are_sums_over_tokens_whatever_the_batches(correlated):
         gram.update(torch.rand(5, 3))
 
 
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 600, 2100])
+def test_a_gram_computed_by_blocks_is_whole(size):
+    gram, x = Gram(size), torch.randn(40, size, dtype=torch.float64)
+    for part in x.split(17):
+        gram.update(part)
+    torch.testing.assert_close(gram.matrix, x.T @ x)
+
+
 def test_statistics_of_a_few_rows_at_a_time_are_the_same(monkeypatch):
     x = torch.randn(3, 7, 16).bfloat16()
     whole = [Gram(16), InputNorm(16)]

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from prune_callbacks.calibration.experts import ExpertWeight
 from prune_callbacks.calibration.watching import watched, watched_experts
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.solvers import Gram, InputNorm
+
+
+class _AllSeenError(Exception):
+    """Ends a pass through a block once all that is looked for was seen."""
 
 
 def collect(
@@ -26,6 +30,8 @@ def collect(
 ) -> dict[str, Gram | InputNorm]:
     """
     Streams the layers' inputs into statistics; layers that get the same tensor share one.
+
+    A pass ends where the last layer was reached, whose product nobody needs: in a decoder block the widest one.
 
     A layer whose forward is not called is looked for a second time, by what its weight is multiplied with. Experts get
     the tokens that are dealt to them. A layer of which nothing was seen has no statistic.
@@ -62,6 +68,8 @@ def _observe(
     leaders: dict[str, str] = {}
     seen: dict[int, tuple[Tensor, str]] = {}
     tokens: Tensor | None = None
+    calls: list[str] = []
+    ends_early = False
     untold: set[str] = set()
 
     def count(name: str, x: Tensor) -> None:
@@ -88,13 +96,20 @@ def _observe(
             raise ValueError(f"{name} shares its input with {leaders[name]} in one batch and not in another")
         if leader == name:
             count_real(name, x)
+        calls.append(name)
+        if ends_early and set(calls) == set(layers):
+            raise _AllSeenError
 
     def run() -> None:
-        nonlocal tokens
-        for batch in inputs:
+        nonlocal tokens, ends_early
+        for number, batch in enumerate(inputs):
             seen.clear()
+            calls.clear()
             tokens = None if batch.tokens is None else batch.tokens.to(where)
-            run_block(index, block, batch, where)
+            with suppress(_AllSeenError):
+                run_block(index, block, batch, where)
+            if number == 0:  # it was whole, and tells whether every layer is called, and once (experts never are)
+                ends_early = sorted(calls) == sorted(layers)
         seen.clear()
 
     with ExitStack() as stack:

@@ -62,9 +62,14 @@ class Gram:
     def update(self, x: Float[Tensor, "*batch in"]) -> None:
         """Adds `x^T x` for `x` of shape (..., in); see `Statistic`."""
         parts, self.matrix = _vectors(x, self.matrix)
+        # A Gram is symmetric: of its blocks those from the diagonal on are computed, and mirrored.
+        starts = range(0, size := len(self.matrix), step := max(256, -(-size // 8)))
         for rows in parts:
-            self.matrix.addmm_(rows.T, rows)
+            for a in starts:
+                self.matrix[a : a + step, a:].addmm_(rows[:, a : a + step].T, rows[:, a:])
             self.tokens += len(rows)
+        for a in starts:
+            self.matrix[a + step :, a : a + step] = self.matrix[a : a + step, a + step :].T
 
     def reduce(self, ranks: Ranks) -> None:
         """The sum over ranks; see `Statistic`."""
