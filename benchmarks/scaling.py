@@ -69,9 +69,14 @@ def solver_flops(method: str, out: int, size: int) -> float:
 
 
 def calibration_flops(shape: Shape, method: str) -> float:
-    """Two passes of all windows through a block, and the Grams (Wanda: norms, which cost nothing beside)."""
-    passes = 2 * 2.0 * TOKENS * shape.weights
-    return passes + (0 if method == "Wanda" else sum(2.0 * TOKENS * size**2 for _, size in shape.groups))
+    """
+    Two passes of all windows through a block, and the Grams (Wanda: norms, which cost nothing beside).
+
+    The first pass ends where `down_proj` is reached; of a Gram the upper half is computed, in 8 strips.
+    """
+    passes = 2.0 * TOKENS * (2 * shape.weights - shape.hidden * shape.intermediate)
+    grams = (1 + 1 / 8) / 2 * sum(2.0 * TOKENS * size**2 for _, size in shape.groups)
+    return passes + (0 if method == "Wanda" else grams)
 
 
 def block_seconds(shape: Shape, method: str, devices: int, rate: float, launch: float) -> float:

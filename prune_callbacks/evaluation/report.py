@@ -156,7 +156,8 @@ def compare(records: dict[str, dict[str, Any]], path: Path) -> None:
     axis.set_title(
         f"held-out perplexity, {first['dataset'] or 'evaluation text'}, windows of {first['seq_len']} tokens"
     )
-    axis.legend()
+    if axis.get_legend_handles_labels()[0]:  # only runs with rounds have a curve
+        axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
