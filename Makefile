@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# The tests check the shapes and dtypes in all signatures; two files of them run at a time.
+# The tests check the shapes and dtypes in all signatures; two files of them run at a time, the slowest first.
 SHAPES := --jaxtyping-packages=prune_callbacks,beartype.beartype
 
 # Real evaluation data, where it was put beside the checkout; tests that want it skip where it is absent.
@@ -33,7 +33,7 @@ demo: $(INSTALLED)
 	$(BIN)/python train.py recipe=demo
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile $(SHAPES)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile --no-loadscope-reorder --durations 15 $(SHAPES)
 
 gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu $(SHAPES)

@@ -82,7 +82,7 @@ def table(cells: dict[str, Any]) -> None:
         other = cells.get(f"{method} by llm-compressor", cell)
         prune, whole = medians(cell)
         ratio = " / ".join(f"{ours / theirs:.2f}" for ours, theirs in zip((prune, whole), medians(other), strict=True))
-        peak = max(r["peak_bytes"] for r in cell["runs"]) / 2**30
+        peak = statistics.median(r["peak_bytes"] for r in cell["runs"]) / 2**30
         ratio = "-" if other is cell else ratio
         print(f"| {method} | {tool} | {prune:.1f} | {whole:.1f} | {ratio} | {peak:.2f} | {cell['perplexity']:.2f} |")
 

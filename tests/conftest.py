@@ -8,6 +8,14 @@ import torch
 
 from prune_callbacks.tasks import byte_tokenizer, tiny_llama
 
+SLOWEST = ("parallel", "train_ranks", "train", "smollm2", "pruners", "train_deploy", "sweep", "zero_shot")
+"""Files that take minutes, the longest first: begun last, one of them would run alone in the end."""
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -47,34 +47,35 @@ def test_layers_that_share_an_input_share_one_gram(tiny, batches, monkeypatch):
 
 
 class Repeating(nn.Module):
-    """A block with two layers, the second of which may be called twice."""
+    """A block with two layers, the second of which is called once for every so many rows."""
 
-    def __init__(self, times):
+    def __init__(self, rows):
         super().__init__()
-        self.first, self.second, self.times = nn.Linear(8, 8), nn.Linear(8, 8), times
+        self.first, self.second, self.rows = nn.Linear(8, 8), nn.Linear(8, 8), rows
 
     def forward(self, x):
         x = self.first(x)
-        for _ in range(self.times):
+        for _ in range(len(x) // self.rows):
             x = self.second(x)
         return x
 
 
 @pytest.mark.parametrize(
-    ("times", "targets", "products"),
+    ("rows", "sizes", "targets", "products"),
     [
-        (1, ["first", "second"], 1),  # the first pass is whole; the other two end where `second` is reached
-        (2, ["first", "second"], 3 * 2),  # and all are where a second call would be missed
-        (1, ["first"], 1),
-        (0, ["first", "second"], 0),  # what the first pass did not reach the others may
+        (4, (4, 4, 4), ["first", "second"], 1),  # the first pass is whole; the others end where `second` is reached
+        (4, (4, 4, 4), ["first"], 1),
+        (2, (4, 4, 4), ["first", "second"], 2 * 3),  # all are whole where a second call would be missed,
+        (4, (4, 9, 4), ["first", "second"], 1 + 2),  # also if only windows of another length have one
+        (5, (4, 9, 5), ["first", "second"], 0 + 1 + 1),  # what the first did not reach the others may
     ],
 )
-def test_a_calibration_pass_ends_where_all_was_seen(times, targets, products):
+def test_a_calibration_pass_ends_where_all_was_seen(rows, sizes, targets, products):
     torch.manual_seed(0)
-    block, made = Repeating(times), []
+    block, made = Repeating(rows), []
     block.second.register_forward_hook(lambda *_: made.append(1))
     layers = {name: block.get_submodule(name) for name in targets}
-    inputs = [BlockInputs(torch.randn(5, 8), [((), {})], None) for _ in range(3)]
+    inputs = [BlockInputs(torch.randn(size, 8), [((), {})], None) for size in sizes]
     grams = collect(lambda size, device: Gram(size, device), 0, block, layers, inputs, torch.device("cpu"))
     assert len(made) == products
     expected = {name: [] for name in targets}
@@ -82,11 +83,24 @@ def test_a_calibration_pass_ends_where_all_was_seen(times, targets, products):
         layer.register_forward_pre_hook(lambda _, args, name=name: expected[name].append(args[0]))
     for batch in inputs:
         block(batch.hidden)
-    assert grams.keys() == {name for name in targets if expected[name]}
+    assert grams.keys() == expected.keys()
     for name, gram in grams.items():
         x = torch.cat(expected[name]).detach()
         assert gram.tokens == len(x)
         torch.testing.assert_close(gram.matrix, x.T @ x)
+
+
+def test_a_real_error_behind_the_last_layer_is_not_swallowed():
+    class Failing(Repeating):
+        def forward(self, x):
+            super().forward(x)
+            raise RuntimeError("the cache is full")
+
+    block = Failing(4)
+    inputs = [BlockInputs(torch.randn(4, 8), [((), {})], None)]
+    with pytest.raises(RuntimeError, match="the cache is full"):
+        collect(Wanda(NM(2, 4)).statistic, 0, block, {"second": block.second}, inputs, torch.device("cpu"))
+    assert not block.second._forward_pre_hooks
 
 
 def test_magnitude_runs_without_batches(tiny):

@@ -56,11 +56,11 @@ def test_better_methods_leave_a_better_model(folder, data):
         ALPS(pattern),
     ):
         model = load(folder)
-        # A third of the blocks tells the methods apart; all thirty take a minute each.
+        # A few of the thirty blocks tell the methods apart.
         report = prune_sequentially(
-            model, data.calibration_windows.split(4), pruner, targets=["model.layers.?.*"], progress=False
+            model, data.calibration_windows.split(4), pruner, targets=["model.layers.[0-4].*"], progress=False
         )
-        assert len(report.masks) == 10 * 7
+        assert len(report.masks) == 5 * 7
         assert report.masks.violations(model.named_parameters()) == {}
         report.masks.check(pattern)
         measured[type(pruner).__name__] = perplexity(model, data.evaluation_windows, progress=False)

@@ -31,7 +31,8 @@ def collect(
     """
     Streams the layers' inputs into statistics; layers that get the same tensor share one.
 
-    A pass ends where the last layer was reached, whose product nobody needs: in a decoder block the widest one.
+    A pass ends where the last layer was reached, whose product nobody needs: in a decoder block the widest one. The
+    first pass is whole; others end early if they called the same layers, each once, on inputs of the same shapes.
 
     A layer whose forward is not called is looked for a second time, by what its weight is multiplied with. Experts get
     the tokens that are dealt to them. A layer of which nothing was seen has no statistic.
@@ -68,8 +69,8 @@ def _observe(
     leaders: dict[str, str] = {}
     seen: dict[int, tuple[Tensor, str]] = {}
     tokens: Tensor | None = None
-    calls: list[str] = []
-    ends_early = False
+    calls: list[tuple[str, torch.Size]] = []
+    whole: list[tuple[str, torch.Size]] | None = None  # those of a whole pass, if another may end with the last of them
     untold: set[str] = set()
 
     def count(name: str, x: Tensor) -> None:
@@ -96,20 +97,20 @@ def _observe(
             raise ValueError(f"{name} shares its input with {leaders[name]} in one batch and not in another")
         if leader == name:
             count_real(name, x)
-        calls.append(name)
-        if ends_early and set(calls) == set(layers):
+        calls.append((name, x.shape))
+        if calls == whole:
             raise _AllSeenError
 
     def run() -> None:
-        nonlocal tokens, ends_early
+        nonlocal tokens, whole
         for number, batch in enumerate(inputs):
             seen.clear()
             calls.clear()
             tokens = None if batch.tokens is None else batch.tokens.to(where)
             with suppress(_AllSeenError):
                 run_block(index, block, batch, where)
-            if number == 0:  # it was whole, and tells whether every layer is called, and once (experts never are)
-                ends_early = sorted(calls) == sorted(layers)
+            if number == 0 and sorted(name for name, _ in calls) == sorted(layers):  # experts are never called
+                whole = calls.copy()
         seen.clear()
 
     with ExitStack() as stack:

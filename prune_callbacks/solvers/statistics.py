@@ -12,6 +12,9 @@ from prune_callbacks.ranks import Ranks
 AT_ONCE = 2**25
 """How many numbers are converted to float32 at once: a batch in 16 bits is never copied whole."""
 
+STRIP = 256
+"""How many features a strip of a Gram has at least; for fewer tokens mirroring takes longer than it saves."""
+
 
 @runtime_checkable
 class Statistic(Protocol):
@@ -62,14 +65,19 @@ class Gram:
     def update(self, x: Float[Tensor, "*batch in"]) -> None:
         """Adds `x^T x` for `x` of shape (..., in); see `Statistic`."""
         parts, self.matrix = _vectors(x, self.matrix)
-        # A Gram is symmetric: of its blocks those from the diagonal on are computed, and mirrored.
-        starts = range(0, size := len(self.matrix), step := max(256, -(-size // 8)))
         for rows in parts:
-            for a in starts:
-                self.matrix[a : a + step, a:].addmm_(rows[:, a : a + step].T, rows[:, a:])
+            if len(rows) < STRIP:
+                self.matrix.addmm_(rows.T, rows)
+            else:
+                self._add_by_strips(rows)
             self.tokens += len(rows)
-        for a in starts:
-            self.matrix[a + step :, a : a + step] = self.matrix[a : a + step, a + step :].T
+
+    def _add_by_strips(self, rows: Float[Tensor, "tokens in"]) -> None:
+        """A Gram is symmetric: what is right of its diagonal is computed, strip by strip, and mirrored."""
+        for a in range(0, size := len(self.matrix), step := max(STRIP, -(-size // 8))):
+            strip = self.matrix[a : a + step, a:]
+            strip.addmm_(rows[:, a : a + step].T, rows[:, a:])
+            self.matrix[a + step :, a : a + step] = strip[:, step:].T
 
     def reduce(self, ranks: Ranks) -> None:
         """The sum over ranks; see `Statistic`."""
