@@ -8,8 +8,8 @@ import torch
 
 from prune_callbacks.tasks import byte_tokenizer, tiny_llama
 
-SLOWEST = ("parallel", "train_ranks", "train", "smollm2", "pruners", "train_deploy", "sweep", "zero_shot")
-"""Files that take minutes, the longest first: begun last, one of them would run alone in the end."""
+SLOWEST = ("parallel", "smollm2", "pruners", "train", "train_ranks", "train_deploy", "sweep", "zero_shot")
+"""Files that take minutes: begun last, one of them would run alone in the end. Those with ranks not side by side."""
 
 
 def pytest_collection_modifyitems(items):
