@@ -80,17 +80,18 @@ def table(cells: dict[str, Any]) -> None:
     for name, cell in cells.items():
         method, tool = name.split(" by ")
         other = cells.get(f"{method} by llm-compressor", cell)
-        prune, whole = medians(cell)
-        ratio = " / ".join(f"{ours / theirs:.2f}" for ours, theirs in zip((prune, whole), medians(other), strict=True))
-        peak = statistics.median(r["peak_bytes"] for r in cell["runs"]) / 2**30
+        prune, whole, peak = medians(cell)
+        theirs = medians(other)
+        ratio = f"{prune / theirs[0]:.2f} / {whole / theirs[1]:.2f}"
         ratio = "-" if other is cell else ratio
         print(f"| {method} | {tool} | {prune:.1f} | {whole:.1f} | {ratio} | {peak:.2f} | {cell['perplexity']:.2f} |")
 
 
-def medians(cell: dict[str, Any]) -> tuple[float, float]:
-    """Of pruning, and of the whole process."""
-    prune, whole = ([r["seconds"][key] for r in cell["runs"]] for key in ("prune", "whole process"))
-    return statistics.median(prune), statistics.median(whole)
+def medians(cell: dict[str, Any]) -> tuple[float, float, float]:
+    """Seconds of pruning and of the whole process, and peak GiB."""
+    runs = [(r["seconds"]["prune"], r["seconds"]["whole process"], r["peak_bytes"] / 2**30) for r in cell["runs"]]
+    prune, whole, peak = map(statistics.median, zip(*runs, strict=True))
+    return prune, whole, peak
 
 
 def main() -> None:

@@ -217,13 +217,14 @@ def _pruned(
     try:
         reached = {parameter_name(name, layer) for name, layer in layers.items() if name in statistics}
         for name, layer in layers.items():
-            expert = isinstance(layer, ExpertWeight)
             if parameter_name(name, layer) not in reached:
                 raise ValueError(f"{name}: {not_seen(layer)} during calibration; leave it out of `targets`")
             statistic, kept = statistics.get(name), layer.get_parameter("weight").data
             assert statistic is None or isinstance(statistic, Gram)
             weight = oriented(layer, kept)
-            few = expert and (statistic is None or statistic.tokens < max(min_expert_tokens, 1))
+            few = isinstance(layer, ExpertWeight) and (
+                statistic is None or statistic.tokens < max(min_expert_tokens, 1)
+            )
             with naming(name):
                 pruned = Magnitude(pruner.pattern).prune(weight, None) if few else pruner.prune(weight, statistic)
             if statistic is not None:
