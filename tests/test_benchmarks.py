@@ -184,6 +184,10 @@ def test_scaling_prints_every_shape_and_its_counts_order_the_measured_layers(mon
 WORKSPACE = """
 import sys, torch
 from prune_callbacks import ALPS, MRP, Gram, SparseGPT, Unstructured
+from prune_callbacks.solvers.least_squares import MaskedLeastSquares
+from prune_callbacks.sparsity.selection import keep_largest
+
+torch.manual_seed(0)
 
 def memory(key):
     lines = open("/proc/self/status").read().splitlines()
@@ -193,13 +197,20 @@ out, size = map(int, sys.argv[1:])
 small, gram, weight = Gram(64), Gram(size), torch.randn(out, size)
 small.update(torch.randn(128, 64))
 gram.update(torch.randn(2 * size, size))
-for pruner in (SparseGPT, lambda pattern: MRP(pattern, block_size=None), ALPS):
-    pruner(Unstructured(0.5)).prune(torch.randn(8, 64), small)  # libraries are loaded now
+def measured(run, small, large):
+    run(*small)  # libraries are loaded now
     open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
     before = memory("VmRSS:")
-    pruned = pruner(Unstructured(0.5)).prune(weight, gram)
+    result = run(*large)
     print(memory("VmHWM:") - before)
-    del pruned
+
+for pruner in (SparseGPT, lambda pattern: MRP(pattern, block_size=None), ALPS):
+    measured(pruner(Unstructured(0.5)).prune, (torch.randn(8, 64), small), (weight, gram))
+MaskedLeastSquares.penalty = lambda self: self.loss.new_tensor([1e9])  # the search never surely wins
+measured(ALPS(Unstructured(0.5)).prune, (torch.randn(8, 64), small), (weight, gram))
+scores = weight.flatten()
+scores[:100] = scores.kthvalue(len(scores) // 2 + 1).values  # tied with the last that is kept
+measured(keep_largest, (torch.ones(4), 2), (scores, len(scores) // 2))
 """
 
 
@@ -210,9 +221,10 @@ def test_what_scaling_counts_for_a_solver_is_what_it_takes(out, size):
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WORKSPACE, str(out), str(size)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    taken = dict(zip(("SparseGPT", "MRP, S = all", "ALPS"), map(int, done.stdout.split()), strict=True))
-    for method, peak in taken.items():
+    *peaks, selecting = map(int, done.stdout.split())
+    for method, peak in zip(("SparseGPT", "MRP, S = all", "ALPS", "ALPS"), peaks, strict=True):
         assert 0.7 * bench.workspace(method, out, size) < peak < 1.1 * bench.workspace(method, out, size) + 2**23
+    assert selecting < 1.75 * 4 * out * size + 2**22  # a copy of the scores, and the mask, ties or none
 
 
 def test_whole_models_are_pruned_in_processes_of_their_own(tmp_path, monkeypatch, capsys):

@@ -57,14 +57,15 @@ def alps(
     keep = _search(dense, system, keep_best, solution.weight, first, solution.gradient * (~first).to(dense))
     solution.restrict(keep)
     solution.solve()
-    if bool(((solution.loss <= least) & (solution.undamped() <= least - 1.2 * penalty)).all()):
-        return solution.weight, keep
+    found, loss, undamped = solution.weight, solution.loss, solution.undamped()
+    if bool(((loss <= least) & (undamped <= least - 1.2 * penalty)).all()):
+        return found, keep
+    del solution  # several arrays of the weights' size, and another such is coming
     other = MaskedLeastSquares(dense, system, heights)
     other.restrict(first)
     other.solve()
-    better = (solution.loss <= other.loss) & (solution.undamped() <= other.undamped())
-    rows = solution.by_row(better)[:, None]
-    return torch.where(rows, solution.weight, other.weight), torch.where(rows, keep, first)
+    rows = other.by_row((loss <= other.loss) & (undamped <= other.undamped()))[:, None]
+    return torch.where(rows, found, other.weight), torch.where(rows, keep, first)
 
 
 def _search(
