@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 from launch import train
+from runs import words
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -46,6 +48,7 @@ from prune_callbacks import (
     prune_sequentially,
 )
 from prune_callbacks.evaluation.comparison import main as comparison_main
+from prune_callbacks.evaluation.page import write_page
 from prune_callbacks.evaluation.report import compare, summary_table
 from prune_callbacks.evaluation.run_folder import ABSENT, read_run
 from prune_callbacks.solvers import Grid
@@ -572,12 +575,13 @@ def test_progress_is_shown(tmp_path, source, batches, capsys):
     assert "21/21 layers" in capsys.readouterr().out
 
 
-def test_the_recipe_prunes_a_tiny_checkpoint_and_goes_on(tmp_path, capsys):
+def test_the_recipe_prunes_a_tiny_checkpoint_and_goes_on(tmp_path, capsys, monkeypatch):
     root = Path(__file__).parent.parent
     spec = importlib.util.spec_from_file_location("train", root / "train.py")
     train = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(train)
     folder = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["train.py", "recipe=prune_streaming", "smoke=true", f"output_dir={folder}"])
     with hydra.initialize_config_dir(str(root / "recipes"), version_base="1.3"):
         for _ in range(2):  # the second time it has come to its end
             train.run(["recipe=prune_streaming", "smoke=true", f"output_dir={folder}"])
@@ -590,6 +594,10 @@ def test_the_recipe_prunes_a_tiny_checkpoint_and_goes_on(tmp_path, capsys):
     assert {"model", "masks.safetensors", "report.json", "config.yaml"} <= {path.name for path in folder.iterdir()}
     report = json.loads((folder / "report.json").read_text())
     assert report["recipe"] == "prune_streaming"
+    assert report["command"] == "python train.py recipe=prune_streaming smoke=true"
+    page = words(write_page(folder).read_text(encoding="utf-8"))
+    assert "one block of the model in memory at a time, and trained nothing. Folder" in page
+    assert "python train.py recipe=prune_streaming smoke=true" in page
     assert len(report["sparsity"]["layers"]) == 4 * 7
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert MaskSet.load(folder / "masks.safetensors").violations(model.named_parameters()) == {}
@@ -612,6 +620,20 @@ def stopped_after(source, target, batches, count, monkeypatch):
         patched.setattr(walk.Journal, "commit", stop)
         with pytest.raises(_StoppedError):
             prune(source, target, batches)
+
+
+def test_warnings_are_in_the_report_those_of_a_stopped_call_too(tmp_path, source, batches, monkeypatch):
+    few = [batches[0][:1]]
+    with pytest.warns(UserWarning, match="24 calibration tokens"):
+        heard = prune(source, tmp_path / "whole", few)["warnings"]
+    assert len(heard) == 1
+    assert "for the 32 input features of model.layers.0.mlp.down_proj" in heard[0]
+    with pytest.warns(UserWarning, match="24 calibration tokens"):
+        stopped_after(source, tmp_path / "target", few, 1, monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # nor is what was said before said again
+        assert prune(source, tmp_path / "target", few)["warnings"] == heard
+    assert prune(source, tmp_path / "quiet", batches)["warnings"] == []
 
 
 def test_what_was_lost_between_two_calls_is_noticed(tmp_path, source, batches, monkeypatch):

@@ -75,7 +75,7 @@ class OWL:
         scores = {n: w.float().abs() * statistics[n].squared_norm.to(w.device).sqrt() for n, w in weights.items()}
         count = sum(score.numel() for score in scores.values())
         mean = sum(float(score.sum(dtype=torch.float64)) for score in scores.values()) / count
-        outliers = sum(int((score > self.threshold * mean).sum()) for score in scores.values())
+        outliers = sum(int((score > self.threshold * mean).count_nonzero()) for score in scores.values())
         return dict.fromkeys(weights, outliers / count)
 
     def choose(self, values: Values, shapes: Mapping[str, tuple[int, int]], pattern: Pattern) -> dict[str, Pattern]:
@@ -184,7 +184,8 @@ class LagrangianAllocation:
             loss = pruned.loss
             if loss is None:
                 loss = max(0.0, quadratic_form(pruned.weight.to(statistic.matrix) - dense, statistic.matrix))
-            curve.append((1 - float(pruned.keep.double().mean()), loss / output if output > 0 else 0.0))
+            sparsity = 1 - int(pruned.keep.count_nonzero()) / pruned.keep.numel()
+            curve.append((sparsity, loss / output if output > 0 else 0.0))
         return curve
 
 

@@ -65,70 +65,89 @@ def _observe(
     where: torch.device,
 ) -> dict[str, tuple[str, Gram | InputNorm]]:
     """For every layer the first of those that get the same tensor, and its statistic."""
-    statistics: dict[str, Gram | InputNorm] = {}
-    leaders: dict[str, str] = {}
-    seen: dict[int, tuple[Tensor, str]] = {}
-    tokens: Tensor | None = None
-    calls: list[tuple[str, torch.Size]] = []
-    whole: list[tuple[str, torch.Size]] | None = None  # those of a whole pass, if another may end with the last of them
-    untold: set[str] = set()
+    observer = _Observer(make, layers)
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            if not isinstance(layer, ExpertWeight):
+                hook = layer.register_forward_pre_hook(lambda _, args, name=name: observer.observe(name, args[0]))
+                stack.callback(hook.remove)
+        for owner, weights in _by_owner(layers):
+            label = next(iter(weights)).rsplit(".", 2)[0]
+            stack.enter_context(watched_experts(label, owner, weights, observer.count, lambda: observer.tokens))
+        observer.run(index, block, inputs, where)
+    uncalled = {n: m for n, m in layers.items() if n not in observer.leaders and not isinstance(m, ExpertWeight)}
+    if uncalled:  # Mamba's mixer multiplies with dt_proj.weight itself; only then is a second look worth its time
+        with ExitStack() as stack:
+            for parent, weights in _by_parent(block, uncalled):
+                stack.enter_context(watched(parent, weights, observer.count_real))
+            observer.run(index, block, inputs, where)
+    return {name: (leader, observer.statistics[leader]) for name, leader in observer.leaders.items()}
 
-    def count(name: str, x: Tensor) -> None:
-        leaders[name] = name
-        if name not in statistics:
-            statistics[name] = make(x.shape[-1])
-        statistics[name].update(x)
 
-    def count_real(name: str, x: Tensor) -> None:
-        real = x if tokens is None else _real(x, tokens)
-        if real is None and name not in untold:
-            untold.add(name)
+class _Observer:
+    """
+    Takes what reaches a block's layers into statistics, one batch after another.
+
+    Attributes:
+        statistics: of every leader, which is the first of the layers that get the same tensor.
+        leaders: of every layer seen so far.
+        tokens: which of the running batch's tokens are no padding, (batch, tokens); None: all.
+    """
+
+    def __init__(self, make: Callable[[int], Gram | InputNorm], layers: dict[str, nn.Module]) -> None:
+        self.statistics: dict[str, Gram | InputNorm] = {}
+        self.leaders: dict[str, str] = {}
+        self.tokens: Tensor | None = None
+        self._make = make
+        self._names = sorted(layers)
+        self._seen: dict[int, tuple[Tensor, str]] = {}
+        self._calls: list[tuple[str, torch.Size]] = []
+        # Those of a whole pass, if another may end with the last of them.
+        self._whole: list[tuple[str, torch.Size]] | None = None
+        self._untold: set[str] = set()
+
+    def run(self, index: int, block: nn.Module, inputs: list[BlockInputs], where: torch.device) -> None:
+        """Runs the block on every batch: the first whole, others until the last layer was seen."""
+        for number, batch in enumerate(inputs):
+            self._seen.clear()
+            self._calls.clear()
+            self.tokens = None if batch.tokens is None else batch.tokens.to(where)
+            with suppress(_AllSeenError):
+                run_block(index, block, batch, where)
+            if number == 0 and sorted(name for name, _ in self._calls) == self._names:  # experts are never called
+                self._whole = self._calls.copy()
+        self._seen.clear()
+
+    def observe(self, name: str, x: Tensor) -> None:
+        """A layer is called with `x`."""
+        # The tensor is held for the length of one pass, so that its id stays its own.
+        leader = self._seen.setdefault(id(x), (x, name))[1]
+        if self.leaders.setdefault(name, leader) != leader:
+            raise ValueError(f"{name} shares its input with {self.leaders[name]} in one batch and not in another")
+        if leader == name:
+            self.count_real(name, x)
+        self._calls.append((name, x.shape))
+        if self._calls == self._whole:
+            raise _AllSeenError
+
+    def count_real(self, name: str, x: Tensor) -> None:
+        """Takes in those of the inputs that are of real tokens."""
+        real = x if self.tokens is None else _real(x, self.tokens)
+        if real is None and name not in self._untold:
+            self._untold.add(name)
             warnings.warn(
                 f"{name} gets inputs of shape {tuple(x.shape)}, and which of them are padding is not known: all count. "
                 "Give calibration windows without padding",
                 stacklevel=3,
             )
-        count(name, x if real is None else real)
+        self.count(name, x if real is None else real)
 
-    def observe(name: str, x: Tensor) -> None:
-        # The tensor is held in `seen` for the length of one pass, so that its id stays its own.
-        leader = seen.setdefault(id(x), (x, name))[1]
-        if leaders.setdefault(name, leader) != leader:
-            raise ValueError(f"{name} shares its input with {leaders[name]} in one batch and not in another")
-        if leader == name:
-            count_real(name, x)
-        calls.append((name, x.shape))
-        if calls == whole:
-            raise _AllSeenError
-
-    def run() -> None:
-        nonlocal tokens, whole
-        for number, batch in enumerate(inputs):
-            seen.clear()
-            calls.clear()
-            tokens = None if batch.tokens is None else batch.tokens.to(where)
-            with suppress(_AllSeenError):
-                run_block(index, block, batch, where)
-            if number == 0 and sorted(name for name, _ in calls) == sorted(layers):  # experts are never called
-                whole = calls.copy()
-        seen.clear()
-
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            if not isinstance(layer, ExpertWeight):
-                hook = layer.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))
-                stack.callback(hook.remove)
-        for owner, weights in _by_owner(layers):
-            label = next(iter(weights)).rsplit(".", 2)[0]
-            stack.enter_context(watched_experts(label, owner, weights, count, lambda: tokens))
-        run()
-    uncalled = {n: m for n, m in layers.items() if n not in leaders and not isinstance(m, ExpertWeight)}
-    if uncalled:  # Mamba's mixer multiplies with dt_proj.weight itself; only then is a second look worth its time
-        with ExitStack() as stack:
-            for parent, weights in _by_parent(block, uncalled):
-                stack.enter_context(watched(parent, weights, count_real))
-            run()
-    return {name: (leader, statistics[leader]) for name, leader in leaders.items()}
+    def count(self, name: str, x: Tensor) -> None:
+        """Takes in all of the inputs, (..., in)."""
+        self.leaders[name] = name
+        if name not in self.statistics:
+            self.statistics[name] = self._make(x.shape[-1])
+        self.statistics[name].update(x)
 
 
 def _real(x: Tensor, tokens: Tensor) -> Tensor | None:

@@ -28,6 +28,7 @@ from prune_callbacks.calibration import (
     told_dense,
     weight_shape,
 )
+from prune_callbacks.callbacks.iterative_settings import check_restored, settings_of
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
 from prune_callbacks.callbacks.trainer_state import one_shot_report, random_state, restore_random_state
@@ -143,7 +144,9 @@ class IterativePrune(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path is not None:
-            self._check_restored(trainer)
+            check_restored(trainer, self._restored, self._settings())
+            if self._file is not None:
+                self._file.check(trainer)
             return
         assert self.masks is not None
         self.masks = self.masks & self._masks_so_far(trainer)
@@ -219,40 +222,8 @@ class IterativePrune(Callback):
         rank_zero_info(f"IterativePrune begins with the zeros that the model has: {zeros.sparsity():.2%}")
         return zeros
 
-    def _check_restored(self, trainer: Trainer) -> None:
-        if self._restored is None:
-            raise ValueError(
-                f"the checkpoint {trainer.ckpt_path} holds no state of IterativePrune. To prune its model, load it and "
-                "start a new fit without ckpt_path"
-            )
-        epochs = trainer.fit_loop.epoch_progress.current
-        if epochs.processed > epochs.completed:  # Lightning evens them out where max_epochs limits the fit
-            rank_zero_warn(
-                f"the checkpoint {trainer.ckpt_path} was written at the end of an epoch of a fit limited by max_steps "
-                "alone, where Lightning 2.6 repeats a batch: the resumed training will not be the same to the bit. "
-                "ModelCheckpoint(every_n_train_steps=) writes checkpoints that can be resumed exactly"
-            )
-        settings = self._settings()
-        for name in ("targets", "rewind"):
-            if self._restored[name] != settings[name]:
-                raise ValueError(
-                    f"the checkpoint {trainer.ckpt_path} was written with {name}={self._restored[name]}, and "
-                    f"IterativePrune has {name}={settings[name]}; go on with the same"
-                )
-        for name in ("schedule", "pruner", "scope"):
-            if self._restored[name] != settings[name]:
-                rank_zero_warn(f"the checkpoint was trained by {self._restored[name]}; it goes on by {settings[name]}")
-        if self._file is not None:
-            self._file.check(trainer)
-
     def _settings(self) -> dict[str, Any]:
-        return {
-            "schedule": repr(self.schedule),
-            "pruner": repr(self.pruner),
-            "scope": self.scope,
-            "targets": self.targets if isinstance(self.targets, str) or self.targets is None else list(self.targets),
-            "rewind": None if self.rewind is None else f"Rewind({self.rewind.step}, {self.rewind.optimizer})",
-        }
+        return settings_of(self.schedule, self.pruner, self.scope, self.targets, self.rewind)
 
     def state_dict(self) -> dict[str, Any]:
         if self.masks is None:

@@ -1,7 +1,5 @@
 """RunReport: measures a run before and after pruning, round by round and after recovery, and writes its folder."""
 
-import math
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -10,16 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from transformers import PreTrainedTokenizerBase
 
-from prune_callbacks.calibration import find_language_model, peak_memory, save_sparse_model
-from prune_callbacks.callbacks.fit_warnings import FitWarnings
+from prune_callbacks.calibration import find_language_model, save_sparse_model
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
+from prune_callbacks.callbacks.run_outcome import masks_in_force, outcome, seconds_of_pruning
 from prune_callbacks.callbacks.run_quality import RunQuality, finite
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
 from prune_callbacks.evaluation.page import write_page
@@ -31,8 +29,8 @@ from prune_callbacks.evaluation.report import (
     write_json,
 )
 from prune_callbacks.evaluation.zero_shot import ZeroShot
-from prune_callbacks.parallel import gathered_state_dict, param_access, world
-from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.heard_warnings import HeardWarnings
+from prune_callbacks.parallel import gathered_state_dict, world
 from prune_callbacks.sparsity.schedules import Unit
 
 
@@ -84,7 +82,7 @@ class RunReport(Callback):
         self.zero_shot = zero_shot
         self.every_round = every_round
         self._quality = RunQuality(tokenizer, batch_size, zero_shot, progress)
-        self._warnings = FitWarnings()
+        self._warnings = HeardWarnings(but=PossibleUserWarning)
         self.record: dict[str, Any] = {
             "recipe": recipe,
             "model": model,
@@ -252,62 +250,23 @@ class RunReport(Callback):
         if self._train_begin:
             self._train_begin += seconds
 
-    def _masks(self) -> MaskSet:
-        masks = self._iterative.masks if self._iterative is not None else None
-        if masks is None:
-            assert self._one_shot is not None
-            assert self._one_shot.report is not None
-            masks = self._one_shot.report.masks
-        return masks
-
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        model = find_language_model(pl_module)
+        model, masks = find_language_model(pl_module), masks_in_force(self._one_shot, self._iterative)
         state = gathered_state_dict(trainer, model)
         world(trainer).attempt(
             lambda: (
-                save_sparse_model(model, self._masks(), self.dirpath, self.tokenizer, state)
-                if trainer.is_global_zero
-                else None
+                save_sparse_model(model, masks, self.dirpath, self.tokenizer, state) if trainer.is_global_zero else None
             )
         )
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        masks = self._masks()
-        # Counted in the weights, not in the masks: without an enforcer the two part ways.
-        weights = param_access(trainer, masks)
-        zeros, violations = weights.layer_sparsity(), weights.violations()
+        found = outcome(trainer, self._one_shot, self._iterative, self.dirpath)
         if not trainer.is_global_zero:
             return
-        total = sum(zeros[name] * math.prod(masks.shape(name)) for name in masks)
-        achieved = total / max(1, sum(math.prod(masks.shape(name)) for name in masks))
-        pruning = [c for c in (self._one_shot, self._iterative) if c is not None]
-        report = self._one_shot.report if self._one_shot is not None else None
-        last = self._iterative.schedule.target if self._iterative is not None else pruning[0].pruner.pattern.sparsity
-        self.record["seconds"]["prune"] = (report.seconds if report is not None else 0.0) + (
-            self._iterative.seconds if self._iterative is not None else 0.0
-        )
-        self.record |= {
-            "pruner": ", then ".join(repr(callback.pruner) for callback in pruning),
-            "allocation": repr(self._one_shot.allocation) if self._one_shot and self._one_shot.allocation else None,
-            "schedule": repr(self._iterative.schedule) if self._iterative is not None else None,
-            "optimizer_steps": trainer.global_step,
-            "strategy": type(trainer.strategy).__name__,
-            "processes": trainer.world_size,
-            "precision": str(trainer.precision),
-            "adapter": "adapter" if (self.dirpath / "adapter").is_dir() else None,
-            "sparsity": {"target": last, "achieved": achieved, "layers": zeros},
-            "violations": violations,
-            "reconstruction_loss": {layer.name: layer.relative_loss for layer in report.layers} if report else {},
-            "skipped": report.skipped if report else {},
-            "by_magnitude": report.by_magnitude if report else {},
-            "peak_memory_bytes": max(
-                report.peak_memory_bytes if report else 0, peak_memory(trainer.strategy.root_device)
-            ),
-            "versions": {name: version(name) for name in ("prune-callbacks", "torch", "lightning", "transformers")}
-            | ({} if self.zero_shot is None else {"lm_eval": version("lm_eval")})
-            | {"python": platform.python_version()},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        }
+        if self.zero_shot is not None:
+            found["versions"] |= {"lm_eval": version("lm_eval")}
+        self.record |= found
+        self.record["seconds"]["prune"] = seconds_of_pruning(self._one_shot, self._iterative)
         write_json(self.dirpath / "report.json", self.record)
         draw_report(self.record, self.dirpath / "report.png")
         write_page(self.dirpath)

@@ -92,7 +92,7 @@ class Unstructured:
         """Whether enough weights are gone, by the count that `per` names; None: by either count."""
         columns, in_rows = keep.shape[1], keep.sum(1)
         by_row = bool((in_rows <= columns - _removed(self.sparsity, columns)).all())
-        by_tensor = int(keep.sum()) <= keep.numel() - _removed(self.sparsity, keep.numel())
+        by_tensor = int(keep.count_nonzero()) <= keep.numel() - _removed(self.sparsity, keep.numel())
         evenly = by_tensor and int(in_rows.max() - in_rows.min()) <= 1
         return {"row": by_row, "even": evenly, "tensor": by_tensor, None: by_row or by_tensor}[self.per]
 

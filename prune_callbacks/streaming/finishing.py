@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,7 +16,8 @@ from prune_callbacks.calibration.capture import Batch
 from prune_callbacks.streaming.files import copy_file, rename, size_of, sizes, write_json
 from prune_callbacks.streaming.journal import MASKS, MODEL, SCALES, Journal
 from prune_callbacks.streaming.shards import Shards, join_files
-from prune_callbacks.streaming.source import INDEX, Checkpoint
+from prune_callbacks.streaming.source import INDEX
+from prune_callbacks.streaming.walk import BlockWalk
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
 """How the names of files of weights end."""
@@ -43,17 +45,20 @@ def check_space(journal: Journal, shards: Shards, batches: Sequence[Batch], mode
         )
 
 
-def finish(
-    journal: Journal, shards: Shards, checkpoint: Checkpoint, model: PreTrainedModel, about: Mapping[str, Any]
-) -> None:
-    """Writes what is outside of the blocks, the files beside the weights, all masks and the report, which ends it."""
+def finish(journal: Journal, walk: BlockWalk, about: Mapping[str, Any]) -> None:
+    """
+    Writes what is outside of the blocks, the files beside the weights, all masks and the report, which ends it.
+
+    `about` goes into the report as it is.
+    """
+    shards, checkpoint = walk.shards, walk.checkpoint
     if journal.model.exists():  # else it has its name already
         shards.copy_outside(checkpoint, journal.model / shards.file(len(shards.of_block)))
         write_json(journal.model / INDEX, shards.index(journal.model))
         _copy_others(checkpoint.folder, journal.model)
         config = checkpoint.config
-        config.dtype = model.dtype
-        config.architectures = [type(model).__name__]
+        config.dtype = walk.model.dtype
+        config.architectures = [type(walk.model).__name__]
         write_json(journal.model / "config.json", json.loads(config.to_json_string()))
         rename(journal.model, journal.target / MODEL)
     numbers = range(len(journal.records))
@@ -61,7 +66,7 @@ def finish(
     scales = [p for p in map(journal.scales, numbers) if p.exists()]
     if scales:
         join_files(scales, journal.target / SCALES)
-    journal.finish(_report(journal, about))
+    journal.finish(_report(journal, walk) | dict(about))
 
 
 def _copy_others(source: Path, target: Path) -> None:
@@ -75,31 +80,27 @@ def _copy_others(source: Path, target: Path) -> None:
             copy_file(path, target / inner)
 
 
-def _report(journal: Journal, about: Mapping[str, Any]) -> dict[str, Any]:
+def _report(journal: Journal, walk: BlockWalk) -> dict[str, Any]:
     """With the keys that the report of a run has; of perplexity nothing is known."""
     layers = [layer for record in journal.records for layer in record["layers"]]
     parameters = {name: counts for record in journal.records for name, counts in record["parameters"].items()}
     removed, weights = (sum(counts[i] for counts in parameters.values()) for i in (0, 1))
-    skipped = dict(about["skipped"])
+    skipped = dict(walk.skipped)
     for record in journal.records:
         skipped |= record["skipped"]
     # run_folder has a table of absent values, but importing it brings matplotlib into the memory that is saved here.
     return {
-        "recipe": about["recipe"],
-        "model": about["model"],
         "stage": "streamed",
-        "command": None,
         "optimizer_steps": 0,
         "processes": 1,
-        "device": platform.machine(),
-        "warnings": None,  # they went to the terminal
+        "device": torch.cuda.get_device_name(walk.where) if walk.where.type == "cuda" else platform.machine(),
         "perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None},
         **dict.fromkeys(("allocation", "schedule", "strategy", "precision", "adapter")),
         **{key: [] for key in ("rounds", "changes", "training_loss")},
         **{key: {} for key in ("corpora", "zero_shot")},
-        "pruner": about["pruner"],
+        "pruner": repr(walk.pruner),
         "sparsity": {
-            "target": about["sparsity"],
+            "target": walk.pruner.pattern.sparsity,
             "achieved": removed / max(1, weights),
             "layers": {name: gone / size for name, (gone, size) in parameters.items()},
         },

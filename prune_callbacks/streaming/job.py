@@ -1,5 +1,6 @@
 """What `recipe=prune_streaming` calls."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -60,6 +61,9 @@ def prune_on_windows(
     Raises:
         ValueError: one of them is given; else as `prune_checkpoint`.
     """
+    # Here, since it brings matplotlib into the memory that `prune_checkpoint` saves.
+    from prune_callbacks.evaluation.report import repeat_command
+
     given = [key for key, value in (whole_model or {}).items() if value]
     if given:
         raise ValueError(
@@ -83,6 +87,7 @@ def prune_on_windows(
         device=device,
         dtype=dtype,
         name=name,
+        command=repeat_command(sys.argv),
     )
     sparsity, seconds, peak = report["sparsity"], report["seconds"]["prune"], report["peak_memory_bytes"]
     print(

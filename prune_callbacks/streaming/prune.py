@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prune_callbacks.calibration.capture import Batch
 from prune_callbacks.calibration.walking import parsed_device
+from prune_callbacks.heard_warnings import HeardWarnings
 from prune_callbacks.pruners import Pruner, Structured
 from prune_callbacks.streaming.finishing import check_space, finish
 from prune_callbacks.streaming.inputs import described_batches
@@ -32,6 +33,7 @@ def prune_checkpoint(
     min_expert_tokens: int = 32,
     dtype: torch.dtype | str | None = None,
     name: str | None = None,
+    command: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """
@@ -55,6 +57,7 @@ def prune_checkpoint(
         min_expert_tokens: as in `prune_sequentially`.
         dtype: of the weights, as in `from_pretrained`; None: that of the configuration.
         name: of the recipe, for the report.
+        command: that repeats this, for the report.
         progress: show a progress bar.
 
     Returns:
@@ -83,31 +86,32 @@ def prune_checkpoint(
     given = list(batches or ()) if calibrated else []
     if calibrated and not given:
         raise ValueError("there is no calibration batch; give at least one batch of token ids")
-    checkpoint = Checkpoint(source)
-    model = build_skeleton(checkpoint.config, model_dtype(checkpoint, dtype))
-    where = parsed_device(device or "cpu")
-    walk = BlockWalk(checkpoint, model, pruner, given, targets, blocks, where, min_expert_tokens)
-    setting = {
-        "source": checkpoint.fingerprint(),
-        "pruner": repr(pruner),
-        "targets": list(walk.layers),
-        "min_expert_tokens": min_expert_tokens,
-        "dtype": str(model.dtype),
-        "device": walk.where.type,
-        "batches": list(described_batches(given)),
-    }
-    with alone(target):
-        journal = Journal(target, setting)
-        if journal.report is None:
-            journal.prepare()
-            check_space(journal, walk.shards, given, model)
-            with returning_memory():
-                walk.run(journal, progress)
-            about = {"recipe": name, "model": source.name, "pruner": repr(pruner), "sparsity": pruner.pattern.sparsity}
-            finish(journal, walk.shards, checkpoint, model, about | {"skipped": walk.skipped})
-        assert journal.report is not None
-        journal.check_finished()
-        return journal.report
+    with HeardWarnings() as heard:
+        checkpoint = Checkpoint(source)
+        model = build_skeleton(checkpoint.config, model_dtype(checkpoint, dtype))
+        where = parsed_device(device or "cpu")
+        walk = BlockWalk(checkpoint, model, pruner, given, targets, blocks, where, min_expert_tokens)
+        setting = {
+            "source": checkpoint.fingerprint(),
+            "pruner": repr(pruner),
+            "targets": list(walk.layers),
+            "min_expert_tokens": min_expert_tokens,
+            "dtype": str(model.dtype),
+            "device": walk.where.type,
+            "batches": list(described_batches(given)),
+        }
+        with alone(target):
+            journal = Journal(target, setting)
+            if journal.report is None:
+                journal.prepare()
+                check_space(journal, walk.shards, given, model)
+                with returning_memory():
+                    walk.run(journal, progress, heard)
+                about = {"recipe": name, "model": source.name, "command": command, "warnings": heard.texts}
+                finish(journal, walk, about)
+            assert journal.report is not None
+            journal.check_finished()
+            return journal.report
 
 
 def _check_folders(source: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ from prune_callbacks.calibration.loading import Ahead, loading_ahead
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.calibration.prune_report import peak_memory, reset_peak_memory
 from prune_callbacks.calibration.walking import layer_progress
+from prune_callbacks.heard_warnings import HeardWarnings
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.ranks import ALONE
 from prune_callbacks.sparsity import MaskSet
@@ -86,9 +87,13 @@ class BlockWalk:
             notes.note_dense(self.blocks, self.layers)
         self.skipped = notes.skipped
 
-    def run(self, journal: Journal, progress: bool) -> None:
-        """All blocks that are not finished."""
+    def run(self, journal: Journal, progress: bool, heard: HeardWarnings) -> None:
+        """All blocks that are not finished; every record holds all that was warned of so far."""
         begin = len(journal.records)
+        if begin:
+            last = journal.records[-1]
+            heard.put_before(last.get("warnings", ()))  # an earlier version's records have none
+            self.few_tokens = last.get("few_tokens", False)
         reset_peak_memory(self.where)
         with layer_progress(len(self.layers), progress) as (bar, task):
             bar.update(task, completed=sum(len(self._inside(index)) for index in range(begin)))
@@ -102,7 +107,8 @@ class BlockWalk:
                     started = time.perf_counter()
                     record = self._block(journal, index, inputs, ahead, lambda count: bar.advance(task, count))
                     seconds = time.perf_counter() - started
-                    journal.commit(record | {"seconds": seconds, "peak_memory_bytes": peak_memory(self.where)})
+                    more = {"seconds": seconds, "peak_memory_bytes": peak_memory(self.where)}
+                    journal.commit(record | more | {"warnings": list(heard.texts), "few_tokens": self.few_tokens})
 
     def _inside(self, index: int) -> dict[str, nn.Module]:
         """The layers to prune of a block."""
@@ -210,7 +216,7 @@ class BlockWalk:
             "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in run.layers],
             "skipped": run.skipped,
             "by_magnitude": run.by_magnitude,
-            "parameters": {name: [int((~masks[name]).sum()), math.prod(masks.shape(name))] for name in masks},
+            "parameters": {name: [int((~masks[name]).count_nonzero()), math.prod(masks.shape(name))] for name in masks},
             "violations": masks.violations({name: weights[name] for name in masks}),
         }
 

@@ -10,8 +10,8 @@ from fits import trainer_of
 from runs import words
 
 from prune_callbacks import NM, CausalLM, Magnitude, MaskEnforcer, OneShotPrune, RunReport, TokenDataModule
-from prune_callbacks.callbacks.fit_warnings import MOST, FitWarnings
 from prune_callbacks.evaluation.report import repeat_command
+from prune_callbacks.heard_warnings import MOST, HeardWarnings
 from prune_callbacks.tasks import PythonDocs
 
 
@@ -87,7 +87,7 @@ def test_a_resumed_fit_goes_on_with_warnings_and_command(tmp_path, monkeypatch):
 
 
 def test_others_who_listen_are_left_in_their_place():
-    heard, ours = [], FitWarnings()
+    heard, ours = [], HeardWarnings()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         ours.start()
@@ -107,6 +107,19 @@ def test_others_who_listen_are_left_in_their_place():
             warnings.warn(f"{count} is too many", stacklevel=1)
         ours.stop()
     assert len(ours.texts) == MOST
+
+
+def test_hints_are_not_kept():
+    class Hint(UserWarning):
+        pass
+
+    def warn():
+        warnings.warn("perhaps", Hint, stacklevel=1)
+        warnings.warn("told", stacklevel=1)
+
+    with pytest.warns(UserWarning, match="told"), HeardWarnings(but=Hint) as heard:
+        warn()
+    assert heard.texts == ["told"]
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,28 @@
-"""What is warned of during a fit, for its report."""
+"""What is warned of meanwhile, for a report."""
 
 import warnings
 from collections.abc import Callable, Iterable
 from typing import TextIO
 
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
-
 MOST = 50
-"""Texts that are kept; a fit with more says the same in other words."""
+"""Texts that are kept; who gives more says the same in other words."""
 
 
-class FitWarnings:
+class HeardWarnings:
     """
     Keeps the texts of warnings that a user should know, each once and in order; all are shown as they would be.
 
-    Those are `UserWarning` and `RuntimeWarning`; not what libraries are about to change, nor Lightning's hints
-    (`PossibleUserWarning`).
+    Those are `UserWarning` and `RuntimeWarning`; not what libraries are about to change.
+
+    Args:
+        but: kinds of warnings that are not kept either, such as a library's hints.
 
     Attributes:
         texts: what was kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, but: type[Warning] | tuple[type[Warning], ...] = ()) -> None:
+        self._but = but
         self.texts: list[str] = []
         self._shown: Callable[..., None] | None = None
         self._hear: Callable[..., None] | None = None
@@ -53,12 +54,19 @@ class FitWarnings:
             warnings.showwarning = self._shown
         self._hear = self._shown = None
 
+    def __enter__(self) -> "HeardWarnings":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def put_before(self, texts: Iterable[str]) -> None:
-        """Adds what an earlier part of the fit warned of."""
+        """Adds what was warned of earlier."""
         self.texts[:] = list(dict.fromkeys([*texts, *self.texts]))[:MOST]
 
     def _keep(self, text: str, category: type[Warning]) -> None:
-        if not issubclass(category, UserWarning | RuntimeWarning) or issubclass(category, PossibleUserWarning):
+        if not issubclass(category, UserWarning | RuntimeWarning) or issubclass(category, self._but):
             return
         if text not in self.texts and len(self.texts) < MOST:
             self.texts.append(text)

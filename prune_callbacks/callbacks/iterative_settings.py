@@ -1,0 +1,61 @@
+"""The settings of an iterative pruning that its checkpoints hold, and what a resumed fit has to say of changed ones."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from prune_callbacks.calibration import Scope
+from prune_callbacks.callbacks.rewind import Rewind
+from prune_callbacks.pruners import Magnitude
+from prune_callbacks.sparsity import Schedule
+
+
+def settings_of(
+    schedule: Schedule, pruner: Magnitude, scope: Scope, targets: Sequence[str] | str | None, rewind: Rewind | None
+) -> dict[str, Any]:
+    """They as a checkpoint holds them."""
+    return {
+        "schedule": repr(schedule),
+        "pruner": repr(pruner),
+        "scope": scope,
+        "targets": targets if isinstance(targets, str) or targets is None else list(targets),
+        "rewind": None if rewind is None else f"Rewind({rewind.step}, {rewind.optimizer})",
+    }
+
+
+def check_restored(trainer: Trainer, restored: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:
+    """
+    Whether a fit can go on from `trainer.ckpt_path`.
+
+    Args:
+        trainer: of the resumed fit.
+        restored: what the checkpoint holds of `IterativePrune`.
+        settings: as `settings_of` gives them.
+
+    Raises:
+        ValueError: the checkpoint holds nothing of it, or was written with other targets or another rewinding. Other
+            changes are warned of.
+    """
+    if restored is None:
+        raise ValueError(
+            f"the checkpoint {trainer.ckpt_path} holds no state of IterativePrune. To prune its model, load it and "
+            "start a new fit without ckpt_path"
+        )
+    epochs = trainer.fit_loop.epoch_progress.current
+    if epochs.processed > epochs.completed:  # Lightning evens them out where max_epochs limits the fit
+        rank_zero_warn(
+            f"the checkpoint {trainer.ckpt_path} was written at the end of an epoch of a fit limited by max_steps "
+            "alone, where Lightning 2.6 repeats a batch: the resumed training will not be the same to the bit. "
+            "ModelCheckpoint(every_n_train_steps=) writes checkpoints that can be resumed exactly"
+        )
+    for name in ("targets", "rewind"):
+        if restored[name] != settings[name]:
+            raise ValueError(
+                f"the checkpoint {trainer.ckpt_path} was written with {name}={restored[name]}, and "
+                f"IterativePrune has {name}={settings[name]}; go on with the same"
+            )
+    for name in ("schedule", "pruner", "scope"):
+        if restored[name] != settings[name]:
+            rank_zero_warn(f"the checkpoint was trained by {restored[name]}; it goes on by {settings[name]}")

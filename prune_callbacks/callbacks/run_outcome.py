@@ -1,0 +1,85 @@
+"""What a run's pruning came to, counted in its weights, and where it ran: the part of the report not measured."""
+
+import math
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from prune_callbacks.calibration import peak_memory
+from prune_callbacks.callbacks.iterative_prune import IterativePrune
+from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
+from prune_callbacks.parallel import param_access
+from prune_callbacks.sparsity import MaskSet
+
+PACKAGES = ("prune-callbacks", "torch", "lightning", "transformers")
+
+
+def masks_in_force(one_shot: OneShotPrune | None, iterative: IterativePrune | None) -> MaskSet:
+    """The masks of the callback that pruned last."""
+    masks = iterative.masks if iterative is not None else None
+    if masks is None:
+        assert one_shot is not None
+        assert one_shot.report is not None
+        masks = one_shot.report.masks
+    return masks
+
+
+def outcome(
+    trainer: Trainer, one_shot: OneShotPrune | None, iterative: IterativePrune | None, dirpath: Path
+) -> dict[str, Any]:
+    """What `report.json` says of it; every process calls this."""
+    masks = masks_in_force(one_shot, iterative)
+    # Counted in the weights, not in the masks: without an enforcer the two part ways.
+    weights = param_access(trainer, masks)
+    zeros, violations = weights.layer_sparsity(), weights.violations()
+    report = one_shot.report if one_shot is not None else None
+    peaks = [peak_memory(trainer.strategy.root_device)] + ([report.peak_memory_bytes] if report else [])
+    return {
+        **_pruning(one_shot, iterative),
+        "optimizer_steps": trainer.global_step,
+        "strategy": type(trainer.strategy).__name__,
+        "processes": trainer.world_size,
+        "precision": str(trainer.precision),
+        "adapter": "adapter" if (dirpath / "adapter").is_dir() else None,
+        "sparsity": {"target": _target(one_shot, iterative), "achieved": _achieved(masks, zeros), "layers": zeros},
+        "violations": violations,
+        "reconstruction_loss": {layer.name: layer.relative_loss for layer in report.layers} if report else {},
+        "skipped": report.skipped if report else {},
+        "by_magnitude": report.by_magnitude if report else {},
+        "peak_memory_bytes": max(peaks),
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+    }
+
+
+def seconds_of_pruning(one_shot: OneShotPrune | None, iterative: IterativePrune | None) -> float:
+    """What all changes of the masks took so far."""
+    at_once = one_shot.report.seconds if one_shot is not None and one_shot.report is not None else 0.0
+    return at_once + (iterative.seconds if iterative is not None else 0.0)
+
+
+def _pruning(one_shot: OneShotPrune | None, iterative: IterativePrune | None) -> dict[str, Any]:
+    pruners = [callback.pruner for callback in (one_shot, iterative) if callback is not None]
+    return {
+        "pruner": ", then ".join(repr(pruner) for pruner in pruners),
+        "allocation": repr(one_shot.allocation) if one_shot is not None and one_shot.allocation else None,
+        "schedule": repr(iterative.schedule) if iterative is not None else None,
+    }
+
+
+def _target(one_shot: OneShotPrune | None, iterative: IterativePrune | None) -> float:
+    if iterative is not None:
+        return iterative.schedule.target
+    assert one_shot is not None
+    return one_shot.pruner.pattern.sparsity
+
+
+def _achieved(masks: MaskSet, zeros: Mapping[str, float]) -> float:
+    """The zeros of all pruned weights, as a fraction of them."""
+    sizes = {name: math.prod(masks.shape(name)) for name in masks}
+    return sum(zeros[name] * size for name, size in sizes.items()) / max(1, sum(sizes.values()))
