@@ -154,7 +154,7 @@ def _write(
                 weight = source.read(places[name]).to(empty[name].dtype).contiguous()
                 if name in masks:
                     removed = count_removed(weight, masks[name].flatten())
-                    counted[name] = (weight.numel() - int(weight.count_nonzero()), removed, weight.numel())
+                    counted[name] = (int((weight == 0).count_nonzero()), removed, weight.numel())
                 weights[name] = weight
                 bar.advance(task)
             save_file(weights, folder / file, metadata={"format": "pt"})

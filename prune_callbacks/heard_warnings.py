@@ -14,6 +14,8 @@ class HeardWarnings:
 
     Those are `UserWarning` and `RuntimeWarning`; not what libraries are about to change.
 
+    One at a time in a process, or stopped in the reverse order: what is listened at is the process's.
+
     Args:
         but: kinds of warnings that are not kept either, such as a library's hints.
 
@@ -30,6 +32,8 @@ class HeardWarnings:
     def start(self) -> None:
         """Begins to listen; to be stopped by `stop`."""
         self.stop()
+        with warnings.catch_warnings():
+            pass  # lets what was shown before, in the same process, be shown and heard again
         shown = warnings.showwarning
 
         def hear(

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 from fits import trainer_of
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from runs import words
 
 from prune_callbacks import NM, CausalLM, Magnitude, MaskEnforcer, OneShotPrune, RunReport, TokenDataModule
@@ -33,6 +34,7 @@ def test_a_fit_writes_its_page_and_its_warnings(tmp_path, tiny, fit):
         def on_train_batch_start(self, batch, batch_idx):
             warnings.warn("mind this", stacklevel=1)
             warnings.warn("soon gone", FutureWarning, stacklevel=1)
+            warnings.warn("soon gone, perhaps", PossibleUserWarning, stacklevel=1)
 
     before = warnings.showwarning
     report = RunReport(tmp_path / "run", model="tiny", progress=False)

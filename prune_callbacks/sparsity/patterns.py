@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prune_callbacks.sparsity.selection import keep_largest, refuse_nan
+from prune_callbacks.sparsity.selection import count_true, keep_largest, refuse_nan
 
 
 @runtime_checkable
@@ -90,9 +90,9 @@ class Unstructured:
 
     def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
         """Whether enough weights are gone, by the count that `per` names; None: by either count."""
-        columns, in_rows = keep.shape[1], keep.sum(1)
+        columns, in_rows = keep.shape[1], count_true(keep)
         by_row = bool((in_rows <= columns - _removed(self.sparsity, columns)).all())
-        by_tensor = int(keep.count_nonzero()) <= keep.numel() - _removed(self.sparsity, keep.numel())
+        by_tensor = int(in_rows.sum()) <= keep.numel() - _removed(self.sparsity, keep.numel())
         evenly = by_tensor and int(in_rows.max() - in_rows.min()) <= 1
         return {"row": by_row, "even": evenly, "tensor": by_tensor, None: by_row or by_tensor}[self.per]
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from prune_callbacks.ranks import ALONE, Ranks
@@ -40,19 +40,22 @@ def _drop_last_ties(keep: Tensor, tied: Tensor, kept: int) -> Tensor:
     """
     `keep` without the last of the tied of every row, so that `kept` are left; may be the same memory.
 
-    Lists the tied, who are few, in place of counting along whole rows: that takes 8 bytes a score.
+    Lists the tied, of which there are mostly few, and those of them that go, in place of counting along whole rows,
+    which takes 8 bytes a score.
     """
-    ties = _count(tied).flatten()
-    extra = _count(keep).flatten() - kept
-    places = tied.flatten().nonzero()[:, 0]
-    from_the_end = ties.cumsum(0).repeat_interleave(ties) - torch.arange(len(places), device=places.device)
+    extra = count_true(keep).flatten() - kept
+    # Of the listed ties of a row, its last `extra` go: they begin so far before the row's end in the list. Over all
+    # rows they are counted through, `goes` from 0.
+    ends = count_true(tied).flatten().cumsum(0)
+    goes = torch.arange(int(extra.sum()), device=keep.device)
+    goes += (ends - extra.cumsum(0)).repeat_interleave(extra)
     kept_places = keep.flatten()
-    kept_places[places[from_the_end <= extra.repeat_interleave(ties)]] = False
+    kept_places[tied.flatten().nonzero()[:, 0][goes]] = False
     return kept_places.view(keep.shape)
 
 
-def _count(flags: Tensor) -> Tensor:
-    """How many flags are set along the last dimension."""
+def count_true(flags: Bool[Tensor, "*batch n"]) -> Int64[Tensor, "*batch"]:
+    """How many flags are set along the last dimension; equivalent to `flags.sum(-1)`."""
     if flags.device.type != "cpu":
         return flags.sum(-1)
     # On CPUs torch makes 8 bytes of every flag first, and takes ten times as long.

@@ -61,7 +61,7 @@ def prune_on_windows(
     Raises:
         ValueError: one of them is given; else as `prune_checkpoint`.
     """
-    # Here, since it brings matplotlib into the memory that `prune_checkpoint` saves.
+    # Here, so that matplotlib does not take of the memory that importing `prune_checkpoint` is to save.
     from prune_callbacks.evaluation.report import repeat_command
 
     given = [key for key, value in (whole_model or {}).items() if value]

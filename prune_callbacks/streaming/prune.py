@@ -78,15 +78,8 @@ def prune_checkpoint(
             "Structured removes units from layers of all blocks at once, which takes the whole model: load it and use "
             "prune_sequentially"
         )
-    calibrated = pruner.statistic(1) is not None
-    if calibrated and batches is None:
-        raise ValueError(f"{type(pruner).__name__} needs calibration batches, got None")
-    if isinstance(batches, Tensor):
-        raise ValueError(f"batches must be several batches, got one tensor of shape {tuple(batches.shape)}; split it")
-    given = list(batches or ()) if calibrated else []
-    if calibrated and not given:
-        raise ValueError("there is no calibration batch; give at least one batch of token ids")
     with HeardWarnings() as heard:
+        given = _given_batches(pruner, batches)
         checkpoint = Checkpoint(source)
         model = build_skeleton(checkpoint.config, model_dtype(checkpoint, dtype))
         where = parsed_device(device or "cpu")
@@ -107,11 +100,26 @@ def prune_checkpoint(
                 check_space(journal, walk.shards, given, model)
                 with returning_memory():
                     walk.run(journal, progress, heard)
-                about = {"recipe": name, "model": source.name, "command": command, "warnings": heard.texts}
-                finish(journal, walk, about)
+                about = {"recipe": name, "model": source.name, "command": command}
+                known = all("warnings" in record for record in journal.records)  # an earlier version's have none
+                finish(journal, walk, about | {"warnings": heard.texts if known else None})
             assert journal.report is not None
             journal.check_finished()
             return journal.report
+
+
+def _given_batches(pruner: Pruner, batches: Iterable[Batch] | None) -> list[Batch]:
+    """The calibration batches, of which a pruner that needs none gets none."""
+    if isinstance(batches, Tensor):
+        raise ValueError(f"batches must be several batches, got one tensor of shape {tuple(batches.shape)}; split it")
+    if pruner.statistic(1) is None:
+        return []
+    if batches is None:
+        raise ValueError(f"{type(pruner).__name__} needs calibration batches, got None")
+    given = list(batches)
+    if not given:
+        raise ValueError("there is no calibration batch; give at least one batch of token ids")
+    return given
 
 
 def _check_folders(source: Path, target: Path) -> None:

@@ -92,7 +92,7 @@ class BlockWalk:
         begin = len(journal.records)
         if begin:
             last = journal.records[-1]
-            heard.put_before(last.get("warnings", ()))  # an earlier version's records have none
+            heard.put_before(last.get("warnings", ()))
             self.few_tokens = last.get("few_tokens", False)
         reset_peak_memory(self.where)
         with layer_progress(len(self.layers), progress) as (bar, task):
