@@ -43,7 +43,7 @@ def prune_on_windows(
     whole_model: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
-    `prune_checkpoint` on the calibration windows of a data module, and a line about it.
+    `prune_checkpoint` on the calibration windows of a data module, its page and a line about it.
 
     Args:
         source: the folder of the checkpoint.
@@ -62,6 +62,7 @@ def prune_on_windows(
         ValueError: one of them is given; else as `prune_checkpoint`.
     """
     # Here, so that matplotlib does not take of the memory that importing `prune_checkpoint` is to save.
+    from prune_callbacks.evaluation.page import write_page
     from prune_callbacks.evaluation.report import repeat_command
 
     given = [key for key, value in (whole_model or {}).items() if value]
@@ -89,6 +90,7 @@ def prune_on_windows(
         name=name,
         command=repeat_command(sys.argv),
     )
+    write_page(Path(dirpath))
     sparsity, seconds, peak = report["sparsity"], report["seconds"]["prune"], report["peak_memory_bytes"]
     print(
         f"{source}, pruned by {report['pruner']}, is in {Path(dirpath) / 'model'}: {sparsity['achieved']:.2%} zeros in "
