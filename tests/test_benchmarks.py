@@ -224,7 +224,7 @@ def test_what_scaling_counts_for_a_solver_is_what_it_takes(out, size):
     *peaks, selecting = map(int, done.stdout.split())
     for method, peak in zip(("SparseGPT", "MRP, S = all", "ALPS", "ALPS"), peaks, strict=True):
         assert 0.7 * bench.workspace(method, out, size) < peak < 1.1 * bench.workspace(method, out, size) + 2**23
-    assert peaks[3] < 1.08 * peaks[2] + 2**20  # a second solve does not come on top of the first one's arrays
+    assert peaks[3] < 1.15 * peaks[2]  # a second solve does not come on top of the first one's arrays
     assert selecting < 1.75 * 4 * out * size + 2**22  # a copy of the scores, and the mask, ties or none
 
 
