@@ -207,9 +207,9 @@ def _replace(
     stored, parameter = stored_name(name, layer), layer.get_parameter("weight")
     relative = _relative_loss(weight, pruned, statistic)
     parameter.data.copy_(oriented(layer, pruned.weight))
-    sparsity = 1 - int(pruned.keep.count_nonzero()) / pruned.keep.numel()
-    report = LayerReport(stored, weight_shape(layer), sparsity, pruned.loss, relative, seconds)
-    return report, MaskSet({stored: oriented(layer, pruned.keep)}), pruned.scale
+    masks = MaskSet({stored: oriented(layer, pruned.keep)})
+    report = LayerReport(stored, weight_shape(layer), masks.sparsity(), pruned.loss, relative, seconds)
+    return report, masks, pruned.scale
 
 
 def _joined(fused: str, layers: Mapping[str, nn.Module], parts: Mapping[str, MaskSet]) -> MaskSet:
