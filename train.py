@@ -15,7 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from prune_callbacks.evaluation.comparison import write_comparison
-from prune_callbacks.evaluation.report import compare, read_report, refuse_existing_run
+from prune_callbacks.evaluation.report import read_report, refuse_existing_run
+from prune_callbacks.evaluation.report_pictures import compare
 from prune_callbacks.parallel import newest_checkpoint
 
 SHARED = (

@@ -4,7 +4,10 @@ from itertools import islice
 import pytest
 import torch
 from tokenizers import Tokenizer
-from tokenizers.models import BPE
+from tokenizers.models import BPE, Unigram
+from tokenizers.normalizers import NFKC, Replace
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace
+from tokenizers.trainers import BpeTrainer, UnigramTrainer
 from transformers import PreTrainedTokenizerFast
 
 from prune_callbacks import TokenDataModule
@@ -49,6 +52,59 @@ def test_too_few_windows_say_what_there_is():
 def test_contiguous_windows_join_documents_with_blank_lines():
     windows = contiguous_windows(["abc", "defgh"], encode, 5)
     assert ["".join(map(chr, w)) for w in windows.tolist()] == ["abc\n\n", "defgh"]
+
+
+def trained_tokenizer(kind):
+    """Tokenizers as models have them: within words (GPT-2, Llama 3), over whole texts (Llama 2), by likelihood (T5)."""
+    text = PythonDocs("calibration").documents()
+    if kind == "byte-level BPE":
+        tokenizer, trainer = Tokenizer(BPE()), BpeTrainer(vocab_size=600, show_progress=False)
+        tokenizer.pre_tokenizer = ByteLevel()
+    elif kind == "BPE over whole texts":
+        tokenizer, trainer = Tokenizer(BPE()), BpeTrainer(vocab_size=600, show_progress=False)
+        tokenizer.normalizer = Replace(" ", "\u2581")
+        text = [line for document in text for line in document.splitlines()]
+    else:
+        tokenizer, trainer = (
+            Tokenizer(Unigram()),
+            UnigramTrainer(vocab_size=600, show_progress=False, unk_token="<unk>", special_tokens=["<unk>"]),
+        )
+        tokenizer.normalizer, tokenizer.pre_tokenizer = NFKC(), Metaspace()
+    tokenizer.train_from_iterator(text, trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["byte-level BPE", "BPE over whole texts", "Unigram"])
+@pytest.mark.parametrize("joined", ["\n\n", " "], ids=["lines", "one line"])
+def test_the_first_windows_are_those_of_the_whole_text_though_the_rest_is_not_tokenized(kind, joined):
+    tokenizer, characters = trained_tokenizer(kind), []
+    documents = [joined.join(" ".join(d.split()) for d in PythonDocs("train").documents())]
+
+    def encode(text):
+        characters.append(len(text))
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    whole = contiguous_windows(documents, encode, 64)
+    for limit in (1, 3, 50, len(whole)):
+        assert torch.equal(contiguous_windows(documents, encode, 64, limit=limit), whole[:limit])
+    characters.clear()
+    contiguous_windows(documents, encode, 64, limit=3)
+    assert sum(characters) < 0.1 * len(documents[0])
+
+
+def test_documents_too_short_for_a_window_are_not_tokenized():
+    seen = []
+
+    def encode(text):
+        seen.append(text)
+        return [ord(c) for c in text]
+
+    documents = ["a" * 9, "b" * 10, "c" * 3, "d" * 30]
+    windows = random_windows(documents, encode, 2, 10)
+    assert {chr(w[0]) for w in windows.tolist()} == {"b", "d"}
+    assert sorted(seen) == ["b" * 10, "d" * 30]
+    with pytest.raises(ValueError, match=r"the longest of 9 tokens\) holds 0"):
+        random_windows(["a" * 9, "c" * 3], encode, 2, 10)
 
 
 def test_the_parts_of_the_embedded_corpus_do_not_overlap():

@@ -23,7 +23,7 @@ from prune_callbacks import (
 )
 from prune_callbacks.calibration import save_sparse_model
 from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.report import compare, draw_report
+from prune_callbacks.evaluation.report_pictures import compare, draw_report
 from prune_callbacks.tasks import PythonDocs
 
 

@@ -48,7 +48,8 @@ from prune_callbacks import (
     prune_sequentially,
 )
 from prune_callbacks.evaluation.comparison import main as comparison_main
-from prune_callbacks.evaluation.report import compare, summary_table
+from prune_callbacks.evaluation.report import summary_table
+from prune_callbacks.evaluation.report_pictures import compare
 from prune_callbacks.evaluation.run_folder import ABSENT, read_run
 from prune_callbacks.solvers import Grid
 from prune_callbacks.streaming import walk

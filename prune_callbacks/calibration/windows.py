@@ -1,5 +1,6 @@
 """Token windows of fixed length, cut from documents."""
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,6 +8,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 Encode = Callable[[str], list[int]]
+MARGIN = 1024
+"""Tokens between the last one that is used and a cut in the text. Tokenizers decide within a word or a line."""
+_SPACE = re.compile(r"\s")
 
 
 def random_windows(
@@ -23,10 +27,11 @@ def random_windows(
         ValueError: the documents hold fewer windows than asked for.
     """
     generator = torch.Generator().manual_seed(seed)
-    first, further, longest = [], [], 0
+    first, further = [], []
     for index in torch.randperm(len(documents), generator=generator).tolist():
+        if len(documents[index].encode()) < length:  # a token is a byte or more: no need to tokenize
+            continue
         ids = torch.tensor(encode(documents[index]), dtype=torch.long)
-        longest = max(longest, len(ids))
         if len(ids) < length:
             continue
         start = int(torch.randint(len(ids) % length + 1, (), generator=generator))
@@ -38,6 +43,7 @@ def random_windows(
     order = torch.randperm(len(further), generator=generator).tolist()
     chosen = first + [further[i] for i in order[: count - len(first)]]
     if len(chosen) < count:
+        longest = len(encode(max(documents, key=len)))
         raise ValueError(
             f"asked for {count} calibration windows of {length} tokens; the corpus ({len(documents)} documents, the "
             f"longest of {longest} tokens) holds {len(chosen)}. Ask for fewer or shorter windows, or give more text"
@@ -49,9 +55,11 @@ def contiguous_windows(
     documents: Sequence[str], encode: Encode, length: int, limit: int | None = None
 ) -> Int[Tensor, "count length"]:
     """
-    All documents joined with blank lines, tokenized as one text and cut into windows; the rest is dropped.
+    Joins all documents with blank lines, tokenizes them as one text and cuts it into windows; drops the rest.
 
-    The papers' evaluation protocol (the WikiText-2 test rows joined with blank lines).
+    The papers' evaluation protocol (the WikiText-2 test rows joined with blank lines). With a `limit`, tokenizes only
+    the beginning of the text: up to white space at least `MARGIN` tokens behind the last window, so that the cut
+    changes no token of a window.
 
     Args:
         documents: texts, in order.
@@ -62,7 +70,8 @@ def contiguous_windows(
     Raises:
         ValueError: the text does not fill one window, or not `limit` windows.
     """
-    ids = torch.tensor(encode("\n\n".join(documents)), dtype=torch.long)
+    text = "\n\n".join(documents)
+    ids = torch.tensor(encode(text) if limit is None else _first_tokens(text, encode, limit * length), dtype=torch.long)
     available = len(ids) // length
     if available < (limit or 1):
         raise ValueError(
@@ -71,3 +80,15 @@ def contiguous_windows(
         )
     count = available if limit is None else limit
     return ids[: count * length].view(count, length)
+
+
+def _first_tokens(text: str, encode: Encode, count: int) -> list[int]:
+    """Tokenizes the beginning of a text, longer and longer, until `count` tokens and a margin are found."""
+    wanted = count + MARGIN
+    size = wanted  # characters, one a token at first
+    while True:
+        cut = _SPACE.search(text, size)
+        ids = encode(text if cut is None else text[: cut.start()])
+        if cut is None or len(ids) >= wanted:
+            return ids
+        size = max(2 * size, size * wanted * 11 // (10 * max(1, len(ids))))

@@ -22,12 +22,12 @@ from prune_callbacks.callbacks.run_quality import RunQuality, finite
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
 from prune_callbacks.evaluation.page import write_page
 from prune_callbacks.evaluation.report import (
-    draw_report,
     refuse_existing_run,
     repeat_command,
     summary_table,
     write_json,
 )
+from prune_callbacks.evaluation.report_pictures import draw_report
 from prune_callbacks.evaluation.zero_shot import ZeroShot
 from prune_callbacks.heard_warnings import HeardWarnings
 from prune_callbacks.parallel import gathered_state_dict, world

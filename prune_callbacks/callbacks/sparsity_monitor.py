@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
-from prune_callbacks.evaluation.report import draw_sparsity
+from prune_callbacks.evaluation.report_pictures import draw_sparsity
 from prune_callbacks.parallel import param_access
 from prune_callbacks.sparsity import MaskSet
 

@@ -10,8 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo_config
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
@@ -186,6 +184,9 @@ def _base(variants: Mapping[str, nn.Module], what: str) -> nn.Module:
 
 def _compiling(variants: Mapping[str, nn.Module]) -> AbstractContextManager[Any]:
     """Every cell is compiled for its own shapes; and a graph that gives up compiling fails, not runs eagerly unseen."""
+    from torch._dynamo import config as dynamo_config  # seconds, which a model that is never timed need not pay
+    from torch._dynamo.eval_frame import OptimizedModule
+
     if any(isinstance(module, OptimizedModule) for module in variants.values()):
         torch.compiler.reset()
     return cast(AbstractContextManager[Any], dynamo_config.patch(fail_on_recompile_limit_hit=True))

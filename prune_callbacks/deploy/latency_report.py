@@ -6,17 +6,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from rich.table import Table
 
 from prune_callbacks.deploy.latency import BASE
+from prune_callbacks.evaluation.drawing import subplots
 
 Cell = dict[str, Any]
 Record = dict[str, Any]
@@ -198,11 +194,10 @@ def draw_latency(record: Record, path: Path) -> None:
     groups = list(dict.fromkeys(_group(cell) for cell in record["cells"]))
     columns = min(3, len(groups))
     rows = math.ceil(len(groups) / columns)
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         rows,
         columns,
         figsize=(4.6 * columns + 0.4, 3.2 * rows + 0.9),
-        layout="constrained",
         squeeze=False,
         sharey=True,  # a small gain is to look small
     )
@@ -226,7 +221,6 @@ def draw_latency(record: Record, path: Path) -> None:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _ratios(cells: list[Cell]) -> list[float]:

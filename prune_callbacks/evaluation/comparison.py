@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prune_callbacks.evaluation.drawing import COLOURS, STAGES, draw_curve, draw_rounds, embedded, plain_text
+from prune_callbacks.evaluation.drawing import COLOURS, draw_curve, draw_rounds, embedded, plain_text, subplots
 from prune_callbacks.evaluation.page import NONE, number, percent, render, write_page
-from prune_callbacks.evaluation.report import write_whole
+from prune_callbacks.evaluation.report import STAGES, write_whole
 from prune_callbacks.evaluation.run_folder import Run, read_run
 from prune_callbacks.evaluation.side_by_side import sections
 
@@ -165,7 +164,7 @@ def _quality(runs: Runs, setting: Setting) -> str:
     zeros = {run.record["sparsity"]["achieved"] for run in runs.values()}
     curves = len(zeros - {None}) > 1 or any(run.record["rounds"] for run in runs.values())
     height = max(3.4, 0.9 + 0.75 * len(runs))
-    figure, axes = plt.subplots(1, 1 + curves, figsize=(12, height), layout="constrained", squeeze=False)
+    figure, axes = subplots(1, 1 + curves, figsize=(12, height), squeeze=False)
     _bars(axes[0, 0], runs, setting)
     if curves:
         for name, run in runs.items():
@@ -203,7 +202,7 @@ def _bars(axis: Axes, runs: Runs, setting: Setting) -> None:
 
 @plain_text
 def _training(runs: Runs) -> str:
-    figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    figure, axis = subplots(figsize=(9, 3.6))
     for name, run in runs.items():
         if run.record["training_loss"]:
             draw_curve(axis, run.record["training_loss"], label=name)

@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, PercentFormatter
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prune_callbacks.evaluation.drawing import plain_text
+from prune_callbacks.evaluation.drawing import plain_text, subplots
 
 PANELS = (("perplexity", "perplexity"), ("seconds", "seconds to prune"), ("peak_memory_bytes", "peak memory, GiB"))
 
@@ -46,7 +45,7 @@ def draw_curves(results: dict[str, Any], path: Path) -> None:
         path: the picture.
     """
     setting, found = results["setting"], curves(results)
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5), width_ratios=(2, 1, 1), layout="constrained")
+    figure, axes = subplots(1, 3, figsize=(15, 5), width_ratios=(2, 1, 1))
     figure.suptitle(
         f"{setting['model'] or 'model'} on {setting['evaluation']}, windows of {setting['seq_len']} tokens "
         f"(dense perplexity {results['dense']:.2f})"
@@ -70,7 +69,6 @@ def draw_curves(results: dict[str, Any], path: Path) -> None:
     axes[0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _narrow(axis: Axes) -> bool:

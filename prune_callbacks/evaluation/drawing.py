@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from numpy import ndarray
 
+from prune_callbacks.evaluation.report import STAGES
+
 COLOURS = {"dense": "#4c78a8", "pruned": "#e45756", "recovered": "#54a24b"}
-STAGES = tuple(COLOURS)
 CORNER = (64, 128)
 """Rows and columns of a mask that are shown."""
 
@@ -32,11 +30,20 @@ plain_text = matplotlib.rc_context({"text.parse_math": False})
 """Decorates what draws names of models and layers: dollar signs in them are no formulas."""
 
 
+def subplots(*shape: int, figsize: tuple[float, float], **settings: Any) -> tuple[Figure, Any]:
+    """
+    Returns a figure outside of pyplot, and its axes as `pyplot.subplots` would.
+
+    Pyplot chooses a backend for the whole process, a notebook's too, and keeps every figure until it is closed.
+    """
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(*shape, **settings)
+
+
 def embedded(figure: Figure) -> str:
-    """The figure as a PNG in a `data:` URI; it is closed."""
+    """Returns the figure as a PNG in a `data:` URI."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=130)
-    plt.close(figure)
     return _uri(file.getvalue())
 
 
@@ -155,9 +162,7 @@ def heat_map(values: Mapping[str, float], label: str, *, percent: bool) -> str:
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
     spread = not percent and low > 0 and high > 20 * low
     norm = LogNorm(low, high) if spread else Normalize(0, 1 if percent else max(high, 1e-12))
-    figure, axis = plt.subplots(
-        figsize=(max(5.0, min(14.0, 2.2 + 0.85 * len(kinds))), min(24.0, 1.7 + 0.3 * len(blocks))), layout="constrained"
-    )
+    figure, axis = subplots(figsize=(max(5.0, min(14.0, 2.2 + 0.85 * len(kinds))), min(24.0, 1.7 + 0.3 * len(blocks))))
     image = axis.imshow(grid, aspect="auto", cmap="Blues" if percent else "YlOrRd", norm=norm)
     axis.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
     every = -(-len(blocks) // 70)
@@ -188,7 +193,7 @@ def draw_sensitivity(increase: Mapping[str, float], dense: float, seq_len: int, 
     of_blocks = all(name.rpartition(".")[2].isdigit() for name in increase)
     blocks, kinds, grid = layer_grid({name + ".block" * of_blocks: value for name, value in increase.items()})
     size = max(5.0, 2.5 + 0.9 * len(kinds)), min(24.0, 2.0 + 0.3 * len(blocks))
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure, axis = subplots(figsize=size)
     axis.set_yticks(range(len(blocks)), blocks)
     if of_blocks:
         axis.barh(range(len(blocks)), grid[:, 0], color="#e45756")
@@ -214,11 +219,10 @@ def draw_sensitivity(increase: Mapping[str, float], dense: float, seq_len: int, 
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def draw_corner(keep: Bool[ndarray, "out in"]) -> str:
     """The upper left corner of a mask, one pixel a weight: black is kept, white removed."""
     file = io.BytesIO()
-    plt.imsave(file, keep[: CORNER[0], : CORNER[1]], cmap="gray_r", vmin=0, vmax=1, format="png")
+    imsave(file, keep[: CORNER[0], : CORNER[1]], cmap="gray_r", vmin=0, vmax=1, format="png")
     return _uri(file.getvalue())

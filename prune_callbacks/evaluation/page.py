@@ -4,12 +4,10 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from prune_callbacks.evaluation.drawing import (
     CORNER,
-    STAGES,
     draw_corner,
     draw_curve,
     draw_rounds,
@@ -17,8 +15,9 @@ from prune_callbacks.evaluation.drawing import (
     heat_map,
     place,
     plain_text,
+    subplots,
 )
-from prune_callbacks.evaluation.report import write_whole
+from prune_callbacks.evaluation.report import STAGES, write_whole
 from prune_callbacks.evaluation.run_folder import Run, read_run
 from prune_callbacks.sparsity import MaskSet
 
@@ -165,7 +164,7 @@ def _before(record: Record) -> str:
 
 @plain_text
 def _training(record: Record) -> str:
-    figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    figure, axis = subplots(figsize=(9, 3.6))
     for step in record["changes"]:
         axis.axvline(step, color="#e69500", linestyle=":", linewidth=1)
     draw_curve(
@@ -179,7 +178,7 @@ def _training(record: Record) -> str:
 
 @plain_text
 def _rounds(record: Record) -> str:
-    figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    figure, axis = subplots(figsize=(9, 3.6))
     draw_rounds(axis, record["rounds"], "trained")
     axis.set_ylabel(f"perplexity, windows of {record['perplexity']['seq_len']}")
     return embedded(figure)

@@ -1,4 +1,4 @@
-"""A run's folder: what is written into it, drawn, and printed."""
+"""A run's folder: what is written into it and printed."""
 
 import json
 import os
@@ -8,20 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
-from prune_callbacks.evaluation.drawing import (
-    STAGES,
-    draw_layers,
-    draw_perplexity,
-    draw_rounds,
-    draw_training,
-    title_perplexity,
-)
+STAGES = ("dense", "pruned", "recovered")
 
 
 def refuse_existing_run(dirpath: Path) -> None:
@@ -100,7 +90,7 @@ def summary_table(record: dict[str, Any]) -> None:
     table.add_column(f"perplexity on {measured['dataset'] or 'evaluation text'}\n(windows of {measured['seq_len']})")
     for stage in STAGES:
         note = " (model/ with adapter/)" if stage == "recovered" and record["adapter"] else ""
-        table.add_row(stage, _number(measured[stage]) + note)
+        table.add_row(stage, optional_number(measured[stage]) + note)
     table.add_section()
     base = " (base; the adapter is dense)" if record["adapter"] else ""
     table.add_row("zeros in pruned layers", f"{record['sparsity']['achieved']:.2%}{base}")
@@ -117,7 +107,7 @@ def _further_table(record: dict[str, Any]) -> Table:
     for column in ("", *STAGES):
         table.add_column(column, justify="right" if column else "left")
     for name, text in record.get("corpora", {}).items():
-        table.add_row(text["dataset"] or name, *(_number(text.get(stage)) for stage in STAGES))
+        table.add_row(text["dataset"] or name, *(optional_number(text.get(stage)) for stage in STAGES))
     for task, result in record.get("zero_shot", {}).items():
         measured = [result.get(stage) for stage in STAGES]
         table.add_row(f"{task} ({result['metric']})", *("-" if m is None else f"{m['value']:.1%}" for m in measured))
@@ -129,80 +119,13 @@ def _rounds_table(record: dict[str, Any]) -> Table:
     for column in ("round", "optimizer step", "zeros in pruned layers", "perplexity"):
         table.add_column(column, justify="right")
     for number, entry in enumerate(record["rounds"]):
-        table.add_row(str(number), str(entry["step"]), f"{entry['sparsity']:.2%}", _number(entry["perplexity"]))
+        table.add_row(str(number), str(entry["step"]), f"{entry['sparsity']:.2%}", optional_number(entry["perplexity"]))
     return table
 
 
-def compare(records: dict[str, dict[str, Any]], path: Path) -> None:
-    """
-    Prints the results of several runs side by side and draws perplexity over sparsity, one curve a run.
-
-    Args:
-        records: what the `report.json` of each run holds, by the run's name.
-        path: the picture.
-    """
-    first = next(iter(records.values()))["perplexity"]
-    table = Table(title=f"perplexity on {first['dataset'] or 'evaluation text'} (windows of {first['seq_len']})")
-    for column in ("run", "optimizer steps", "dense", "pruned", "recovered", "zeros", "violations"):
-        table.add_column(column, justify="left" if column == "run" else "right")
-    for name, record in records.items():
-        stages = [_number(record["perplexity"][stage]) for stage in STAGES]
-        achieved = f"{record['sparsity']['achieved']:.2%}"
-        table.add_row(name, str(record["optimizer_steps"]), *stages, achieved, str(sum(record["violations"].values())))
-    Console().print(table)
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, record in records.items():
-        draw_rounds(axis, record["rounds"], f"{name}, {record['optimizer_steps']} steps in all")
-    axis.set_title(
-        f"held-out perplexity, {first['dataset'] or 'evaluation text'}, windows of {first['seq_len']} tokens"
-    )
-    if axis.get_legend_handles_labels()[0]:  # only runs with rounds have a curve
-        axis.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _number(value: float | None) -> str:
+def optional_number(value: float | None) -> str:
+    """Formats a perplexity for a table; a dash where it was not measured."""
     return "-" if value is None else f"{value:.2f}"
-
-
-def draw_report(record: dict[str, Any], path: Path) -> None:
-    """Draws perplexities, the training curve, and a heat map of what every layer lost."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5), width_ratios=(1, 1.4, 1.6), layout="constrained")
-    how = record["schedule"] or record["pruner"]
-    figure.suptitle(f"{record['model'] or 'model'}: {how}, {record['sparsity']['achieved']:.1%} zeros")
-    if record["rounds"]:
-        draw_rounds(axes[0], record["rounds"], "trained")
-        title_perplexity(axes[0], record["perplexity"])
-    else:
-        draw_perplexity(axes[0], record["perplexity"])
-    draw_training(axes[1], record["training_loss"], record["changes"])
-    draw_layers(axes[2], record["reconstruction_loss"], record["sparsity"]["layers"])
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_sparsity(history: list[dict[str, Any]], path: Path) -> None:
-    """Draws the sparsity of all layers over the steps, their mean, and where pruned weights were not zero."""
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    steps = [entry["step"] for entry in history]
-    layers = list(history[-1]["sparsity"])
-    values = np.array([[entry["sparsity"][layer] for layer in layers] for entry in history])
-    axis.step(steps, values, where="post", color="#4c78a8", linewidth=0.5, alpha=0.4)
-    axis.step(steps, values.mean(1), where="post", color="#1f3b57", linewidth=2, label=f"mean of {len(layers)} layers")
-    violated = [(e["step"], m) for e, m in zip(history, values.mean(1), strict=True) if any(e["violations"].values())]
-    if violated:
-        axis.plot(*zip(*violated, strict=True), "x", color="#e45756", label="pruned weights that are not zero")
-    axis.set_title("zeros in every layer" + ("" if violated else "; no mask was ever violated"))
-    axis.set_xlabel("optimizer step")
-    axis.set_ylim(0, 1)
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend()
-    axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prune_callbacks.evaluation.drawing import STAGES
+from prune_callbacks.evaluation.report import STAGES
 from prune_callbacks.sparsity import MaskSet
 
 TRACES = ("report.json", "config.yaml", "masks.safetensors", "model")

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from prune_callbacks.evaluation.drawing import STAGES
 from prune_callbacks.evaluation.page import NONE, duration, number, percent, share_recovered, size
+from prune_callbacks.evaluation.report import STAGES
 
 SETTINGS = {
     "recipe": "recipe",

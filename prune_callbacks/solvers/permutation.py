@@ -2,7 +2,6 @@
 
 import torch
 from jaxtyping import Float, Int64
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 MOST_PASSES = 60
@@ -60,6 +59,8 @@ def _dealt(sums: Tensor, groups: int) -> Tensor:
 
 def _reassign(scores: Tensor, groups: Tensor, slots: Tensor, n: int) -> None:
     """Takes the column in `slots` out of every group and puts them back in the best way, in place."""
+    from scipy.optimize import linear_sum_assignment  # half a second, which only this function needs
+
     every = torch.arange(len(groups), device=groups.device)
     taken = groups[every, slots]
     others = torch.ones_like(groups, dtype=torch.bool)

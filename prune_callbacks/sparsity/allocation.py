@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 Curve = Sequence[tuple[float, float]]
 """(sparsity, loss) of a layer at several sparsities, between the first and the last of which it will lie."""
@@ -142,6 +141,8 @@ def mix_of_groups(
     Raises:
         ValueError: the layers differ, a loss is not finite, or no mix removes as much.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # half a second, which only this function needs
+
     _check({name: sum(by_n.values()) for name, by_n in losses.items()}, sizes, target)
     choices = [(name, n) for name in sizes for n in losses[name]]
     cost = np.array([losses[name][n] for name, n in choices])
