@@ -3,7 +3,6 @@
 import os
 import sys
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import cpu_strategies
@@ -124,6 +123,11 @@ def data(rows=48, seed=5):
     return torch.randint(3, 200, (rows, 16), generator=torch.Generator().manual_seed(seed))
 
 
+def dist_size():
+    """The processes that were started for this script."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def trainer_of(strategy, folder, callbacks, **settings):
     defaults = {
         "max_steps": 12,
@@ -157,9 +161,10 @@ def saved(folder, name, trainer, **what):
     torch.save(what, Path(folder) / f"{name}_{trainer.global_rank}.pt")
 
 
-def hold(folder, *names, devices=2):
-    """Twelve steps with and without the enforcer, in float32 and in bf16-mixed."""
-    for name, precision, enforced in product(names, ("32-true", "bf16-mixed"), (True, False)):
+def hold(folder, name, precision, steps):
+    """So many optimizer steps with and without the enforcer."""
+    devices = dist_size()
+    for enforced in (True, False):
         module = Module()
         masks = half_masks(module)
         masks.apply_(module.named_parameters())
@@ -167,66 +172,62 @@ def hold(folder, *names, devices=2):
         spy = Spy(enforcer)
         callbacks = [enforcer, spy] if enforced else [spy]
         strategy = cpu_strategies.strategy_of(name, devices)
-        trainer = trainer_of(strategy, folder, callbacks, precision=precision, max_epochs=2, devices=devices)
+        settings = {"precision": precision, "max_epochs": 2, "max_steps": int(steps), "devices": devices}
+        trainer = trainer_of(strategy, folder, callbacks, **settings)
         trainer.fit(module, datamodule=batches(4 // devices))
         logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        label = f"{name}_{precision}_{'held' if enforced else 'free'}"
+        label = f"{name}_{precision}_{steps}_{'held' if enforced else 'free'}"
         saved(folder, label, trainer, worst=spy.worst, losses=spy.losses, logged=logged)
 
 
-def hold_alone(folder):
-    """What the fits on two processes are compared with."""
-    hold(folder, "auto", devices=1)
-
-
-def experts(folder, *names):
+def experts(folder, name):
     """Three steps of a mixture whose experts and router are half zeros, which nothing but the zeros tells."""
-    for name in names:
-        torch.manual_seed(0)
-        config = families.MIXTURES["mixtral"]()
-        config.vocab_size = 256
-        module = CausalLM(AutoModelForCausalLM.from_config(config), partial(torch.optim.AdamW, lr=1e-2))
-        zeros = {}
-        with torch.no_grad():
-            for place, parameter in module.named_parameters():
-                if ".mlp." in place or "q_proj" in place:
-                    parameter.copy_(torch.randn_like(parameter) * 0.1 * (torch.rand_like(parameter) < 0.5))
-                    zeros[place] = parameter == 0
-        enforcer = MaskEnforcer()
-        spy = Spy(enforcer)
-        strategy = cpu_strategies.strategy_of(name)
-        settings = {"max_steps": 3, "accumulate_grad_batches": 1}
-        trainer = trainer_of(strategy, folder, [enforcer, spy], **settings)
-        trainer.fit(module, datamodule=batches())
-        masks = {place: ~mask for place, mask in enforcer.masks.items()}
-        saved(folder, name, trainer, worst=spy.worst, removed=masks, zeros=zeros)
+    torch.manual_seed(0)
+    config = families.MIXTURES["mixtral"]()
+    config.vocab_size = 256
+    module = CausalLM(AutoModelForCausalLM.from_config(config), partial(torch.optim.AdamW, lr=1e-2))
+    zeros = {}
+    with torch.no_grad():
+        for place, parameter in module.named_parameters():
+            if ".mlp." in place or "q_proj" in place:
+                parameter.copy_(torch.randn_like(parameter) * 0.1 * (torch.rand_like(parameter) < 0.5))
+                zeros[place] = parameter == 0
+    enforcer = MaskEnforcer()
+    spy = Spy(enforcer)
+    strategy = cpu_strategies.strategy_of(name)
+    settings = {"max_steps": 3, "accumulate_grad_batches": 1}
+    trainer = trainer_of(strategy, folder, [enforcer, spy], **settings)
+    trainer.fit(module, datamodule=batches())
+    masks = {place: ~mask for place, mask in enforcer.masks.items()}
+    saved(folder, name, trainer, worst=spy.worst, removed=masks, zeros=zeros)
 
 
-def variants(folder):
-    """Other ways that DeepSpeed keeps things: in CPU memory, small weights whole, and with a frozen layer."""
-    cpu = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
-    weights = {"offload_param": {"device": "cpu", "pin_memory": False}}
-    for label, stage, zero, frozen in (
-        ("zero1_offload", 1, cpu, False),
-        ("zero2_offload", 2, cpu, False),
-        ("zero3_offload", 3, cpu | weights, False),
-        ("zero3_persistent", 3, {"stage3_param_persistence_threshold": 100_000}, False),
-        ("zero2_frozen", 2, {}, True),
-        ("zero3_frozen", 3, {}, True),
-        ("zero3_subgroups", 3, {"sub_group_size": 2000}, False),
-    ):
-        module = Module()
-        masks = half_masks(module)
-        masks.apply_(module.named_parameters())
-        module.model.model.layers[0].mlp.requires_grad_(not frozen)
-        enforcer = MaskEnforcer(masks)
-        spy = Spy(enforcer)
-        strategy = cpu_strategies.strategy_of(f"zero{stage}")
-        strategy.config["zero_optimization"] |= zero
-        trainer = trainer_of(strategy, folder, [enforcer, spy], max_epochs=2)
-        trainer.fit(module, datamodule=batches())
-        logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        saved(folder, label, trainer, worst=spy.worst, losses=spy.losses, logged=logged)
+CPU = {"device": "cpu", "pin_memory": False}
+VARIANTS = {
+    "zero1_offload": {"offload_optimizer": CPU},
+    "zero2_offload": {"offload_optimizer": CPU},
+    "zero3_offload": {"offload_optimizer": CPU, "offload_param": CPU},
+    "zero3_persistent": {"stage3_param_persistence_threshold": 100_000},
+    "zero2_frozen": {},
+    "zero3_frozen": {},
+    "zero3_subgroups": {"sub_group_size": 2000},
+}
+"""Other ways that DeepSpeed keeps things: in CPU memory, small weights whole, and with a frozen layer."""
+
+
+def variant(folder, label):
+    module = Module()
+    masks = half_masks(module)
+    masks.apply_(module.named_parameters())
+    module.model.model.layers[0].mlp.requires_grad_("frozen" not in label)
+    enforcer = MaskEnforcer(masks)
+    spy = Spy(enforcer)
+    strategy = cpu_strategies.strategy_of(label.split("_")[0])
+    strategy.config["zero_optimization"] |= VARIANTS[label]
+    trainer = trainer_of(strategy, folder, [enforcer, spy], max_epochs=2)
+    trainer.fit(module, datamodule=batches())
+    logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    saved(folder, label, trainer, worst=spy.worst, losses=spy.losses, logged=logged)
 
 
 class Write(Callback):
@@ -244,28 +245,23 @@ class Write(Callback):
         self.fractions = access.layer_sparsity()
 
 
-def write(folder, *names):
-    for name in names:
-        write, module = Write(), Module()
-        trainer = trainer_of(cpu_strategies.strategy_of(name), folder, [write], max_steps=1, accumulate_grad_batches=1)
-        trainer.fit(module, datamodule=batches())
-        saved(folder, name, trainer, fractions=write.fractions)
+def write(folder, name):
+    write, module = Write(), Module()
+    trainer = trainer_of(cpu_strategies.strategy_of(name), folder, [write], max_steps=1, accumulate_grad_batches=1)
+    trainer.fit(module, datamodule=batches())
+    saved(folder, name, trainer, fractions=write.fractions)
 
 
-def iterate(folder, *names):
-    """Two changes of the masks in the middle of a fit: going on, going back, and going back with the weights only."""
-    for name, precision, rewind in (
-        *product(names, ("32-true",), ("on", "back", "weights")),
-        *product(names, ("bf16-mixed",), ("back",)),
-    ):
-        where = Rewind(1, optimizer=rewind == "back", dirpath=Path(folder) / f"{name}_{rewind}_{precision}")
-        prune = IterativePrune(IMPSchedule(0.75, rounds=2, every=4), rewind=None if rewind == "on" else where)
-        module, enforcer, spy = Module(), MaskEnforcer(), Spy(prune)
-        strategy = cpu_strategies.strategy_of(name)
-        trainer = trainer_of(strategy, folder, [prune, enforcer, spy], precision=precision, max_epochs=2)
-        trainer.fit(module, datamodule=batches())
-        what = {"worst": spy.worst, "kept": spy.kept, "losses": spy.losses, "weights": weights_of(module)}
-        saved(folder, f"{name}_{precision}_{rewind}", trainer, masks=dict(prune.masks), **what)
+def iterate(folder, name, precision, rewind):
+    """Two changes of the masks in the middle of a fit: going on, going back, or going back with the weights only."""
+    where = Rewind(1, optimizer=rewind == "back", dirpath=Path(folder) / f"{name}_{rewind}_{precision}")
+    prune = IterativePrune(IMPSchedule(0.75, rounds=2, every=4), rewind=None if rewind == "on" else where)
+    module, enforcer, spy = Module(), MaskEnforcer(), Spy(prune)
+    strategy = cpu_strategies.strategy_of(name)
+    trainer = trainer_of(strategy, folder, [prune, enforcer, spy], precision=precision, max_epochs=2)
+    trainer.fit(module, datamodule=batches())
+    what = {"worst": spy.worst, "kept": spy.kept, "losses": spy.losses, "weights": weights_of(module)}
+    saved(folder, f"{name}_{precision}_{rewind}", trainer, masks=dict(prune.masks), **what)
 
 
 class Snapshot(Callback):
@@ -275,12 +271,20 @@ class Snapshot(Callback):
         self.weights = {name: p.detach().clone() for name, p in pl_module.model.named_parameters()}
 
 
+PRUNERS = {
+    "sparsegpt": SparseGPT(Unstructured(0.5)),
+    "wanda": Wanda(NM(2, 4)),
+    "magnitude": Magnitude(NM(1, 4)),
+    "structured": Structured(Columns(0.25)),
+    "permuted": Wanda(NM(2, 4)),
+    "owl": Wanda(Unstructured(0.5)),
+}
+
+
 def one_shot(folder, precision):
     """What two ranks make of the same calibration batches; run with one process it is what they are compared with."""
-    devices = int(os.environ.get("WORLD_SIZE", 1))
-    pruners = {"sparsegpt": SparseGPT(Unstructured(0.5)), "wanda": Wanda(NM(2, 4)), "magnitude": Magnitude(NM(1, 4))}
-    pruners |= {"structured": Structured(Columns(0.25)), "permuted": Wanda(NM(2, 4)), "owl": Wanda(Unstructured(0.5))}
-    for label, pruner in pruners.items():
+    devices = dist_size()
+    for label, pruner in PRUNERS.items():
         torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # every rank draws other training batches
         module = Module(seed=dist.get_rank() if dist.is_initialized() else 0)  # and another model: rank 0's counts
         if precision == "64-true":
@@ -301,36 +305,30 @@ def one_shot(folder, precision):
         saved(folder, f"{label}_{precision}_{devices}", trainer, **what)
 
 
-def checkpoint(folder, *names):
+def checkpoint(folder, name, rewind):
     """Rounds without interruption, keeping a checkpoint of the fifth step, after the first change of the masks."""
-    for name, rewind in product(names, ("back", "on")):
-        where = Path(folder) / f"{name}_{rewind}"
-        keep = ModelCheckpoint(where, filename="{step}", every_n_train_steps=5, save_top_k=-1)
-        prune, module = _rounds(where, rewind)
-        settings = {"enable_checkpointing": True, "max_epochs": 2}
-        trainer = trainer_of(cpu_strategies.strategy_of(name), folder, [prune, MaskEnforcer(), keep], **settings)
-        trainer.fit(module, datamodule=batches())
-        saved(where, "through", trainer, weights=weights_of(module), masks=dict(prune.masks))
+    where = Path(folder) / f"{name}_{rewind}"
+    keep = ModelCheckpoint(where, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    prune, module = _rounds(where, rewind)
+    settings = {"enable_checkpointing": True, "max_epochs": 2}
+    trainer = trainer_of(cpu_strategies.strategy_of(name), folder, [prune, MaskEnforcer(), keep], **settings)
+    trainer.fit(module, datamodule=batches())
+    saved(where, "through", trainer, weights=weights_of(module), masks=dict(prune.masks))
 
 
-def resume(folder, *names, rewind="back", devices=2):
-    """The same from the checkpoint of the fifth step."""
-    for name in names:
-        where = Path(folder) / f"{name}_{rewind}"
-        prune, module = _rounds(where, rewind)
-        spy = Spy(prune)
-        strategy = cpu_strategies.strategy_of(name, devices)
-        if "zero" in name and devices != 2:
-            strategy.config["checkpoint"] = {"load_universal": True}
-        trainer = trainer_of(strategy, folder, [prune, MaskEnforcer(), spy], max_epochs=2, devices=devices)
-        trainer.fit(module, datamodule=batches(4 // devices), ckpt_path=where / "step=5.ckpt")
-        what = {"weights": weights_of(module), "masks": dict(prune.masks), "worst": spy.worst}
-        saved(where, f"resumed_on_{devices}", trainer, **what)
-
-
-def resume_alone(folder, *names):
-    """On one process what two had begun."""
-    resume(folder, *names, rewind="on", devices=1)
+def resume(folder, name, rewind):
+    """The same from the checkpoint of the fifth step, on as many processes as this was started with."""
+    devices = dist_size()
+    where = Path(folder) / f"{name}_{rewind}"
+    prune, module = _rounds(where, rewind)
+    spy = Spy(prune)
+    strategy = cpu_strategies.strategy_of(name, devices)
+    if "zero" in name and devices != 2:
+        strategy.config["checkpoint"] = {"load_universal": True}
+    trainer = trainer_of(strategy, folder, [prune, MaskEnforcer(), spy], max_epochs=2, devices=devices)
+    trainer.fit(module, datamodule=batches(4 // devices), ckpt_path=where / "step=5.ckpt")
+    what = {"weights": weights_of(module), "masks": dict(prune.masks), "worst": spy.worst}
+    saved(where, f"resumed_on_{devices}", trainer, **what)
 
 
 def _rounds(where, rewind):

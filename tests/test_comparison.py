@@ -3,10 +3,10 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
+from launch import cold
 from runs import NAMES, RECORD, make_run, perplexity, words
 
 from prune_callbacks.evaluation.comparison import grouped, main, write_comparison
@@ -94,7 +94,7 @@ def test_unnamed_models_are_told_apart(make):
 def test_the_command_line(tmp_path, make, capsys):
     folders = [str(make()), str(make("two"))]
     words = [sys.executable, "-W", "error::RuntimeWarning", "-m", "prune_callbacks.evaluation.report", *folders]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    done = cold(*words, folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "2 runs side by side" in (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert main(folders[:1]) == 0

@@ -1,23 +1,13 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Two processes get the first one's masks and hold them."""
 
 import pytest
 import torch
+from launch import HERE, together
 
 
 @pytest.mark.parametrize("how", ["one_shot", "iterative"])
 def test_two_ranks_get_rank_zeros_masks_and_hold_them(tmp_path, how):
-    script = Path(__file__).with_name("ddp_script.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), how],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    together(HERE / "ddp_script.py", tmp_path, how)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["steps"] == second["steps"] == 5
     assert first["violations"] == second["violations"] == {}

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from fits import optimizer, trainer_of
-from launch import HERE, TORCHRUN, run
+from launch import HERE, together
 from test_enforcer import Watch
 from torch import nn
 
@@ -574,7 +574,7 @@ def test_experts_in_reports_and_pictures(batches):
 
 
 def test_two_ranks_prune_experts_as_one_does(tmp_path):
-    run(*TORCHRUN, HERE / "expert_ranks.py", tmp_path)
+    together(HERE / "expert_ranks.py", tmp_path)
     (ours, theirs), alone = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)), None
     for label in ours:
         alone = ours[label]["alone"]

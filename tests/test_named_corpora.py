@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import train
+from launch import good, train
 from lightning import Trainer
 from safetensors.torch import load_file
 
@@ -149,17 +149,17 @@ def test_the_command_line(tmp_path, root):
     path = root / "long.txt"
     path.write_text("words in a line\n" * 600)
     given = ["recipe=wanda_50", "smoke=true", f"data.root={root}", f"data.calibration={path}"]
-    code, output = train(*given, f"evaluate=[c4,{path}]", f"output_dir={tmp_path / 'run'}")
-    assert code == 0, output[-2000:]
+    done = train(*given, f"evaluate=[c4,{path}]", f"output_dir={tmp_path / 'run'}")
+    good(done)
     record = json.loads((tmp_path / "run/report.json").read_text())
     assert set(record["corpora"]) == {"c4", "long.txt"}
-    code, output = train(*given, "data.evaluation=lambada", f"output_dir={tmp_path / 'short'}")
-    assert code == 1
-    assert "the evaluation corpus, lambada_test.jsonl: the text has" in output
+    done = train(*given, "data.evaluation=lambada", f"output_dir={tmp_path / 'short'}")
+    assert done.returncode == 1
+    assert "the evaluation corpus, lambada_test.jsonl: the text has" in done.output
     assert not (tmp_path / "short/report.json").exists()
-    code, output = train(*given, "evaluate=[wikitext2,imdb]", f"output_dir={tmp_path / 'bad'}")
-    assert code == 1
-    assert "no corpus 'imdb': accepted are wikitext2, ptb, c4, lambada, python_docs" in output
+    done = train(*given, "evaluate=[wikitext2,imdb]", f"output_dir={tmp_path / 'bad'}")
+    assert done.returncode == 1
+    assert "no corpus 'imdb': accepted are wikitext2, ptb, c4, lambada, python_docs" in done.output
 
 
 @pytest.mark.skipif(FOLDER is None, reason="PRUNE_CALLBACKS_DATA does not name a folder of corpora")

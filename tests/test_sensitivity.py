@@ -8,7 +8,7 @@ import families
 import pytest
 import torch
 import transformers as hf
-from launch import run
+from launch import trained
 from scipy.stats import spearmanr
 
 from prune_callbacks import (
@@ -161,18 +161,17 @@ def test_what_cannot_be_measured_is_refused(tmp_path, unchecked):
 
 def test_the_recipe_and_the_allocations_that_read_its_file(tmp_path):
     folder = tmp_path / "sensitivity"
-    command = [sys.executable, ROOT / "train.py", "smoke=true"]
-    printed = run(*command, "recipe=sensitivity", f"output_dir={folder}")
+    printed = trained("smoke=true", "recipe=sensitivity", f"output_dir={folder}").output
     assert "rises by, when one layer is pruned" in " ".join(printed.split())
     assert "rank correlation (Spearman)" in printed
     assert (folder / "sensitivity.png").stat().st_size > 10_000
     written = (folder / "sensitivity.json").read_bytes()
-    run(*command, "recipe=sensitivity", f"output_dir={folder}")  # nothing is measured again
+    trained("smoke=true", "recipe=sensitivity", f"output_dir={folder}")  # nothing is measured again
     assert (folder / "sensitivity.json").read_bytes() == written
     for allocation in ("sensitivity", "lagrangian_measured"):
         where = tmp_path / allocation
         path = f"allocation.path={folder / 'sensitivity.json'}"
-        run(*command, "recipe=wanda_50", f"allocation={allocation}", path, f"output_dir={where}")
+        trained("smoke=true", "recipe=wanda_50", f"allocation={allocation}", path, f"output_dir={where}")
         report = json.loads((where / "report.json").read_text())
         assert allocation.split("_")[0] in report["allocation"].lower()
         spread = list(report["sparsity"]["layers"].values())

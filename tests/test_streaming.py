@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -18,7 +17,7 @@ import hydra
 import pytest
 import torch
 from hydra.errors import InstantiationException
-from launch import train
+from launch import started, train
 from runs import words
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -372,18 +371,17 @@ def test_killed_processes_lose_nothing(tmp_path, source, batches):
     target = tmp_path / "target"
     torch.save(batches, tmp_path / "batches.pt")
     prune(source, tmp_path / "whole", batches)
-    root = Path(__file__).parent.parent
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-c", SCRIPT, str(source), str(target), str(tmp_path / "batches.pt")]
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
     for trace in ("streaming/hidden_00000", "streaming/block_00001.json"):
-        process = subprocess.Popen(command, env=environment)
-        give_up = time.monotonic() + 60
-        while not (target / trace).exists():
-            assert process.poll() is None
-            assert time.monotonic() < give_up
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        with started(script, source, target, tmp_path / "batches.pt") as process:
+            give_up = time.monotonic() + 60
+            while not (target / trace).exists():
+                assert process.poll() is None, process.output
+                assert time.monotonic() < give_up
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait().returncode == -signal.SIGKILL
         assert not (target / "report.json").exists()
     prune(source, target, batches)
     assert content(target) == content(tmp_path / "whole")
@@ -715,9 +713,9 @@ def test_no_batches_leave_no_trace(tmp_path, source, batches):
 
 
 def test_the_recipe_says_what_is_wrong_with_its_source(tmp_path):
-    code, output = train("recipe=prune_streaming", f"source={tmp_path / 'nothing'}", f"output_dir={tmp_path / 'out'}")
-    assert code == 1
-    assert "nothing does not exist; name a folder with config.json" in " ".join(output.split())
+    done = train("recipe=prune_streaming", f"source={tmp_path / 'nothing'}", f"output_dir={tmp_path / 'out'}")
+    assert done.returncode == 1
+    assert "nothing does not exist; name a folder with config.json" in " ".join(done.output.split())
 
 
 def test_a_file_system_without_locks(tmp_path, source, batches, monkeypatch):

@@ -5,14 +5,13 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
 import matplotlib.image
 import pytest
 import torch
-from launch import HERE, started, train
+from launch import TRAIN, good, started, train
 
 from prune_callbacks import (
     MRP,
@@ -28,6 +27,7 @@ from prune_callbacks import (
 )
 from prune_callbacks.calibration import peak_memory, reset_peak_memory
 from prune_callbacks.evaluation import perplexity
+from prune_callbacks.evaluation.comparison import main as comparison
 from prune_callbacks.evaluation.curves import curves, draw_curves, sweep_table
 from prune_callbacks.studies import sweep_point
 from prune_callbacks.tasks import PythonDocs, TextFile, tiny_llama
@@ -216,58 +216,56 @@ def test_the_picture_of_numbers_names_and_everything(tmp_path):
 
 def test_a_sweep_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
     arguments = ["--multirun", "recipe=sweep", "pruner=magnitude,sparsegpt", "pattern.sparsity=0.4,0.6", "smoke=true"]
-    code, output = train(*arguments, f"output_dir={tmp_path / 'whole'}")
-    assert code == 0, output[-3000:]
-    assert len(re.findall(r"perplexity \d", output)) == 4
+    done = train(*arguments, f"output_dir={tmp_path / 'whole'}")
+    good(done)
+    assert len(re.findall(r"perplexity \d", done.output)) == 4
     path = tmp_path / "killed/sweep.json"
     for wanted in (1, 3):
-        with started([sys.executable, HERE.parent / "train.py", *arguments, f"output_dir={path.parent}"]) as process:
+        with started(TRAIN, *arguments, f"output_dir={path.parent}") as process:
             begin = time.monotonic()
             while time.monotonic() - begin < 120 and (
                 not path.is_file() or len(json.loads(path.read_text())["cells"]) < wanted
             ):
                 time.sleep(0.02)
             os.killpg(process.pid, signal.SIGKILL)
+            assert process.wait().returncode == -signal.SIGKILL
     done = set(json.loads(path.read_text())["cells"])
     assert len(done) >= 3
-    code, output = train(*arguments, f"output_dir={path.parent}")
-    assert code == 0, output[-3000:]
-    assert output.count("measured before") == len(done)
+    done = train(*arguments, f"output_dir={path.parent}")
+    good(done)
+    assert done.output.count("measured before") == len(done)
     whole, resumed = (json.loads(p.read_text()) for p in (tmp_path / "whole/sweep.json", path))
     assert list(whole["cells"]) == list(resumed["cells"])
     for key, cell in whole["cells"].items():
         assert resumed["cells"][key]["perplexity"] == cell["perplexity"]
-    assert "SparseGPT, unstructured" in output
+    assert "SparseGPT, unstructured" in done.output
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
 def test_unknown_pruners_are_refused_before_any_point(tmp_path):
-    code, output = train("--multirun", "recipe=sweep", "pruner=magnitude,wando", f"output_dir={tmp_path / 'a'}")
-    assert code == 1
-    assert "Could not find 'pruner/wando'" in output
-    assert "sparsegpt" in output  # what there is
+    done = train("--multirun", "recipe=sweep", "pruner=magnitude,wando", f"output_dir={tmp_path / 'a'}")
+    assert done.returncode == 1
+    assert "Could not find 'pruner/wando'" in done.output
+    assert "sparsegpt" in done.output  # what there is
     assert not (tmp_path / "a/sweep.json").exists()
 
 
-def test_every_point_that_fails_is_named(tmp_path):
+def test_every_point_that_fails_is_named(tmp_path, capsys):
     given = ["--multirun", "recipe=sweep", "pruner=magnitude", "pattern.sparsity=1.5,0.5,2", "smoke=true"]
-    code, output = train(*given, f"output_dir={tmp_path}")
-    assert code == 1
-    named = re.findall(r"failed: .*pattern\.sparsity=(\S+) .*must lie in", output)
+    done = train(*given, f"output_dir={tmp_path}")
+    assert done.returncode == 1
+    named = re.findall(r"failed: .*pattern\.sparsity=(\S+) .*must lie in", done.output)
     assert named == ["1.5", "2"]
     assert len(json.loads((tmp_path / "sweep.json").read_text())["cells"]) == 1
-    page = subprocess.run(
-        [sys.executable, "-m", "prune_callbacks.evaluation.report", str(tmp_path)], capture_output=True, text=True
-    )
-    assert page.returncode == 2
-    assert "holds no run but a study, whose results are in sweep.json and sweep.png" in page.stderr
+    with pytest.raises(SystemExit) as left:
+        comparison([str(tmp_path)])
+    assert left.value.code == 2
+    assert "holds no run but a study, whose results are in sweep.json and sweep.png" in capsys.readouterr().err
 
 
 def test_an_ablation_sweeps_by_itself(tmp_path):
-    code, output = train(
-        "recipe=ablate_block_size", "smoke=true", "pruner.block_size=64,null", f"output_dir={tmp_path}"
-    )
-    assert code == 0, output[-3000:]
+    done = train("recipe=ablate_block_size", "smoke=true", "pruner.block_size=64,null", f"output_dir={tmp_path}")
+    good(done)
     results = json.loads((tmp_path / "sweep.json").read_text())
     assert results["setting"]["along"] == "block size"
     assert [cell["at"] for cell in results["cells"].values()] == [64, None]

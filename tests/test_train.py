@@ -4,34 +4,21 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from launch import TRAIN, cold, good, started, train, trained
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_callbacks import MaskSet
 
-ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-
-
-def command(*arguments):
-    return [sys.executable, str(ROOT / "train.py"), *arguments]
-
-
-def run(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    done = run("recipe=sparsegpt_50", "smoke=true", f"output_dir={folder}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = good(cold(sys.executable, "train.py", "recipe=sparsegpt_50", "smoke=true", f"output_dir={folder}"))
     return folder, done
 
 
@@ -72,21 +59,21 @@ def test_the_saved_model_is_plain_and_sparse(finished):
 def test_a_folder_with_a_run_is_refused(finished):
     folder, _ = finished
     before = (folder / "report.json").read_text()
-    again = run("recipe=wanda_50", "smoke=true", f"output_dir={folder}")
+    again = train("recipe=wanda_50", "smoke=true", f"output_dir={folder}")
     assert again.returncode == 1
     assert "already holds a run (report.json, masks.safetensors, model)" in again.stderr
     assert (folder / "report.json").read_text() == before
 
 
 def test_an_unknown_recipe_lists_those_there_are():
-    done = run("recipe=wanda_51")
+    done = train("recipe=wanda_51")
     assert done.returncode == 1
     assert "Could not find 'recipe/wanda_51'" in done.stderr
     assert "wanda_50" in done.stderr
 
 
 def test_a_run_that_fails_after_pruning_has_saved_the_pruned_model(tmp_path):
-    done = run("recipe=wanda_50", "smoke=true", f"output_dir={tmp_path}", "optimizer.lr=-1")
+    done = train("recipe=wanda_50", "smoke=true", f"output_dir={tmp_path}", "optimizer.lr=-1")
     assert done.returncode == 1
     assert "Invalid learning rate" in done.stderr
     masks = MaskSet.load(tmp_path / "masks.safetensors")
@@ -96,17 +83,15 @@ def test_a_run_that_fails_after_pruning_has_saved_the_pruned_model(tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_masks(tmp_path):
     folder = tmp_path / "run"
-    arguments = ["recipe=wanda_50", "smoke=true", f"output_dir={folder}", "data.train_windows=2000"]
+    arguments = ["recipe=wanda_50", "smoke=true", f"output_dir={folder}", "data.train_windows=400"]
     arguments += ["callbacks.checkpoint.every_n_train_steps=5"]
-    process = subprocess.Popen(
-        command(*arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.time() + 120
-    while time.time() < deadline and len(list(folder.glob("checkpoints/*.ckpt"))) == 0:
-        time.sleep(0.05)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with started(TRAIN, *arguments) as process:
+        deadline = time.time() + 120
+        while time.time() < deadline and len(list(folder.glob("checkpoints/*.ckpt"))) < 2:  # the first is complete
+            assert process.poll() is None, process.output
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait().returncode == -signal.SIGKILL
     report = json.loads((folder / "report.json").read_text())
     assert report["stage"] == "pruned"
     assert report["perplexity"]["pruned"] > 0
@@ -114,9 +99,8 @@ def test_a_killed_run_resumes_to_the_same_masks(tmp_path):
     masks = MaskSet.load(folder / "masks.safetensors")
     assert masks.violations(load_file(folder / "model/model.safetensors")) == {}
     checkpoint = shutil.copy(max(folder.glob("checkpoints/*.ckpt"), key=os.path.getmtime), tmp_path / "killed.ckpt")
-    arguments[3] = "data.train_windows=200"
-    resumed = run(*arguments, f"ckpt_path={checkpoint}")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    arguments[3] = "data.train_windows=100"
+    resumed = trained(*arguments, f"ckpt_path={checkpoint}")
     assert "Restored all states" in resumed.stderr
     assert MaskSet.load(folder / "masks.safetensors") == masks
     assert masks.violations(load_file(folder / "model/model.safetensors")) == {}
@@ -127,14 +111,16 @@ def test_a_killed_run_resumes_to_the_same_masks(tmp_path):
     assert after["perplexity"]["recovered"] < report["perplexity"]["pruned"]
 
 
+THREE_ROUNDS = ["recipe=imp_90", "smoke=true", "schedule.rounds=3", "trainer.max_steps=15"]
+
+
 def test_imp_beside_one_shot(tmp_path):
-    done = run("recipe=imp_90", "smoke=true", f"output_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = trained(*THREE_ROUNDS, f"output_dir={tmp_path}")
     imp, one_shot = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path, tmp_path / "oneshot_90"))
-    assert imp["optimizer_steps"] == one_shot["optimizer_steps"] == 36
-    assert [entry["step"] for entry in imp["rounds"]] == [6 + 3 * r for r in range(11)]
+    assert imp["optimizer_steps"] == one_shot["optimizer_steps"] == 15
+    assert [entry["step"] for entry in imp["rounds"]] == [6, 9, 12, 15]
     kept = [1 - entry["sparsity"] for entry in imp["rounds"]]
-    assert kept == pytest.approx([0.1 ** (r / 10) for r in range(11)], abs=1e-5)
+    assert kept == pytest.approx([0.1 ** (r / 3) for r in range(4)], abs=1e-5)
     assert [round(entry["sparsity"], 4) for entry in one_shot["rounds"]] == [0.0, 0.9]
     assert imp["violations"] == one_shot["violations"] == {}
     assert imp["rounds"][0]["perplexity"] == imp["perplexity"]["dense"]
@@ -147,57 +133,49 @@ def test_imp_beside_one_shot(tmp_path):
     for picture in ("compared.png", "sparsity.png", "report.png", "oneshot_90/report.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
     # Again: the run itself is refused. Without it, what is finished beside it is not run again, and not for other data.
-    again = run("recipe=imp_90", "smoke=true", f"output_dir={tmp_path}")
+    again = train(*THREE_ROUNDS, f"output_dir={tmp_path}")
     assert again.returncode == 1
     assert "already holds a run" in again.stderr
     for name in ("report.json", "masks.safetensors"):
         (tmp_path / name).unlink()
     shutil.rmtree(tmp_path / "model")
-    other = run("recipe=imp_90", "smoke=true", f"output_dir={tmp_path}", "seed=1")
+    other = train(*THREE_ROUNDS, f"output_dir={tmp_path}", "seed=1")
     assert "holds a oneshot_90 of another configuration. Choose another output_dir" in other.stderr
-    again = run("recipe=imp_90", "smoke=true", f"output_dir={tmp_path}")
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert "round 1 of 1:" not in again.stdout + again.stderr
-    # Its checkpoint is not one of imp_90; what is wrong with imp_90 is said before anything runs.
-    foreign = run(
-        "recipe=oneshot_90", "smoke=true", f"output_dir={tmp_path}/c", "callbacks.checkpoint.every_n_train_steps=9"
-    )
-    assert foreign.returncode == 0, foreign.stderr[-3000:]
-    arguments = ["recipe=imp_90", "smoke=true", "beside=[]", f"output_dir={tmp_path}/d"]
-    assert (
-        "the checkpoint is one of recipe oneshot_90"
-        in run(*arguments, f"ckpt_path={tmp_path}/c/checkpoints/step_36.ckpt").stderr
-    )
-    bad = run("recipe=imp_90", "smoke=true", f"output_dir={tmp_path}/e", "pruner=wanda")
-    assert "IterativePrune chooses among the weights as they are trained, by Magnitude" in bad.stderr
+    again = trained(*THREE_ROUNDS, f"output_dir={tmp_path}")
+    assert "round 1 of 1:" not in again.output
+    assert "round 1 of 3:" in again.output
+
+
+def test_what_is_wrong_with_imp_is_said_before_anything_runs(tmp_path):
+    short = ["recipe=oneshot_90", "smoke=true", "trainer.max_steps=10", "callbacks.checkpoint.every_n_train_steps=9"]
+    trained(*short, f"output_dir={tmp_path}/c")
+    foreign = f"ckpt_path={tmp_path}/c/checkpoints/step_9.ckpt"
+    failed = train(*THREE_ROUNDS, "beside=[]", f"output_dir={tmp_path}/d", foreign)
+    assert "the checkpoint is one of recipe oneshot_90" in failed.stderr
+    failed = train(*THREE_ROUNDS, f"output_dir={tmp_path}/e", "pruner=wanda")
+    assert "IterativePrune chooses among the weights as they are trained, by Magnitude" in failed.stderr
     assert not (tmp_path / "e").exists()
 
 
-def test_imp_killed_in_its_fourth_round_ends_with_the_same_bits(tmp_path):
-    """A real process, a real SIGKILL; rounds of 20 steps, epochs of 8, the checkpoint at step 70 of 120."""
-    arguments = ["recipe=imp_90", "smoke=true", "beside=[]", "trainer.max_steps=120"]
-    arguments += ["schedule.rounds=5", "schedule.begin=20", "schedule.every=20"]
-    arguments += ["module.scheduler_steps=23", "callbacks.checkpoint.every_n_train_steps=70"]
+def test_imp_killed_in_its_third_round_ends_with_the_same_bits(tmp_path):
+    """A real process, a real SIGKILL; rounds of 20 steps, epochs of 8, the checkpoint at step 50 of 80."""
+    arguments = ["recipe=imp_90", "smoke=true", "beside=[]", "trainer.max_steps=80"]
+    arguments += ["schedule.rounds=3", "schedule.begin=20", "schedule.every=20"]
+    arguments += ["module.scheduler_steps=23", "callbacks.checkpoint.every_n_train_steps=50"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = run(*arguments, f"output_dir={whole}")
-    assert done.returncode == 0, done.stderr[-3000:]
-    process = subprocess.Popen(
-        command(*arguments, f"output_dir={killed}"),
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    checkpoint, deadline, size = killed / "checkpoints/step_70.ckpt", time.time() + 120, -1
-    while time.time() < deadline and (not checkpoint.exists() or checkpoint.stat().st_size != size):
-        size = checkpoint.stat().st_size if checkpoint.exists() else -1
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    trained(*arguments, f"output_dir={whole}")
+    with started(TRAIN, *arguments, f"output_dir={killed}") as process:
+        checkpoint, deadline, size = killed / "checkpoints/step_50.ckpt", time.time() + 120, -1
+        while time.time() < deadline and (not checkpoint.exists() or checkpoint.stat().st_size != size):
+            assert process.poll() is None, process.output
+            size = checkpoint.stat().st_size if checkpoint.exists() else -1
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait().returncode == -signal.SIGKILL
     assert not (killed / "model").exists()
-    resumed = run(*arguments, f"output_dir={killed}", f"ckpt_path={checkpoint}")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "round 3 of 5" not in resumed.stdout + resumed.stderr
-    assert "round 4 of 5" in resumed.stdout + resumed.stderr
+    resumed = trained(*arguments, f"output_dir={killed}", f"ckpt_path={checkpoint}")
+    assert "round 2 of 3" not in resumed.output
+    assert "round 3 of 3" in resumed.output
     for name in ("masks.safetensors", "model/model.safetensors"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
     rounds = [json.loads((folder / "report.json").read_text())["rounds"] for folder in (whole, killed)]
@@ -206,8 +184,7 @@ def test_imp_killed_in_its_fourth_round_ends_with_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["gradual_cubic_80", "recover_distill", "recover_lora", "recover_masked_lora"])
 def test_recovery_recipes_in_small(tmp_path, recipe):
-    done = run(f"recipe={recipe}", "smoke=true", f"output_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    trained(f"recipe={recipe}", "smoke=true", f"output_dir={tmp_path}")
     report = json.loads((tmp_path / "report.json").read_text())
     target = 0.8 if recipe == "gradual_cubic_80" else 0.5
     assert report["sparsity"]["achieved"] == pytest.approx(target, abs=1e-3)
@@ -223,9 +200,7 @@ def test_recovery_recipes_in_small(tmp_path, recipe):
 def test_weights_and_biases_offline(tmp_path):
     pytest.importorskip("wandb")
     arguments = ["recipe=magnitude_50", "smoke=true", "logger=wandb", f"output_dir={tmp_path}"]
-    environment = ENVIRONMENT | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    trained(*arguments, environment={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
     (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = log.read_bytes()
     assert b"train_loss" in content

@@ -3,7 +3,7 @@
 import json
 import pickle
 import re
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import ENVIRONMENT, TORCHRUN, run, started
+from launch import TORCHRUN, TRAIN, cold, cold_started, good, ranks, together, train, trained
 from rank_fits import Module, half_masks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -20,10 +20,8 @@ from prune_callbacks import MaskSet, consolidate
 from prune_callbacks.parallel.checkpoints import newest_checkpoint, open_checkpoint
 from prune_callbacks.tasks import tiny_llama
 
-TRAIN = Path(__file__).parent.parent / "train.py"
 RECOVER = ["recipe=recover_deepspeed", "smoke=true", "trainer.devices=2", "trainer.accelerator=cpu"]
 CPU_ZERO = ["trainer.strategy._target_=cpu_strategies.CPUDeepSpeedStrategy", "trainer.precision=32-true"]
-LIGHTNING = [sys.executable]
 
 
 def on(trainer):
@@ -33,18 +31,18 @@ def on(trainer):
 @pytest.mark.parametrize("trainer", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
 def test_a_run_on_two_processes_and_its_checkpoint_consolidated(tmp_path, trainer):
     folder, plain = tmp_path / "run", tmp_path / "plain"
-    run(*LIGHTNING, TRAIN, *on(trainer), f"output_dir={folder}")
+    together(TRAIN, *on(trainer), f"output_dir={folder}")
     report = json.loads((folder / "report.json").read_text())
     assert report["violations"] == {}
     assert report["sparsity"]["achieved"] == 0.5
     assert report["perplexity"]["recovered"] < report["perplexity"]["pruned"]
     assert report["processes"] == 2
     assert report["optimizer_steps"] == 4  # 32 windows, 4 a step on each of 2 processes
-    printed = run(*LIGHTNING, TRAIN, "recipe=consolidate", f"run={folder}", f"output_dir={plain}")
+    printed = trained("recipe=consolidate", f"run={folder}", f"output_dir={plain}").output
     assert "50.00% zeros in 28 masked layers, 0 violations" in " ".join(printed.split())
-    trained, written = (load_file(where / "model/model.safetensors") for where in (folder, plain))
-    assert trained.keys() == written.keys()
-    assert all(torch.equal(weight, written[name]) for name, weight in trained.items())
+    fitted, written = (load_file(where / "model/model.safetensors") for where in (folder, plain))
+    assert fitted.keys() == written.keys()
+    assert all(torch.equal(weight, written[name]) for name, weight in fitted.items())
     for name in ("masks.safetensors", "model/config.json"):
         assert (folder / name).read_bytes() == (plain / name).read_bytes()
     assert {p.name for p in (folder / "model").iterdir()} == {p.name for p in (plain / "model").iterdir()}
@@ -64,23 +62,77 @@ def test_a_run_on_two_processes_and_its_checkpoint_consolidated(tmp_path, traine
     assert loaded.dtype == torch.bfloat16
     assert MaskSet.load(plain / "masks.safetensors").violations(loaded.named_parameters()) == {}
     for name, weight in loaded.state_dict().items():
-        assert torch.equal(weight, trained.get(name, trained["model.embed_tokens.weight"]).bfloat16()), name
+        assert torch.equal(weight, fitted.get(name, fitted["model.embed_tokens.weight"]).bfloat16()), name
 
 
 def test_the_processes_that_lightning_starts_write_into_one_folder(tmp_path):
-    done = subprocess.run(
-        [*LIGHTNING, TRAIN, *on("ddp")], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    good(cold(sys.executable, TRAIN, *on("ddp"), folder=tmp_path))
     (folder,) = (tmp_path / "runs/recover_deepspeed").iterdir()
     assert (folder / "report.json").exists()
 
 
 def test_processes_that_were_started_one_by_one_are_told_to_name_a_folder(tmp_path):
-    environment = ENVIRONMENT | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
-    done = subprocess.run([sys.executable, TRAIN, *on("ddp")], env=environment, capture_output=True, text=True)
+    done = train(*on("ddp"), environment={"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"})
     assert done.returncode == 1
     assert "need one folder for all of them: output_dir=" in done.stderr
+
+
+SAVED = ["callbacks.checkpoint.every_n_train_steps=10"]
+
+
+@pytest.mark.parametrize(("trainer", "victim"), [("ddp", 1), ("fsdp2", 0), ("deepspeed_zero3", 0)])
+def test_a_killed_rank_ends_the_run_with_a_word_and_it_goes_on_from_its_checkpoint(tmp_path, trainer, victim):
+    folder = tmp_path / "run"
+    arguments = [*on(trainer), f"output_dir={folder}", *SAVED]
+    with ranks(TRAIN, *arguments, "data.train_windows=800") as processes:
+        other = processes[1 - victim]
+        while not (folder / "checkpoints/step_20.ckpt").exists():  # the second one: then the first is complete
+            assert all(process.poll() is None for process in processes), other.output
+            time.sleep(0.02)
+        processes[victim].send_signal(signal.SIGKILL)
+        left = other.wait(timeout=60)
+    assert left.returncode == 1
+    resumes(folder, arguments, left.output, 1 - victim)
+
+
+def resumes(folder, arguments, output, rank):
+    """A run whose other process was lost names its checkpoint, and goes on from there."""
+    assert f"rank {rank} of 2: another process of the training is gone" in output
+    checkpoint = Path(re.search(r"Go on with the same settings and ckpt_path=(\S+)", output)[1])
+    assert checkpoint.parent == folder / "checkpoints"
+    masks = (folder / "masks.safetensors").read_bytes()
+    resumed = together(TRAIN, *arguments, "data.train_windows=200", f"ckpt_path={checkpoint}")
+    assert "Restored all states" in resumed[0].output
+    assert (folder / "masks.safetensors").read_bytes() == masks
+    report = json.loads((folder / "report.json").read_text())
+    assert report["stage"] == "recovered"
+    assert report["violations"] == {}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "launcher", "victim"),
+    [("ddp", [], "1"), ("deepspeed_zero3", TORCHRUN, "0")],
+    ids=["lightning", "torchrun"],
+)
+def test_whoever_started_the_processes_none_is_left_when_one_is_killed(tmp_path, trainer, launcher, victim):
+    """Cold: the launchers' signals come while the error is on its way."""
+    folder = tmp_path / "run"
+    arguments = [*on(trainer), f"output_dir={folder}", *SAVED]
+    with cold_started(*(launcher or [sys.executable]), TRAIN, *arguments, "data.train_windows=4000") as process:
+        deadline = time.monotonic() + 180
+        while not (folder / "checkpoints/step_20.ckpt").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        everyone = ranks_of(process)
+        assert set(everyone) == {"0", "1"}
+        everyone[victim].kill()
+        killed = time.monotonic()
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode != 0
+        psutil.wait_procs(everyone.values(), timeout=60 - (time.monotonic() - killed))
+        assert not [child for child in everyone.values() if child.is_running()]
+    resumes(folder, arguments, stdout + stderr, 1 - int(victim))
 
 
 def ranks_of(process):
@@ -90,39 +142,6 @@ def ranks_of(process):
         if "torch.distributed.run" not in child.cmdline() and str(TRAIN) in child.cmdline():
             found[child.environ().get("LOCAL_RANK", "0")] = child
     return found
-
-
-@pytest.mark.parametrize(
-    ("trainer", "launcher", "victim"),
-    [("ddp", LIGHTNING, "1"), ("fsdp2", LIGHTNING, "0"), ("deepspeed_zero3", TORCHRUN, "0")],
-)
-def test_a_killed_rank_ends_the_run_with_a_word_and_it_goes_on_from_its_checkpoint(tmp_path, trainer, launcher, victim):
-    folder = tmp_path / "run"
-    arguments = [*on(trainer), f"output_dir={folder}", "callbacks.checkpoint.every_n_train_steps=10"]
-    with started([*launcher, TRAIN, *arguments, "data.train_windows=4000"]) as process:
-        deadline = time.time() + 120
-        # The second one: then the first is complete.
-        while time.time() < deadline and not (folder / "checkpoints/step_20.ckpt").exists():
-            assert process.poll() is None, process.stdout.read()[-3000:]
-            time.sleep(0.05)
-        ranks = ranks_of(process)
-        assert set(ranks) == {"0", "1"}
-        ranks[victim].kill()
-        killed = time.time()
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode != 0
-        psutil.wait_procs(ranks.values(), timeout=60 - (time.time() - killed))
-        assert not [child for child in ranks.values() if child.is_running()]
-    assert f"rank {1 - int(victim)} of 2: another process of the training is gone" in output
-    checkpoint = Path(re.search(r"Go on with the same settings and ckpt_path=(\S+)", output)[1])
-    assert checkpoint.parent == folder / "checkpoints"
-    masks = (folder / "masks.safetensors").read_bytes()
-    resumed = run(*launcher, TRAIN, *arguments, "data.train_windows=400", f"ckpt_path={checkpoint}")
-    assert "Restored all states" in resumed
-    assert (folder / "masks.safetensors").read_bytes() == masks
-    report = json.loads((folder / "report.json").read_text())
-    assert report["stage"] == "recovered"
-    assert report["violations"] == {}
 
 
 def test_what_cannot_be_consolidated_is_refused(tmp_path):
@@ -154,7 +173,7 @@ def test_what_is_missing_on_the_command_line_is_named(tmp_path):
         (["recipe=wanda_50", "ckpt_path=a.ckpt"], "goes on in its own folder: name it with output_dir="),
         (["recipe=consolidate", "run=absent", f"output_dir={tmp_path}"], "there is no config.json in absent/model"),
     ):
-        done = subprocess.run([sys.executable, TRAIN, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+        done = train(*arguments)
         assert done.returncode == 1
         assert message in done.stderr
 

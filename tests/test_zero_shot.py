@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from launch import good, train
 from lightning.pytorch import Trainer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
@@ -574,12 +574,6 @@ def test_what_cannot_be_measured_is_said_before_work(tmp_path, root, tiny, data,
     assert not (tmp_path / "run").exists()
 
 
-def train(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-
-
 def test_a_recipe_with_local_files(tmp_path, root):
     arguments = ["recipe=wanda_50", "smoke=true", "zero_shot=local"]
     failed = train(*arguments, f"output_dir={tmp_path / 'failed'}")
@@ -587,7 +581,7 @@ def test_a_recipe_with_local_files(tmp_path, root):
     assert "this needs data.root=..." in failed.stderr
     arguments.append(f"data.root={root}")
     done = train(*arguments, f"output_dir={tmp_path / 'run'}", "zero_shot.limit=2")
-    assert done.returncode == 0, done.stderr[-3000:]
+    good(done)
     written = json.loads((tmp_path / "run/report.json").read_text())["zero_shot"]
     assert set(written) == set(HEADLINE)
     for entry in written.values():
