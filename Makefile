@@ -1,12 +1,13 @@
 # make demo   prune SmolLM2-135M, fine-tune it with the zeros held, write runs/demo/DATE_TIME
-# make test   the tests
+# make test      the tests, in minutes
+# make test-all  all of them: every precision and strategy, the real model, the benchmarks, the browser
 # make check  format, lint, types, import contracts
 # make gpu    the tests that need a CUDA device
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# The tests check the shapes and dtypes in all signatures; two files of them run at a time, the slowest first.
+# The tests check the shapes and dtypes in all signatures.
 SHAPES := --jaxtyping-packages=prune_callbacks,beartype.beartype
 
 # Real evaluation data, where it was put beside the checkout; tests that want it skip where it is absent.
@@ -17,7 +18,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 # DeepSpeed compiles nothing when it is installed, and runs on CPUs where there is no accelerator.
 export DS_BUILD_OPS = 0
 
-.PHONY: demo test check gpu install clean
+.PHONY: demo test test-all check gpu install clean
 
 install: $(INSTALLED)
 
@@ -32,8 +33,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python train.py recipe=demo
 
+# Units of tests (tests/conftest.py) go to two workers, the longest first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 20 $(SHAPES)
+
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' -n 2 --dist loadfile --no-loadscope-reorder --durations 15 $(SHAPES)
+	$(PYTEST) -m 'not gpu and not slow'
+
+test-all: $(INSTALLED)
+	$(PYTEST) -m 'not gpu'
 
 gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu $(SHAPES)

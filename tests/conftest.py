@@ -2,24 +2,94 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need the network
 
+import random
+
+import hypothesis
 import jaxtyping
+import numpy as np
 import pytest
 import torch
+from launch import CORES
 
 from prune_callbacks.tasks import byte_tokenizer, tiny_llama
 
-SLOWEST = ("parallel", "smollm2", "pruners", "train", "train_ranks", "train_deploy", "sweep", "zero_shot")
-"""Files that take minutes: begun last, one of them would run alone in the end. Those with ranks not side by side."""
+FIRST = (
+    "train_ranks",
+    "train",
+    "parallel",
+    "train_deploy",
+    "zero_shot",
+    "sweep",
+    "sensitivity",
+    "streaming",
+    "smollm2",
+)
+"""Files that take longest, which begin first: one that began last would run alone in the end."""
+
+BY_TEST = ("train_ranks", "train", "train_deploy", "sweep", "smollm2", "benchmarks", "sensitivity", "iterative")
+"""Files whose tests are handed to the workers one by one; those of other files stay together, with what they share."""
+
+
+def _unit(item):
+    """What one worker runs as a whole: a file, a test, or the fits of a strategy."""
+    stem = item.path.stem.removeprefix("test_")
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if stem == "parallel":
+        return f"{stem}-{parameters.get('name', item.originalname)}"
+    if stem == "train_deploy":
+        return f"{stem}-{parameters.get('name', item.originalname.split('_')[1])}"
+    return f"{stem}-{item.name}" if stem in BY_TEST and "finished" not in item.fixturenames else stem
 
 
 def pytest_collection_modifyitems(items):
-    order = {f"test_{name}": place for place, name in enumerate(SLOWEST)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    places = {f"test_{name}": place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_unit(item)))
+
+
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("tests")
+
+UNSEEDED = 20_261_129
+"""The seed that the global generators have while nobody has seeded them."""
+
+
+def _seed(value):
+    torch.manual_seed(value)
+    np.random.seed(value)
+    random.seed(value)
+
+
+def _states():
+    return torch.get_rng_state().tolist(), np.random.get_state()[1:3], random.getstate()
+
+
+def _same(a, b):
+    return a[0] == b[0] and np.array_equal(a[1][0], b[1][0]) and a[1][1] == b[1][1] and a[2] == b[2]
+
+
+_seed(UNSEEDED)
+_untouched = _states()
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    torch.manual_seed(0)
+    """Seeds every test; fails one before which a module or a fixture of many tests drew without a seed."""
+    drawn = torch.initial_seed() == UNSEEDED and not _same(_states(), _untouched)
+    _seed(0)
+    assert not drawn, (
+        "a module, or a fixture of more than one test, drew from a global generator without seeding it: what it draws "
+        "depends on which tests run. Seed it, or give it a generator of its own"
+    )
+    yield
+    _seed(UNSEEDED)
+
+
+@pytest.fixture(autouse=True)
+def _cores():
+    with CORES.shared():
+        yield
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ interpreter, for what a fork cannot show: that a command of the README imports a
 """
 
 import atexit
+import fcntl
 import multiprocessing
 import os
 import runpy
@@ -192,11 +193,55 @@ def cold(*command, timeout=240, **settings):
         return Ended(process.returncode, stdout, stderr)
 
 
+class Cores:
+    """
+    Who may use the machine: tests beside one another, or one set of processes that wait for each other in every step.
+
+    Such a set takes three to five times as long beside other work, since each of its steps waits for whichever process
+    has no core. So it takes the place of the other workers' tests (of pytest-xdist), and no two sets run at once.
+    """
+
+    def __init__(self):
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+        names = [Path(tempfile.gettempdir()) / f"prune_callbacks_{run}_{part}" for part in ("queue", "cores")]
+        self._queue, self._cores = (os.open(name, os.O_RDWR | os.O_CREAT) for name in names)
+
+    @contextmanager
+    def shared(self):
+        """For a test: waits while a set of processes runs, or is about to."""
+        self._take(fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._cores, fcntl.LOCK_UN)
+
+    @contextmanager
+    def alone(self):
+        """For a set of processes, inside of a test: waits until the tests that run have ended."""
+        fcntl.flock(self._cores, fcntl.LOCK_UN)
+        self._take(fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._cores, fcntl.LOCK_UN)
+            self._take(fcntl.LOCK_SH)
+
+    def _take(self, kind):
+        fcntl.flock(self._queue, fcntl.LOCK_EX)  # who waits for the cores holds the queue: nobody overtakes
+        try:
+            fcntl.flock(self._cores, kind)
+        finally:
+            fcntl.flock(self._queue, fcntl.LOCK_UN)
+
+
+CORES = Cores()
+
+
 @contextmanager
 def ranks(script, *arguments, world_size=2, folder=None):
     """A script in as many processes as torchrun would start, with the environment that torchrun gives them."""
     port = _free_port()
-    with ExitStack() as stack:
+    with CORES.alone(), ExitStack() as stack:
         yield [
             stack.enter_context(started(script, *arguments, environment=_rank(rank, world_size, port), folder=folder))
             for rank in range(world_size)

@@ -1,26 +1,89 @@
-"""What importing costs, and that the public names are those of the contract."""
+"""What importing costs: nothing for the package, torch for its core, and no more than Lightning for pruning."""
 
-import subprocess
+import json
 import sys
 
 import pytest
+import torch
+from launch import cold, good
 
-HEAVY = ("lightning", "transformers", "deepspeed", "hydra", "datasets", "torchmetrics", "matplotlib")
+import prune_callbacks
+from prune_callbacks.calibration import peak_memory
+
+HEAVY = ("lightning", "transformers", "deepspeed", "hydra", "datasets", "torchmetrics", "matplotlib", "scipy")
+CORE = ("Unstructured", "NM", "Magnitude", "Wanda", "SparseGPT", "MRP", "ALPS", "Gram", "MaskSet")
+LATE = (
+    "matplotlib",
+    "scipy",
+    "jinja2",
+    "torch._dynamo",
+    "datasets",
+    "peft",
+    "deepspeed",
+    "lm_eval",
+    "wandb",
+    "resource",
+)
+"""What is imported where it is used. (Lightning brings some of these along: what counts is who asks.)"""
+
+DRAWS = {"RunReport", "SparsityBenchmark", "SparsityMonitor"}
+"""The public names that draw, and so need what draws."""
+
+LOADED = f"""
+import json, sys
+import prune_callbacks
+loaded = {{"": [m for m in {HEAVY!r} if m in sys.modules]}}
+for name in sys.argv[1:]:
+    getattr(prune_callbacks, name)
+    loaded[name] = [m for m in {HEAVY!r} if m in sys.modules]
+print(json.dumps(loaded))
+"""
+
+ASKED = """
+import builtins, json, sys
+import prune_callbacks
+late, original = json.loads(sys.argv[1]), builtins.__import__
+def watched(name, globals=None, locals=None, fromlist=(), level=0):
+    if (globals or {}).get("__name__", "").startswith("prune_callbacks") and not level:
+        names = [name, *(f"{name}.{part}" for part in fromlist or ())]
+        asked.update(l for l in late for n in names if n == l or n.startswith(l + "."))
+    return original(name, globals, locals, fromlist, level)
+builtins.__import__, found = watched, {}
+for name in prune_callbacks.__all__:
+    asked = set()
+    getattr(prune_callbacks, name)
+    found[name] = sorted(asked)
+print(json.dumps(found))
+"""
 
 
-def loaded_by(statement):
-    code = f"import sys; {statement}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+def said_by(code, *arguments):
+    return json.loads(good(cold(sys.executable, "-c", code, *arguments)).stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", ["Unstructured", "NM", "Magnitude", "Wanda", "SparseGPT", "MRP", "Gram", "MaskSet"])
-def test_the_core_imports_tensors_only(name):
-    assert loaded_by(f"from prune_callbacks import {name}") == []
+def test_the_package_imports_nothing_and_its_core_tensors_only():
+    loaded = said_by(LOADED, *CORE, "MaskEnforcer")
+    assert not any(loaded[name] for name in ("", *CORE))
+    assert "lightning" in loaded["MaskEnforcer"]  # control
+    assert "deepspeed" not in loaded["MaskEnforcer"]
 
 
-def test_importing_the_package_imports_nothing():
-    assert loaded_by("import prune_callbacks") == []
+@pytest.fixture(scope="module")
+def asked():
+    """Of every public name: what modules of the package ask for while it is imported, that is named in LATE."""
+    return said_by(ASKED, json.dumps(LATE))
 
 
-def test_control_the_callbacks_do_import_lightning():
-    assert "lightning" in loaded_by("from prune_callbacks import MaskEnforcer")
+def test_without_the_system_call_for_it_no_peak_is_known(monkeypatch):
+    assert peak_memory(torch.device("cpu")) > 1e8
+    monkeypatch.setitem(sys.modules, "resource", None)  # Windows has none
+    assert peak_memory(torch.device("cpu")) == 0
+
+
+def test_what_only_some_functions_need_is_imported_by_them(asked):
+    assert set(asked) == set(prune_callbacks.__all__)
+    assert {name: found for name, found in asked.items() if found and name not in DRAWS} == {}
+
+
+def test_control_what_draws_imports_what_draws(asked):
+    assert {"matplotlib", "jinja2"} == set(asked["RunReport"])

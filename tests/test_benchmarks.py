@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiers import slow
 
 from prune_callbacks import NM, Gram, Unstructured
 from prune_callbacks.solvers.linalg import damp
@@ -215,7 +216,7 @@ measured(keep_largest, (torch.ones(4), 2), (scores, len(scores) // 2))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux")
-@pytest.mark.parametrize(("out", "size"), [(512, 2048), (1536, 1536), (3072, 768)])
+@pytest.mark.parametrize(("out", "size"), [(512, 2048), slow(1536, 1536), slow(3072, 768)])
 def test_what_scaling_counts_for_a_solver_is_what_it_takes(out, size):
     bench = load("scaling")
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}

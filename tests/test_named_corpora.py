@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import good, train
+from launch import train, trained
 from lightning import Trainer
 from safetensors.torch import load_file
 
@@ -149,8 +149,7 @@ def test_the_command_line(tmp_path, root):
     path = root / "long.txt"
     path.write_text("words in a line\n" * 600)
     given = ["recipe=wanda_50", "smoke=true", f"data.root={root}", f"data.calibration={path}"]
-    done = train(*given, f"evaluate=[c4,{path}]", f"output_dir={tmp_path / 'run'}")
-    good(done)
+    trained(*given, f"evaluate=[c4,{path}]", f"output_dir={tmp_path / 'run'}")
     record = json.loads((tmp_path / "run/report.json").read_text())
     assert set(record["corpora"]) == {"c4", "long.txt"}
     done = train(*given, "data.evaluation=lambada", f"output_dir={tmp_path / 'short'}")

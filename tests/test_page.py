@@ -260,6 +260,7 @@ def chromium(page, tmp_path):
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"there is no {CHROMIUM}")
 def test_a_browser_shows_the_pages_without_a_complaint(tmp_path, make):
     write_page(make())

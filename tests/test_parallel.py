@@ -8,6 +8,7 @@ import torch
 from launch import ended, fits, good
 from lightning.pytorch import Callback
 from rank_fits import PRUNERS, STRATEGIES, Module, batches, half_masks, trainer_of
+from tiers import slow
 
 from prune_callbacks import LoRARecovery, MaskEnforcer, MaskSet
 from prune_callbacks.parallel.checkpoints import open_checkpoint
@@ -16,9 +17,9 @@ KINDS = {"weight", "master", "exp_avg", "exp_avg_sq"}
 RANKS = (0, 1)
 by_strategy = pytest.mark.parametrize("name", STRATEGIES)
 HELD = [
-    *(pytest.param(name, "32-true", 12) for name in STRATEGIES),
-    *(pytest.param(name, "bf16-mixed", 4) for name in STRATEGIES),
-    *(pytest.param(name, "bf16-mixed", 12, marks=pytest.mark.slow) for name in STRATEGIES),
+    *((name, "32-true", 12) for name in STRATEGIES),
+    *((name, "bf16-mixed", 4) for name in STRATEGIES),
+    *(slow(name, "bf16-mixed", 12) for name in STRATEGIES),
 ]
 
 
@@ -100,10 +101,10 @@ def test_zeros_of_experts_are_found_and_held_wherever_their_tensors_are(tmp_path
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("zero1_offload", marks=pytest.mark.slow),
+        slow("zero1_offload"),
         "zero2_offload",
         "zero3_offload",
-        pytest.param("zero3_persistent", marks=pytest.mark.slow),
+        slow("zero3_persistent"),
         "zero3_subgroups",
     ],
 )
@@ -115,7 +116,7 @@ def test_wherever_deepspeed_keeps_its_masters_the_losses_are_the_same(held, tmp_
     torch.testing.assert_close(losses(results), losses(held("ddp")), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", [pytest.param("zero2_frozen", marks=pytest.mark.slow), "zero3_frozen"])
+@pytest.mark.parametrize("name", [slow("zero2_frozen"), "zero3_frozen"])
 def test_frozen_layers_without_a_master_keep_their_zeros(tmp_path, name):
     fits("variant", tmp_path, name)
     result = loaded(tmp_path, f"{name}_1")
@@ -145,8 +146,8 @@ def iterated(tmp_path_factory):
 HOW = [
     ("32-true", "on"),
     ("32-true", "back"),
-    pytest.param("32-true", "weights", marks=pytest.mark.slow),
-    pytest.param("bf16-mixed", "back", marks=pytest.mark.slow),
+    slow("32-true", "weights"),
+    slow("bf16-mixed", "back"),
 ]
 
 
@@ -163,7 +164,7 @@ def test_a_change_of_the_masks_in_the_middle_holds_like_any_other(iterated, name
 
 
 @pytest.mark.parametrize("name", STRATEGIES[1:])
-@pytest.mark.parametrize("rewind", ["on", "back", pytest.param("weights", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rewind", ["on", "back", slow("weights")])
 def test_sharded_rounds_choose_and_rewind_as_ddp_does(iterated, name, rewind):
     """Every weight, so the embeddings too, which no mask touches: going back reached the masters."""
     ours, ddp = (iterated(who, "32-true", rewind) for who in (name, "ddp"))
@@ -183,7 +184,8 @@ def pruned(tmp_path_factory):
     run = Scenarios(tmp_path_factory.mktemp("pruned"), "one_shot")
 
     def results(pruner, precision):
-        folder = [run(precision, world_size=size) for size in (1, 2)][0]
+        run(precision, world_size=1)
+        folder = run(precision)
         return [loaded(folder, f"{pruner}_{precision}_{which}") for which in ("1_0", "2_0", "2_1")]
 
     return results
@@ -244,9 +246,7 @@ def test_a_resumed_fit_ends_with_the_same_bits(resumed, name):
             assert all(torch.equal(value, again[part][n]) for n, value in through[part].items())
 
 
-@pytest.mark.parametrize(
-    "name", ["ddp", "fsdp2", *(pytest.param(f"zero{stage}", marks=pytest.mark.slow) for stage in (1, 2)), "zero3"]
-)
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", slow("zero1"), slow("zero2"), "zero3"])
 def test_resuming_on_another_number_of_processes_keeps_the_masks(resumed, name):
     folder = resumed(name, "on", 1)
     through, again = loaded(folder, "through_0"), loaded(folder, "resumed_on_1_0")

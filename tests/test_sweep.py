@@ -11,7 +11,7 @@ import time
 import matplotlib.image
 import pytest
 import torch
-from launch import TRAIN, good, started, train
+from launch import TRAIN, started, train, trained
 
 from prune_callbacks import (
     MRP,
@@ -216,8 +216,7 @@ def test_the_picture_of_numbers_names_and_everything(tmp_path):
 
 def test_a_sweep_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
     arguments = ["--multirun", "recipe=sweep", "pruner=magnitude,sparsegpt", "pattern.sparsity=0.4,0.6", "smoke=true"]
-    done = train(*arguments, f"output_dir={tmp_path / 'whole'}")
-    good(done)
+    done = trained(*arguments, f"output_dir={tmp_path / 'whole'}")
     assert len(re.findall(r"perplexity \d", done.output)) == 4
     path = tmp_path / "killed/sweep.json"
     for wanted in (1, 3):
@@ -229,11 +228,10 @@ def test_a_sweep_killed_again_and_again_ends_as_one_that_was_not(tmp_path):
                 time.sleep(0.02)
             os.killpg(process.pid, signal.SIGKILL)
             assert process.wait().returncode == -signal.SIGKILL
-    done = set(json.loads(path.read_text())["cells"])
-    assert len(done) >= 3
-    done = train(*arguments, f"output_dir={path.parent}")
-    good(done)
-    assert done.output.count("measured before") == len(done)
+    measured = json.loads(path.read_text())["cells"]
+    assert len(measured) >= 3
+    done = trained(*arguments, f"output_dir={path.parent}")
+    assert done.output.count("measured before") == len(measured)
     whole, resumed = (json.loads(p.read_text()) for p in (tmp_path / "whole/sweep.json", path))
     assert list(whole["cells"]) == list(resumed["cells"])
     for key, cell in whole["cells"].items():
@@ -264,8 +262,7 @@ def test_every_point_that_fails_is_named(tmp_path, capsys):
 
 
 def test_an_ablation_sweeps_by_itself(tmp_path):
-    done = train("recipe=ablate_block_size", "smoke=true", "pruner.block_size=64,null", f"output_dir={tmp_path}")
-    good(done)
+    trained("recipe=ablate_block_size", "smoke=true", "pruner.block_size=64,null", f"output_dir={tmp_path}")
     results = json.loads((tmp_path / "sweep.json").read_text())
     assert results["setting"]["along"] == "block size"
     assert [cell["at"] for cell in results["cells"].values()] == [64, None]

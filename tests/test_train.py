@@ -12,7 +12,7 @@ from launch import TRAIN, cold, good, started, train, trained
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prune_callbacks import MaskSet
+from prune_callbacks import NM, MaskSet
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +195,23 @@ def test_recovery_recipes_in_small(tmp_path, recipe):
     assert masks.violations(weights) == {}
     assert not [name for name in weights if "lora" in name or "base_layer" in name]
     assert (tmp_path / "adapter/adapter_model.safetensors").exists() == (recipe == "recover_lora")
+
+
+@pytest.mark.parametrize(
+    "recipe", ["wanda_2of4", "sparsegpt_2of4", "mrp_50", "mrp_2of4", "alps_50", "alps_2of4", "demo"]
+)
+def test_one_shot_recipes_in_small(tmp_path, recipe):
+    trained(f"recipe={recipe}", "smoke=true", f"output_dir={tmp_path}")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["recipe"] == recipe
+    assert report["violations"] == {}
+    assert report["perplexity"]["recovered"] < report["perplexity"]["pruned"]
+    masks = MaskSet.load(tmp_path / "masks.safetensors")
+    assert masks.violations(load_file(tmp_path / "model/model.safetensors")) == {}
+    if recipe.endswith("2of4"):
+        masks.check(NM(2, 4))
+    else:
+        assert masks.sparsity() == 0.5
 
 
 def test_weights_and_biases_offline(tmp_path):

@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import TORCHRUN, TRAIN, cold, cold_started, good, ranks, together, train, trained
+from launch import CORES, TORCHRUN, TRAIN, cold_started, ranks, together, train, trained
 from rank_fits import Module, half_masks
 from safetensors.torch import load_file
+from tiers import slow
 from transformers import AutoModelForCausalLM
 
 from prune_callbacks import MaskSet, consolidate
@@ -65,12 +66,6 @@ def test_a_run_on_two_processes_and_its_checkpoint_consolidated(tmp_path, traine
         assert torch.equal(weight, fitted.get(name, fitted["model.embed_tokens.weight"]).bfloat16()), name
 
 
-def test_the_processes_that_lightning_starts_write_into_one_folder(tmp_path):
-    good(cold(sys.executable, TRAIN, *on("ddp"), folder=tmp_path))
-    (folder,) = (tmp_path / "runs/recover_deepspeed").iterdir()
-    assert (folder / "report.json").exists()
-
-
 def test_processes_that_were_started_one_by_one_are_told_to_name_a_folder(tmp_path):
     done = train(*on("ddp"), environment={"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"})
     assert done.returncode == 1
@@ -109,18 +104,23 @@ def resumes(folder, arguments, output, rank):
     assert report["violations"] == {}
 
 
-@pytest.mark.parametrize(
-    ("trainer", "launcher", "victim"),
-    [("ddp", [], "1"), ("deepspeed_zero3", TORCHRUN, "0")],
-    ids=["lightning", "torchrun"],
-)
-def test_whoever_started_the_processes_none_is_left_when_one_is_killed(tmp_path, trainer, launcher, victim):
-    """Cold: the launchers' signals come while the error is on its way."""
-    folder = tmp_path / "run"
-    arguments = [*on(trainer), f"output_dir={folder}", *SAVED]
-    with cold_started(*(launcher or [sys.executable]), TRAIN, *arguments, "data.train_windows=4000") as process:
+def ranks_of(process):
+    """The training processes by their local rank."""
+    found = {}
+    for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        if "torch.distributed.run" not in child.cmdline() and str(TRAIN) in child.cmdline():
+            found[child.environ().get("LOCAL_RANK", "0")] = child
+    return found
+
+
+@pytest.mark.parametrize(("trainer", "launcher", "victim"), [("ddp", [], "1"), slow("deepspeed_zero3", TORCHRUN, "0")])
+def test_whoever_starts_the_processes_none_is_left_when_one_is_killed(tmp_path, trainer, launcher, victim):
+    """Cold, by the README's commands: the launchers' signals come while the error is on its way."""
+    where = [f"output_dir={tmp_path / 'run'}"] if launcher else []  # Lightning's processes agree on a folder
+    command = [*(launcher or [sys.executable]), TRAIN, *on(trainer), *where, *SAVED, "data.train_windows=4000"]
+    with CORES.alone(), cold_started(*command, folder=tmp_path) as process:
         deadline = time.monotonic() + 180
-        while not (folder / "checkpoints/step_20.ckpt").exists():
+        while not list(tmp_path.glob("**/checkpoints/step_20.ckpt")):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -132,16 +132,8 @@ def test_whoever_started_the_processes_none_is_left_when_one_is_killed(tmp_path,
         assert process.returncode != 0
         psutil.wait_procs(everyone.values(), timeout=60 - (time.monotonic() - killed))
         assert not [child for child in everyone.values() if child.is_running()]
-    resumes(folder, arguments, stdout + stderr, 1 - int(victim))
-
-
-def ranks_of(process):
-    """The training processes by their local rank."""
-    found = {}
-    for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        if "torch.distributed.run" not in child.cmdline() and str(TRAIN) in child.cmdline():
-            found[child.environ().get("LOCAL_RANK", "0")] = child
-    return found
+    (folder,) = (checkpoint.parent.parent for checkpoint in tmp_path.glob("**/checkpoints/step_20.ckpt"))
+    resumes(folder, [*on(trainer), f"output_dir={folder}", *SAVED], stdout + stderr, 1 - int(victim))
 
 
 def test_what_cannot_be_consolidated_is_refused(tmp_path):

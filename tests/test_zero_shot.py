@@ -597,6 +597,7 @@ def test_a_recipe_with_local_files(tmp_path, root):
     assert not (tmp_path / "failed/masks.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_benchmark_finds_what_lm_eval_by_itself_finds_and_goes_on(tmp_path, root, letters, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("zero_shot_benchmark", ROOT / "benchmarks/zero_shot.py")
     bench = importlib.util.module_from_spec(spec)

@@ -7,16 +7,26 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for devices when it is i
 import importlib
 import pkgutil
 
-import deepspeed  # noqa: F401
-import peft  # noqa: F401
-import torch.distributed.checkpoint
-import torch.utils.tensorboard  # noqa: F401
-import transformers.models.byt5.tokenization_byt5
-import transformers.models.llama.modeling_llama  # noqa: F401
-
 import prune_callbacks
-import prune_callbacks.callbacks
 
-for package in (prune_callbacks,):
-    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        importlib.import_module(module.name)
+NAMES = (
+    "deepspeed.module_inject",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # brings torch's compiler, which every ZeRO optimizer asks for
+    "hydra._internal.hydra",
+    "hydra.core.override_parser.overrides_parser",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.strategies",
+    "matplotlib.backends.backend_agg",
+    "peft",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.profiler",
+    "torch.utils.tensorboard",
+    "transformers.models.byt5.tokenization_byt5",
+    "transformers.models.llama.modeling_llama",
+    "transformers.trainer_utils",
+)
+
+for name in (*NAMES, *(found.name for found in pkgutil.walk_packages(prune_callbacks.__path__, "prune_callbacks."))):
+    importlib.import_module(name)

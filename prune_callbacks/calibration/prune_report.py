@@ -1,6 +1,5 @@
 """What the engine reports: one entry a layer, the masks, time and memory."""
 
-import resource
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -104,9 +103,13 @@ def free_memory(device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: of allocated device memory on CUDA, else the process's resident set."""
+    """Peak bytes: of allocated device memory on CUDA, else the process's resident set; 0 where no system call tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -30,7 +30,7 @@ plain_text = matplotlib.rc_context({"text.parse_math": False})
 """Decorates what draws names of models and layers: dollar signs in them are no formulas."""
 
 
-def subplots(*shape: int, figsize: tuple[float, float], **settings: Any) -> tuple[Figure, Any]:
+def subplots(*shape: int, figsize: tuple[float | int, float | int], **settings: Any) -> tuple[Figure, Any]:
     """
     Returns a figure outside of pyplot, and its axes as `pyplot.subplots` would.
 
