@@ -9,9 +9,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from launch import CORES
-
-from prune_callbacks.tasks import byte_tokenizer, tiny_llama
+from launch import cores
 
 FIRST = (
     "train_ranks",
@@ -41,7 +39,9 @@ def _unit(item):
     return f"{stem}-{item.name}" if stem in BY_TEST and "finished" not in item.fixturenames else stem
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)  # before the slow ones are left out
+def pytest_collection_modifyitems(session, items):
+    session.all_collected = tuple(items)
     places = {f"test_{name}": place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     for item in items:
@@ -88,7 +88,7 @@ def _seeded():
 
 @pytest.fixture(autouse=True)
 def _cores():
-    with CORES.shared():
+    with cores().shared():
         yield
 
 
@@ -102,12 +102,18 @@ def unchecked():
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from prune_callbacks.tasks import (
+        byte_tokenizer,
+    )  # seconds, which the process that only hands out tests need not pay
+
     return byte_tokenizer()
 
 
 @pytest.fixture
 def tiny():
     """A Llama of two blocks with random weights, on bytes."""
+    from prune_callbacks.tasks import tiny_llama
+
     return tiny_llama(hidden_size=32, layers=2)
 
 

@@ -9,6 +9,7 @@ interpreter, for what a fork cannot show: that a command of the README imports a
 
 import atexit
 import fcntl
+import functools
 import multiprocessing
 import os
 import runpy
@@ -204,7 +205,9 @@ class Cores:
     def __init__(self):
         run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
         names = [Path(tempfile.gettempdir()) / f"prune_callbacks_{run}_{part}" for part in ("queue", "cores")]
-        self._queue, self._cores = (os.open(name, os.O_RDWR | os.O_CREAT) for name in names)
+        self._queue, self._cores = (os.open(name, os.O_RDWR | os.O_CREAT, 0o600) for name in names)
+        for name in names:
+            atexit.register(name.unlink, missing_ok=True)
 
     @contextmanager
     def shared(self):
@@ -234,14 +237,15 @@ class Cores:
             fcntl.flock(self._queue, fcntl.LOCK_UN)
 
 
-CORES = Cores()
+cores = functools.cache(Cores)
+"""The one of this process, made when a test first asks."""
 
 
 @contextmanager
 def ranks(script, *arguments, world_size=2, folder=None):
     """A script in as many processes as torchrun would start, with the environment that torchrun gives them."""
     port = _free_port()
-    with CORES.alone(), ExitStack() as stack:
+    with cores().alone(), ExitStack() as stack:
         yield [
             stack.enter_context(started(script, *arguments, environment=_rank(rank, world_size, port), folder=folder))
             for rank in range(world_size)

@@ -229,6 +229,7 @@ def test_what_scaling_counts_for_a_solver_is_what_it_takes(out, size):
     assert selecting < 1.75 * 4 * out * size + 2**22  # a copy of the scores, and the mask, ties or none
 
 
+@pytest.mark.slow
 def test_whole_models_are_pruned_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
     bench = load("prune_model")
     tiny_llama(hidden_size=32, layers=2).save_pretrained(tmp_path / "model")

@@ -247,9 +247,28 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("rewind", [None, Rewind(2)], ids=["", "rewinding"])
-@pytest.mark.parametrize("case", RESUMED)
-def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, tokenizer, rewind, case):
+QUICK = {  # the others in make test-all
+    "in a round": (None, Rewind(2)),
+    "right behind a change": (Rewind(2),),
+    "before the first round": (Rewind(2),),
+    "by epochs, with an epoch's last step": (None, Rewind(2)),
+    "at the end of an epoch": (None,),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "rewind"),
+    [
+        pytest.param(
+            *(case, rewind),
+            id=f"{case}{', rewinding' * bool(rewind)}",
+            marks=() if rewind in QUICK.get(case, ()) else pytest.mark.slow,
+        )
+        for case in RESUMED
+        for rewind in (None, Rewind(2))
+    ],
+)
+def test_a_resumed_fit_ends_with_the_same_bits(tmp_path, tokenizer, case, rewind):
     """Epochs of 16 batches, two batches a step."""
     schedule, stop, settings = RESUMED[case]
     (tmp_path / "text.txt").write_text("".join(f"{n} times {n} is {n * n}\n" for n in range(40)))

@@ -144,15 +144,14 @@ def iterated(tmp_path_factory):
 
 
 HOW = [
-    ("32-true", "on"),
-    ("32-true", "back"),
-    slow("32-true", "weights"),
-    slow("bf16-mixed", "back"),
+    *(("32-true", "back", name) for name in STRATEGIES),
+    *(("32-true", "on", name) for name in ("ddp", "zero3")),
+    *(slow("32-true", "on", name) for name in ("fsdp2", "zero1", "zero2")),
+    *(slow(*how, name) for how in (("32-true", "weights"), ("bf16-mixed", "back")) for name in STRATEGIES),
 ]
 
 
-@by_strategy
-@pytest.mark.parametrize(("precision", "rewind"), HOW)
+@pytest.mark.parametrize(("precision", "rewind", "name"), HOW)
 def test_a_change_of_the_masks_in_the_middle_holds_like_any_other(iterated, name, precision, rewind):
     results = iterated(name, precision, rewind)
     for result in results:
@@ -163,8 +162,15 @@ def test_a_change_of_the_masks_in_the_middle_holds_like_any_other(iterated, name
     assert all(torch.equal(mask, results[1]["masks"][n]) for n, mask in results[0]["masks"].items())
 
 
-@pytest.mark.parametrize("name", STRATEGIES[1:])
-@pytest.mark.parametrize("rewind", ["on", "back", slow("weights")])
+@pytest.mark.parametrize(
+    ("rewind", "name"),
+    [
+        *(("back", name) for name in STRATEGIES[1:]),
+        ("on", "zero3"),
+        *(slow("on", name) for name in STRATEGIES[1:-1]),
+        *(slow("weights", name) for name in STRATEGIES[1:]),
+    ],
+)
 def test_sharded_rounds_choose_and_rewind_as_ddp_does(iterated, name, rewind):
     """Every weight, so the embeddings too, which no mask touches: going back reached the masters."""
     ours, ddp = (iterated(who, "32-true", rewind) for who in (name, "ddp"))
@@ -236,7 +242,7 @@ def universal(checkpoint):
         good(ended(script, "--inject_missing_state", "--input_folder", checkpoint, "--output_folder", target))
 
 
-@by_strategy
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", slow("zero1"), "zero2", "zero3"])
 def test_a_resumed_fit_ends_with_the_same_bits(resumed, name):
     folder = resumed(name, "back", 2)
     for rank in RANKS:

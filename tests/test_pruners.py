@@ -209,7 +209,7 @@ def test_alps_equals_admm_and_least_squares_on_its_mask(layer, pattern, given_se
     st.floats(0, 0.95),
     st.sampled_from([torch.float32, torch.float64]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_alps_is_never_above_mrp(seed, out, groups, tokens, sparsity, dtype):
     torch.manual_seed(seed)
     size = 4 * groups
@@ -319,7 +319,7 @@ def test_scaling_the_gram_changes_nothing(layer):
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 30), st.sampled_from([0.0, 0.3, 0.5, 0.9]), st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @pytest.mark.filterwarnings("error:least squares under the mask did not")
 def test_no_gram_makes_nan(out, groups, tokens, sparsity, duplicate):
     size = 4 * groups

@@ -261,8 +261,23 @@ def test_every_point_that_fails_is_named(tmp_path, capsys):
     assert "holds no run but a study, whose results are in sweep.json and sweep.png" in capsys.readouterr().err
 
 
-def test_an_ablation_sweeps_by_itself(tmp_path):
-    trained("recipe=ablate_block_size", "smoke=true", "pruner.block_size=64,null", f"output_dir={tmp_path}")
-    results = json.loads((tmp_path / "sweep.json").read_text())
-    assert results["setting"]["along"] == "block size"
-    assert [cell["at"] for cell in results["cells"].values()] == [64, None]
+ABLATIONS = {
+    "ablate_block_size": ("pruner.block_size=64,null", "block size", [64, None]),
+    "ablate_damping": ("pruner.damping=1e-2,1", "damping", [0.01, 1]),
+    "ablate_calibration_windows": ("data.calibration_windows=2,4", "calibration windows", [2, 4]),
+    "ablate_calibration_corpus": (
+        "data.calibration=python_docs,text.txt",
+        "calibration text",
+        ["python_docs", "text.txt"],
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", ABLATIONS)
+def test_an_ablation_sweeps_by_itself(tmp_path, recipe):
+    values, along, at = ABLATIONS[recipe]
+    (tmp_path / "text.txt").write_text("words in a line, and some more of them\n" * 200)
+    trained(f"recipe={recipe}", "smoke=true", values, f"output_dir={tmp_path / 'sweep'}", folder=tmp_path)
+    results = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert results["setting"]["along"] == along
+    assert [cell["at"] for cell in results["cells"].values()] == at

@@ -1,7 +1,6 @@
 """The command line, in real processes: a run, bad input, a failure after pruning, a kill."""
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_callbacks import NM, MaskSet
+from prune_callbacks.parallel import newest_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_killed_run_resumes_to_the_same_masks(tmp_path):
     arguments += ["callbacks.checkpoint.every_n_train_steps=5"]
     with started(TRAIN, *arguments) as process:
         deadline = time.time() + 120
-        while time.time() < deadline and len(list(folder.glob("checkpoints/*.ckpt"))) < 2:  # the first is complete
+        while time.time() < deadline and not (folder / "checkpoints/step_10.ckpt").exists():
             assert process.poll() is None, process.output
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
@@ -98,7 +98,7 @@ def test_a_killed_run_resumes_to_the_same_masks(tmp_path):
     assert report["perplexity"]["recovered"] is None
     masks = MaskSet.load(folder / "masks.safetensors")
     assert masks.violations(load_file(folder / "model/model.safetensors")) == {}
-    checkpoint = shutil.copy(max(folder.glob("checkpoints/*.ckpt"), key=os.path.getmtime), tmp_path / "killed.ckpt")
+    checkpoint = shutil.copy(newest_checkpoint(folder / "checkpoints"), tmp_path / "killed.ckpt")
     arguments[3] = "data.train_windows=100"
     resumed = trained(*arguments, f"ckpt_path={checkpoint}")
     assert "Restored all states" in resumed.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import CORES, TORCHRUN, TRAIN, cold_started, ranks, together, train, trained
+from launch import TORCHRUN, TRAIN, cold_started, cores, ranks, together, train, trained
 from rank_fits import Module, half_masks
 from safetensors.torch import load_file
 from tiers import slow
@@ -29,7 +29,7 @@ def on(trainer):
     return [*RECOVER, f"trainer={trainer}", *(CPU_ZERO if "deepspeed" in trainer else [])]
 
 
-@pytest.mark.parametrize("trainer", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+@pytest.mark.parametrize("trainer", [slow("deepspeed_zero2"), "deepspeed_zero3", "fsdp2"])
 def test_a_run_on_two_processes_and_its_checkpoint_consolidated(tmp_path, trainer):
     folder, plain = tmp_path / "run", tmp_path / "plain"
     together(TRAIN, *on(trainer), f"output_dir={folder}")
@@ -75,7 +75,7 @@ def test_processes_that_were_started_one_by_one_are_told_to_name_a_folder(tmp_pa
 SAVED = ["callbacks.checkpoint.every_n_train_steps=10"]
 
 
-@pytest.mark.parametrize(("trainer", "victim"), [("ddp", 1), ("fsdp2", 0), ("deepspeed_zero3", 0)])
+@pytest.mark.parametrize(("trainer", "victim"), [slow("ddp", 1), slow("fsdp2", 0), ("deepspeed_zero3", 0)])
 def test_a_killed_rank_ends_the_run_with_a_word_and_it_goes_on_from_its_checkpoint(tmp_path, trainer, victim):
     folder = tmp_path / "run"
     arguments = [*on(trainer), f"output_dir={folder}", *SAVED]
@@ -118,7 +118,7 @@ def test_whoever_starts_the_processes_none_is_left_when_one_is_killed(tmp_path, 
     """Cold, by the README's commands: the launchers' signals come while the error is on its way."""
     where = [f"output_dir={tmp_path / 'run'}"] if launcher else []  # Lightning's processes agree on a folder
     command = [*(launcher or [sys.executable]), TRAIN, *on(trainer), *where, *SAVED, "data.train_windows=4000"]
-    with CORES.alone(), cold_started(*command, folder=tmp_path) as process:
+    with cores().alone(), cold_started(*command, folder=tmp_path) as process:
         deadline = time.monotonic() + 180
         while not list(tmp_path.glob("**/checkpoints/step_20.ckpt")):
             assert process.poll() is None, process.communicate()

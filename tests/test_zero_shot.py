@@ -455,6 +455,7 @@ def test_a_changed_file_is_read_anew(root, tiny, letters):
     assert zero_shot(tiny, letters)["arc_easy"]["examples"] == 4
 
 
+@pytest.mark.slow  # lm_eval reads the 14,000 tasks that it has
 def test_without_a_folder_the_data_comes_from_the_hub(root, letters, monkeypatch):
     """All but the download, whose place the same examples take; no number differs, LAMBADA's perplexity is left out."""
     import datasets

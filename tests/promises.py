@@ -1,0 +1,187 @@
+"""
+What the README promises, and the tests that hold it.
+
+Of every test and control that is named at least one case runs in `make test`; `test_promises.py` looks whether it does.
+Names are those of pytest, without `tests/` and `.py`; a name without brackets stands for all cases.
+"""
+
+from typing import NamedTuple
+
+
+class Promise(NamedTuple):
+    """Tests that hold a promise, and tests that show that they could fail."""
+
+    held_by: tuple[str, ...]
+    controls: tuple[str, ...] = ()
+
+
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+ONE_SHOT = ("wanda_2of4", "sparsegpt_2of4", "mrp_50", "mrp_2of4", "alps_50", "alps_2of4", "demo")
+RECOVERY = ("gradual_cubic_80", "recover_distill", "recover_lora", "recover_masked_lora")
+ABLATIONS = ("ablate_block_size", "ablate_damping", "ablate_calibration_windows", "ablate_calibration_corpus")
+DEPLOY = ("deploy_2of4", "deploy_2of4_int8", "sparse_int4", "shrink_25", "permute_2of4")
+
+CONSOLIDATED = "test_train_ranks::test_a_run_on_two_processes_and_its_checkpoint_consolidated"
+
+RECIPES = {
+    **{name: f"test_train::test_one_shot_recipes_in_small[{name}]" for name in ONE_SHOT},
+    **{name: f"test_train::test_recovery_recipes_in_small[{name}]" for name in RECOVERY},
+    **{name: f"test_train_deploy::test_every_run_leaves_a_report_and_zeros_that_held[{name}]" for name in DEPLOY},
+    "sparsegpt_50": "test_train::test_a_run_leaves_its_folder",
+    "wanda_50": "test_train::test_a_killed_run_resumes_to_the_same_masks",
+    "magnitude_50": "test_train::test_weights_and_biases_offline",
+    "imp_90": "test_train::test_imp_beside_one_shot",
+    "oneshot_90": "test_train::test_imp_beside_one_shot",
+    **dict.fromkeys(("recover_deepspeed", "consolidate"), f"{CONSOLIDATED}[deepspeed_zero3]"),
+    "prune_streaming": "test_streaming::test_the_recipe_prunes_a_tiny_checkpoint_and_goes_on",
+    "sensitivity": "test_sensitivity::test_the_recipe_and_the_allocations_that_read_its_file",
+    "sweep": "test_sweep::test_a_sweep_killed_again_and_again_ends_as_one_that_was_not",
+    **{name: f"test_sweep::test_an_ablation_sweeps_by_itself[{name}]" for name in ABLATIONS},
+}
+"""Every recipe runs through all its stages, small."""
+
+PROMISES = {
+    "zeros stay zero on one device, with momentum from before, weight decay, clipping and accumulation": Promise(
+        (
+            "test_enforcer::test_zeros_stay_zero_through_every_step",
+            "test_enforcer::test_momentum_that_predates_the_mask",
+            "test_enforcer::test_pruned_gradients_do_not_enter_the_clipping_norm",
+            "test_enforcer::test_other_optimizers",
+            "test_enforcer::test_manual_optimization",
+        ),
+        ("test_enforcer::test_control_without_the_enforcer_the_zeros_come_back",),
+    ),
+    **{
+        f"zeros stay zero under {name} in {precision}, masters and moments too": Promise(
+            (f"test_parallel::test_after_every_step_weights_masters_and_moments_are_zero[{name}-{precision}-{steps}]",),
+            (f"test_parallel::test_control_without_the_enforcer_they_come_back_at_once[{name}-{precision}-{steps}]",),
+        )
+        for name in STRATEGIES
+        for precision, steps in (("32-true", 12), ("bf16-mixed", 4))
+    },
+    "wherever DeepSpeed keeps its masters": Promise(
+        (
+            "test_parallel::test_wherever_deepspeed_keeps_its_masters_the_losses_are_the_same[zero2_offload]",
+            "test_parallel::test_wherever_deepspeed_keeps_its_masters_the_losses_are_the_same[zero3_offload]",
+            "test_parallel::test_frozen_layers_without_a_master_keep_their_zeros[zero3_frozen]",
+        ),
+        ("test_parallel::test_the_losses_of_ddp_are_those_of_one_process",),
+    ),
+    "experts of a mixture keep their zeros": Promise(
+        (
+            "test_experts::test_zeros_of_experts_stay_zero_through_every_step",
+            "test_parallel::test_zeros_of_experts_are_found_and_held_wherever_their_tensors_are[zero3]",
+        ),
+        ("test_experts::test_control_without_the_enforcer_the_zeros_of_experts_come_back",),
+    ),
+    "one rank decides the masks, and several prune as one does": Promise(
+        (
+            "test_ddp::test_two_ranks_get_rank_zeros_masks_and_hold_them",
+            "test_parallel::test_two_ranks_prune_as_one_does",
+            "test_parallel::test_an_error_on_one_rank_ends_all_of_them",
+            "test_experts::test_two_ranks_prune_experts_as_one_does",
+        )
+    ),
+    "rounds during training, under every strategy": Promise(
+        (
+            "test_iterative::test_imp_keeps_its_share_to_one_weight_and_never_takes_one_back",
+            "test_iterative::test_rewinding_restores_weights_moments_and_learning_rate_from_the_file",
+            *(
+                f"test_parallel::test_a_change_of_the_masks_in_the_middle_holds_like_any_other[32-true-back-{name}]"
+                for name in STRATEGIES
+            ),
+        ),
+        (
+            "test_iterative::test_control_without_zeroed_moments_they_stay",
+            "test_iterative::test_control_a_weight_without_its_moments_zeroed_would_move",
+            "test_parallel::test_control_the_three_ways_to_go_on_differ",
+        ),
+    ),
+    "a run that is killed and resumed ends as one that was not": Promise(
+        (
+            "test_train::test_a_killed_run_resumes_to_the_same_masks",
+            "test_train::test_imp_killed_in_its_third_round_ends_with_the_same_bits",
+            "test_iterative::test_a_resumed_fit_ends_with_the_same_bits",
+            "test_lora::test_a_killed_recovery_goes_on_to_the_same_bits",
+            "test_parallel::test_a_resumed_fit_ends_with_the_same_bits[ddp]",
+            "test_parallel::test_a_resumed_fit_ends_with_the_same_bits[fsdp2]",
+            "test_parallel::test_a_resumed_fit_ends_with_the_same_bits[zero2]",
+            "test_parallel::test_a_resumed_fit_ends_with_the_same_bits[zero3]",
+        )
+    ),
+    "a killed rank ends the run with the checkpoint to resume from": Promise(
+        (
+            *(
+                f"test_train_ranks::test_a_killed_rank_ends_the_run_with_a_word_and_it_goes_on_from_its_checkpoint[{case}]"
+                for case in ("deepspeed_zero3-0",)
+            ),
+            "test_train_ranks::test_whoever_starts_the_processes_none_is_left_when_one_is_killed[ddp-launcher0-1]",
+            "test_lost_process::test_a_sigterm_that_interrupts_the_error_on_its_way_is_answered",
+        )
+    ),
+    "training goes on with another number of processes": Promise(
+        tuple(
+            f"test_parallel::test_resuming_on_another_number_of_processes_keeps_the_masks[{name}]"
+            for name in ("ddp", "fsdp2", "zero3")
+        )
+    ),
+    "a checkpoint of any strategy is consolidated into a plain model": Promise(
+        tuple(f"{CONSOLIDATED}[{name}]" for name in ("deepspeed_zero3", "fsdp2")),
+        ("test_train_ranks::test_control_zeros_that_were_not_held_are_named",),
+    ),
+    "a model larger than memory is pruned from files, and kills lose nothing": Promise(
+        (
+            "test_streaming::test_it_is_what_pruning_the_loaded_model_makes",
+            "test_streaming::test_a_call_that_goes_on_after_a_crash_anywhere_ends_the_same",
+            "test_streaming::test_killed_processes_lose_nothing",
+            "test_streaming::test_a_full_disk_loses_nothing",
+            "test_streaming_families::test_streaming_writes_what_pruning_in_memory_saves",
+        )
+    ),
+    "every family is pruned as by re-running the whole model": Promise(
+        ("test_families", "test_experts::test_pruning_equals_rerunning_the_whole_model")
+    ),
+    "adapters on a sparse model merge exactly, with every zero": Promise(
+        ("test_lora::test_a_masked_lora_merges_exactly_and_keeps_every_zero",),
+        ("test_lora::test_control_a_plain_lora_loses_the_zeros_when_it_is_merged",),
+    ),
+    "allocations meet their total to one weight": Promise(
+        (
+            "test_allocation::test_every_rule_meets_the_total_to_one_weight",
+            "test_allocation::test_every_method_meets_the_total_and_layers_differ",
+        )
+    ),
+    "rounding keeps every zero": Promise(
+        (
+            "test_quantization::test_without_a_pruner_it_is_gptq_and_zeros_stay",
+            "test_deploy_callbacks::test_weights_are_rounded_after_training_and_zeros_held",
+        )
+    ),
+    "packed files give the same bits back": Promise(
+        ("test_compression::test_models_come_back_bit_for_bit_in_the_bytes_that_arithmetic_says",)
+    ),
+    "2:4 conversion is checked layer by layer": Promise(
+        ("test_semi_structured::test_a_layer_with_wrong_outputs_stays_dense",),
+        ("test_semi_structured::test_control_without_verification_wrong_outputs_get_through",),
+    ),
+    "smaller models compute what the zeros did": Promise(
+        ("test_structured::test_shrunk_models_compute_what_the_zeros_did",),
+        ("test_structured::test_a_shrunk_model_without_the_right_units_is_another",),
+    ),
+    "permuted models compute what they did": Promise(
+        ("test_permutation::test_models_compute_what_they_did",),
+        ("test_permutation::test_permuting_only_the_reader_changes_the_model",),
+    ),
+    "masks rest at one bit a weight": Promise(("test_masks::test_masks_rest_at_one_bit_per_weight_and_come_back",)),
+    "nothing unsafe is loaded": Promise(
+        ("test_train_ranks::test_a_sharded_checkpoint_that_asks_for_more_than_an_index_is_not_read",)
+    ),
+    "importing costs what is used": Promise(
+        (
+            "test_architecture::test_the_package_imports_nothing_and_its_core_tensors_only",
+            "test_architecture::test_what_only_some_functions_need_is_imported_by_them",
+        ),
+        ("test_architecture::test_control_what_draws_imports_what_draws",),
+    ),
+    **{f"recipe={name}": Promise((test,)) for name, test in RECIPES.items()},
+}

@@ -1,0 +1,43 @@
+"""Every promise has a test in `make test`, and every test that is named exists."""
+
+from pathlib import Path
+
+import pytest
+from promises import PROMISES, RECIPES
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def cases(request):
+    """Of every test that was collected its cases, each with whether `make test` runs it."""
+    if {path.stem for path in HERE.glob("test_*.py")} != {item.path.stem for item in request.session.all_collected}:
+        pytest.skip("only some of the files were collected")
+    return {
+        f"{item.path.stem}::{item.nodeid.split('::', 1)[1].split('@')[0]}": not item.get_closest_marker("slow")
+        for item in request.session.all_collected
+    }
+
+
+def those(cases, name):
+    return [
+        quick
+        for case, quick in cases.items()
+        if case == name or case.split("[")[0] == name or case.startswith(f"{name}::")
+    ]
+
+
+def test_every_promise_is_held_by_a_test_that_make_test_runs(cases):
+    for promise, (held_by, controls) in PROMISES.items():
+        for name in (*held_by, *controls):
+            assert any(those(cases, name)), f"{promise!r}: {name} is in no test, or only in slow ones"
+
+
+def test_control_a_slow_test_is_no_guard(cases):
+    assert not any(those(cases, "test_smollm2"))
+    assert those(cases, "test_smollm2")
+    assert not those(cases, "test_smollm2::test_that_is_not_there")
+
+
+def test_every_recipe_is_run():
+    assert set(RECIPES) == {path.stem for path in (HERE.parent / "recipes/recipe").glob("*.yaml")}
