@@ -62,11 +62,12 @@ def _seed(value):
 
 
 def _states():
-    return torch.get_rng_state().tolist(), np.random.get_state()[1:3], random.getstate()
+    """Of torch and numpy; from Python's own, libraries draw when they are imported."""
+    return torch.get_rng_state(), *np.random.get_state()[1:3]
 
 
 def _same(a, b):
-    return a[0] == b[0] and np.array_equal(a[1][0], b[1][0]) and a[1][1] == b[1][1] and a[2] == b[2]
+    return torch.equal(a[0], b[0]) and np.array_equal(a[1], b[1]) and a[2] == b[2]
 
 
 _seed(UNSEEDED)
