@@ -5,6 +5,7 @@ import io
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import ContextDecorator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ CORNER = (64, 128)
 
 Curve = Sequence[Sequence[int | float | None]]
 
-plain_text = matplotlib.rc_context({"text.parse_math": False})
+plain_text: ContextDecorator = matplotlib.rc_context({"text.parse_math": False})
 """Decorates what draws names of models and layers: dollar signs in them are no formulas."""
 
 
