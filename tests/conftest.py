@@ -2,6 +2,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need the network
 
+import gc
 import random
 
 import hypothesis
@@ -9,7 +10,6 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from launch import cores
 
 FIRST = (
     "train_ranks",
@@ -46,6 +46,12 @@ def pytest_collection_modifyitems(session, items):
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_unit(item)))
+
+
+def pytest_collection_finish():
+    """All that was imported stays: no collection of garbage need look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)
@@ -85,12 +91,6 @@ def _seeded():
     )
     yield
     _seed(UNSEEDED)
-
-
-@pytest.fixture(autouse=True)
-def _cores():
-    with cores().shared():
-        yield
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ interpreter, for what a fork cannot show: that a command of the README imports a
 
 import atexit
 import fcntl
-import functools
 import multiprocessing
 import os
 import runpy
@@ -22,6 +21,7 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 HERE = Path(__file__).parent
 TRAIN = HERE.parent / "train.py"
@@ -63,7 +63,7 @@ class Started:
         command = [str(part) for part in (script, *arguments)]
         where = str(folder or HERE.parent)
         self._process = _SERVER.Process(target=_become, args=(command, dict(environment), where, *files))
-        with _environment(ENVIRONMENT):  # of the server, if this is the first process
+        with patch.dict(os.environ, ENVIRONMENT):  # of the server, if this is the first process
             self._process.start()
         self.pid = self._process.pid
 
@@ -121,17 +121,6 @@ def _become(command, environment, folder, stdout, stderr):
         runpy.run_path(command[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # which processes of multiprocessing leave out
-
-
-@contextmanager
-def _environment(values):
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @contextmanager
@@ -194,58 +183,23 @@ def cold(*command, timeout=240, **settings):
         return Ended(process.returncode, stdout, stderr)
 
 
-class Cores:
+@contextmanager
+def one_set():
     """
-    Who may use the machine: tests beside one another, or one set of processes that wait for each other in every step.
+    Waits until no other worker has processes that wait for each other in every step.
 
-    Such a set takes three to five times as long beside other work, since each of its steps waits for whichever process
-    has no core. So it takes the place of the other workers' tests (of pytest-xdist), and no two sets run at once.
+    Two such sets on two cores would take several times as long: each step waits for whichever process has no core.
     """
-
-    def __init__(self):
-        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-        names = [Path(tempfile.gettempdir()) / f"prune_callbacks_{run}_{part}" for part in ("queue", "cores")]
-        self._queue, self._cores = (os.open(name, os.O_RDWR | os.O_CREAT, 0o600) for name in names)
-        for name in names:
-            atexit.register(name.unlink, missing_ok=True)
-
-    @contextmanager
-    def shared(self):
-        """For a test: waits while a set of processes runs, or is about to."""
-        self._take(fcntl.LOCK_SH)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._cores, fcntl.LOCK_UN)
-
-    @contextmanager
-    def alone(self):
-        """For a set of processes, inside of a test: waits until the tests that run have ended."""
-        fcntl.flock(self._cores, fcntl.LOCK_UN)
-        self._take(fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._cores, fcntl.LOCK_UN)
-            self._take(fcntl.LOCK_SH)
-
-    def _take(self, kind):
-        fcntl.flock(self._queue, fcntl.LOCK_EX)  # who waits for the cores holds the queue: nobody overtakes
-        try:
-            fcntl.flock(self._cores, kind)
-        finally:
-            fcntl.flock(self._queue, fcntl.LOCK_UN)
-
-
-cores = functools.cache(Cores)
-"""The one of this process, made when a test first asks."""
+    with open(Path(tempfile.gettempdir()) / f"prune_callbacks_tests_{os.getuid()}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager
 def ranks(script, *arguments, world_size=2, folder=None):
     """A script in as many processes as torchrun would start, with the environment that torchrun gives them."""
     port = _free_port()
-    with cores().alone(), ExitStack() as stack:
+    with one_set(), ExitStack() as stack:
         yield [
             stack.enter_context(started(script, *arguments, environment=_rank(rank, world_size, port), folder=folder))
             for rank in range(world_size)

@@ -57,7 +57,7 @@ PROMISES = {
             (f"test_parallel::test_control_without_the_enforcer_they_come_back_at_once[{name}-{precision}-{steps}]",),
         )
         for name in STRATEGIES
-        for precision, steps in (("32-true", 12), ("bf16-mixed", 4))
+        for precision, steps in (("32-true", 8), ("bf16-mixed", 4))
     },
     "wherever DeepSpeed keeps its masters": Promise(
         (

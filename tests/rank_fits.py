@@ -224,7 +224,7 @@ def variant(folder, label):
     spy = Spy(enforcer)
     strategy = cpu_strategies.strategy_of(label.split("_")[0])
     strategy.config["zero_optimization"] |= VARIANTS[label]
-    trainer = trainer_of(strategy, folder, [enforcer, spy], max_epochs=2)
+    trainer = trainer_of(strategy, folder, [enforcer, spy], max_epochs=2, max_steps=8)
     trainer.fit(module, datamodule=batches())
     logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
     saved(folder, label, trainer, worst=spy.worst, losses=spy.losses, logged=logged)

@@ -17,7 +17,7 @@ KINDS = {"weight", "master", "exp_avg", "exp_avg_sq"}
 RANKS = (0, 1)
 by_strategy = pytest.mark.parametrize("name", STRATEGIES)
 HELD = [
-    *((name, "32-true", 12) for name in STRATEGIES),
+    *((name, "32-true", 8) for name in STRATEGIES),
     *((name, "bf16-mixed", 4) for name in STRATEGIES),
     *(slow(name, "bf16-mixed", 12) for name in STRATEGIES),
 ]
@@ -46,7 +46,7 @@ class Scenarios:
 def held(tmp_path_factory):
     run = Scenarios(tmp_path_factory.mktemp("held"), "hold")
 
-    def results(name, precision="32-true", steps=12, how="held"):
+    def results(name, precision="32-true", steps=8, how="held"):
         ranks = (0,) if name == "auto" else RANKS
         folder = run(name, precision, steps, world_size=len(ranks))
         return [loaded(folder, f"{name}_{precision}_{steps}_{how}_{rank}") for rank in ranks]
@@ -54,7 +54,7 @@ def held(tmp_path_factory):
     return results
 
 
-def all_zero(worst, steps=12):
+def all_zero(worst, steps=8):
     assert len(worst) == steps
     return all(row == dict.fromkeys(KINDS, 0.0) for row in worst)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import TORCHRUN, TRAIN, cold_started, cores, ranks, together, train, trained
+from launch import TORCHRUN, TRAIN, cold_started, one_set, ranks, together, train, trained
 from rank_fits import Module, half_masks
 from safetensors.torch import load_file
 from tiers import slow
@@ -118,7 +118,7 @@ def test_whoever_starts_the_processes_none_is_left_when_one_is_killed(tmp_path, 
     """Cold, by the README's commands: the launchers' signals come while the error is on its way."""
     where = [f"output_dir={tmp_path / 'run'}"] if launcher else []  # Lightning's processes agree on a folder
     command = [*(launcher or [sys.executable]), TRAIN, *on(trainer), *where, *SAVED, "data.train_windows=4000"]
-    with cores().alone(), cold_started(*command, folder=tmp_path) as process:
+    with one_set(), cold_started(*command, folder=tmp_path) as process:
         deadline = time.monotonic() + 180
         while not list(tmp_path.glob("**/checkpoints/step_20.ckpt")):
             assert process.poll() is None, process.communicate()

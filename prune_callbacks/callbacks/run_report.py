@@ -1,5 +1,6 @@
 """RunReport: measures a run before and after pruning, round by round and after recovery, and writes its folder."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ from prune_callbacks.heard_warnings import HeardWarnings
 from prune_callbacks.parallel import gathered_state_dict, world
 from prune_callbacks.sparsity.schedules import Unit
 
+REDRAW_SECONDS = 30.0
+"""Between rounds the pictures are drawn again if they are older; drawing takes a second or two."""
+
 
 class RunReport(Callback):
     """
@@ -46,6 +50,9 @@ class RunReport(Callback):
     under its `evaluation_title`; on those in `further_evaluation`, if it has any, under their names too. With
     `IterativePrune` "dense" is the model before the first change, "pruned" the one right after the last change (and its
     rewinding), and `rounds` has the trained model before every change.
+
+    `report.json` is written after every stage and round. The page and the picture are too, but between rounds not more
+    often than every 30 seconds; `evaluation.page.write_page(dirpath)` draws them at any time.
 
     With `zero_shot` the same three models' accuracy on tasks is measured too, on one process.
 
@@ -98,6 +105,7 @@ class RunReport(Callback):
             "warnings": self._warnings.texts,
         }
         self._train_begin = 0.0
+        self._drawn = -math.inf
         self._saw_the_last = False
         self._finished = False
         self._one_shot: OneShotPrune | None = None
@@ -176,7 +184,7 @@ class RunReport(Callback):
             with self._evaluating():
                 value = self._quality.perplexity(trainer, pl_module)
             self._round(trainer, value)
-            self._write(trainer, pl_module)
+            self._write(trainer, pl_module, drawn_before=REDRAW_SECONDS)
 
     def _round(self, trainer: Trainer, value: float) -> None:
         assert self._iterative is not None
@@ -259,7 +267,8 @@ class RunReport(Callback):
             )
         )
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _write(self, trainer: Trainer, pl_module: LightningModule, drawn_before: float = 0.0) -> None:
+        """Writes the report; its pictures, unless they were drawn less than `drawn_before` seconds ago."""
         found = outcome(trainer, self._one_shot, self._iterative, self.dirpath)
         if not trainer.is_global_zero:
             return
@@ -268,5 +277,7 @@ class RunReport(Callback):
         self.record |= found
         self.record["seconds"]["prune"] = seconds_of_pruning(self._one_shot, self._iterative)
         write_json(self.dirpath / "report.json", self.record)
-        draw_report(self.record, self.dirpath / "report.png")
-        write_page(self.dirpath)
+        if time.perf_counter() - self._drawn >= drawn_before:
+            draw_report(self.record, self.dirpath / "report.png")
+            write_page(self.dirpath)
+            self._drawn = time.perf_counter()

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from rich.table import Table
 
 from prune_callbacks.deploy.latency import BASE
-from prune_callbacks.evaluation.drawing import subplots
+from prune_callbacks.evaluation.drawing import save, subplots
 
 Cell = dict[str, Any]
 Record = dict[str, Any]
@@ -220,7 +220,7 @@ def draw_latency(record: Record, path: Path) -> None:
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def _ratios(cells: list[Cell]) -> list[float]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prune_callbacks.evaluation.drawing import plain_text, subplots
+from prune_callbacks.evaluation.drawing import plain_text, save, subplots
 
 PANELS = (("perplexity", "perplexity"), ("seconds", "seconds to prune"), ("peak_memory_bytes", "peak memory, GiB"))
 
@@ -68,7 +68,7 @@ def draw_curves(results: dict[str, Any], path: Path) -> None:
         axis.set_ylim(0)
     axes[0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def _narrow(axis: Axes) -> bool:

@@ -1,4 +1,4 @@
-"""A run's folder: what is written into it and printed."""
+"""Writes and reads the files of a run's folder, and prints a summary of the run."""
 
 import json
 import os

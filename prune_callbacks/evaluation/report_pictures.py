@@ -13,6 +13,7 @@ from prune_callbacks.evaluation.drawing import (
     draw_perplexity,
     draw_rounds,
     draw_training,
+    save,
     subplots,
     title_perplexity,
 )
@@ -44,7 +45,7 @@ def compare(records: dict[str, dict[str, Any]], path: Path) -> None:
     )
     if axis.get_legend_handles_labels()[0]:  # only runs with rounds have a curve
         axis.legend()
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def draw_report(record: dict[str, Any], path: Path) -> None:
@@ -59,7 +60,7 @@ def draw_report(record: dict[str, Any], path: Path) -> None:
         draw_perplexity(axes[0], record["perplexity"])
     draw_training(axes[1], record["training_loss"], record["changes"])
     draw_layers(axes[2], record["reconstruction_loss"], record["sparsity"]["layers"])
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def draw_sparsity(history: list[dict[str, Any]], path: Path) -> None:
@@ -81,4 +82,4 @@ def draw_sparsity(history: list[dict[str, Any]], path: Path) -> None:
     axis.legend()
     axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
