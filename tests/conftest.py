@@ -10,6 +10,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from xdist.scheduler import LoadGroupScheduling
 
 FIRST = (
     "train_ranks",
@@ -36,7 +37,28 @@ def _unit(item):
         return f"{stem}-{parameters.get('name', item.originalname)}"
     if stem == "train_deploy":
         return f"{stem}-{parameters.get('name', item.originalname.split('_')[1])}"
-    return f"{stem}-{item.name}" if stem in BY_TEST and "finished" not in item.fixturenames else stem
+    name = item.name.replace("[", "(").replace("]", ")")  # after a "]" pytest-xdist finds no unit
+    return f"{stem}-{name}" if stem in BY_TEST and "finished" not in item.fixturenames else stem
+
+
+RANKS = ("train_ranks", "parallel", "ddp")
+"""Files that start sets of processes, of which the machine bears one at a time (`launch.one_set`)."""
+
+
+class OneWorkerStartsRanks(LoadGroupScheduling):
+    """Hands the units of `RANKS` to the first worker while there are others for the second, which would wait."""
+
+    def _assign_work_unit(self, node):
+        def suits(unit):
+            return (unit.partition("-")[0] in RANKS) == (node is self.nodes[0])
+
+        self.workqueue.move_to_end(next(filter(suits, self.workqueue), next(iter(self.workqueue))), last=False)
+        super()._assign_work_unit(node)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return OneWorkerStartsRanks(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the slow ones are left out

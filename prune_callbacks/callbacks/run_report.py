@@ -1,6 +1,5 @@
 """RunReport: measures a run before and after pruning, round by round and after recovery, and writes its folder."""
 
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -34,8 +33,8 @@ from prune_callbacks.heard_warnings import HeardWarnings
 from prune_callbacks.parallel import gathered_state_dict, world
 from prune_callbacks.sparsity.schedules import Unit
 
-REDRAW_SECONDS = 30.0
-"""Between rounds the pictures are drawn again if they are older; drawing takes a second or two."""
+DRAWN_EVERY = 30.0
+"""Seconds between two drawings of a fit that goes on; a drawing takes a second or two."""
 
 
 class RunReport(Callback):
@@ -51,8 +50,8 @@ class RunReport(Callback):
     `IterativePrune` "dense" is the model before the first change, "pruned" the one right after the last change (and its
     rewinding), and `rounds` has the trained model before every change.
 
-    `report.json` is written after every stage and round. The page and the picture are too, but between rounds not more
-    often than every 30 seconds; `evaluation.page.write_page(dirpath)` draws them at any time.
+    `report.json` is written after every stage and round. The page and the picture follow at the end of the fit and, while
+    it trains, within 30 seconds; `evaluation.page.write_page(dirpath)` draws the page at any time.
 
     With `zero_shot` the same three models' accuracy on tasks is measured too, on one process.
 
@@ -105,7 +104,7 @@ class RunReport(Callback):
             "warnings": self._warnings.texts,
         }
         self._train_begin = 0.0
-        self._drawn = -math.inf
+        self._to_draw, self._drawn = False, time.perf_counter()
         self._saw_the_last = False
         self._finished = False
         self._one_shot: OneShotPrune | None = None
@@ -169,6 +168,9 @@ class RunReport(Callback):
             value = finite(float(loss))
             curve.append([trainer.global_step, None if value is None else round(value, 5)])
         self._before_a_change(trainer, pl_module, "step", trainer.global_step)
+        if time.perf_counter() - self._drawn > DRAWN_EVERY:
+            with self._evaluating():
+                self._draw()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._before_a_change(trainer, pl_module, "epoch", trainer.current_epoch + 1)
@@ -184,7 +186,7 @@ class RunReport(Callback):
             with self._evaluating():
                 value = self._quality.perplexity(trainer, pl_module)
             self._round(trainer, value)
-            self._write(trainer, pl_module, drawn_before=REDRAW_SECONDS)
+            self._write(trainer, pl_module)
 
     def _round(self, trainer: Trainer, value: float) -> None:
         assert self._iterative is not None
@@ -213,6 +215,7 @@ class RunReport(Callback):
         if self._iterative is not None and not again:
             self._round(trainer, value)
         self._write(trainer, pl_module)
+        self._draw()
         if trainer.is_global_zero:
             summary_table(self.record)
             rank_zero_info(f"the sparse model, its masks and the report are in {self.dirpath}")
@@ -267,8 +270,7 @@ class RunReport(Callback):
             )
         )
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, drawn_before: float = 0.0) -> None:
-        """Writes the report; its pictures, unless they were drawn less than `drawn_before` seconds ago."""
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = outcome(trainer, self._one_shot, self._iterative, self.dirpath)
         if not trainer.is_global_zero:
             return
@@ -277,7 +279,10 @@ class RunReport(Callback):
         self.record |= found
         self.record["seconds"]["prune"] = seconds_of_pruning(self._one_shot, self._iterative)
         write_json(self.dirpath / "report.json", self.record)
-        if time.perf_counter() - self._drawn >= drawn_before:
+        self._to_draw = True
+
+    def _draw(self) -> None:
+        if self._to_draw:
             draw_report(self.record, self.dirpath / "report.png")
             write_page(self.dirpath)
-            self._drawn = time.perf_counter()
+        self._to_draw, self._drawn = False, time.perf_counter()
