@@ -34,7 +34,7 @@ demo: $(INSTALLED)
 	$(BIN)/python train.py recipe=demo
 
 # Units of tests (tests/conftest.py) go to two workers, the longest first.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 20 $(SHAPES) $(ARGS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 20 $(SHAPES) $(ARGS)
 
 test: $(INSTALLED)
 	$(PYTEST) -m 'not gpu and not slow'

@@ -4,53 +4,62 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may need the networ
 
 import gc
 import random
+import re
+from pathlib import Path
 
 import hypothesis
 import jaxtyping
 import numpy as np
 import pytest
 import torch
-from xdist.scheduler import LoadGroupScheduling
+from xdist.scheduler import LoadScopeScheduling
 
 FIRST = (
-    "train_ranks",
-    "train",
     "parallel",
+    "train_ranks",
+    "smollm2",
     "train_deploy",
+    "train",
     "zero_shot",
     "sweep",
-    "sensitivity",
+    "streaming_families",
+    "iterative",
+    "experts",
     "streaming",
-    "smollm2",
+    "sensitivity",
+    "families",
 )
 """Files that take longest, which begin first: one that began last would run alone in the end."""
 
-BY_TEST = ("train_ranks", "train", "train_deploy", "sweep", "smollm2", "benchmarks", "sensitivity", "iterative")
+BY_TEST = ("train_ranks", "train", "sweep", "smollm2", "benchmarks", "sensitivity", "iterative")
 """Files whose tests are handed to the workers one by one; those of other files stay together, with what they share."""
-
-
-def _unit(item):
-    """What one worker runs as a whole: a file, a test, or the fits of a strategy."""
-    stem = item.path.stem.removeprefix("test_")
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if stem == "parallel":
-        return f"{stem}-{parameters.get('name', item.originalname)}"
-    if stem == "train_deploy":
-        return f"{stem}-{parameters.get('name', item.originalname.split('_')[1])}"
-    name = item.name.replace("[", "(").replace("]", ")")  # after a "]" pytest-xdist finds no unit
-    return f"{stem}-{name}" if stem in BY_TEST and "finished" not in item.fixturenames else stem
-
 
 RANKS = ("train_ranks", "parallel", "ddp")
 """Files that start sets of processes, of which the machine bears one at a time (`launch.one_set`)."""
 
 
-class OneWorkerStartsRanks(LoadGroupScheduling):
-    """Hands the units of `RANKS` to the first worker while there are others for the second, which would wait."""
+def _stem(nodeid):
+    return Path(nodeid.partition("::")[0]).stem.removeprefix("test_")
+
+
+class Units(LoadScopeScheduling):
+    """
+    Hands units of tests to the workers in the order of collection: files, tests, or the fits of a strategy.
+
+    Those of `RANKS` go to the first worker while there are others for the second, which would only wait.
+    """
+
+    def _split_scope(self, nodeid):
+        stem = _stem(nodeid)
+        file, _, test = nodeid.partition("::")
+        if stem == "parallel":
+            strategy = re.search(r"ddp|fsdp2|zero\w+", test)
+            return f"{file}::{strategy[0]}" if strategy else nodeid
+        return nodeid if stem in BY_TEST else file
 
     def _assign_work_unit(self, node):
         def suits(unit):
-            return (unit.partition("-")[0] in RANKS) == (node is self.nodes[0])
+            return (_stem(unit) in RANKS) == (node is self.nodes[0])
 
         self.workqueue.move_to_end(next(filter(suits, self.workqueue), next(iter(self.workqueue))), last=False)
         super()._assign_work_unit(node)
@@ -58,7 +67,7 @@ class OneWorkerStartsRanks(LoadGroupScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    return OneWorkerStartsRanks(config, log)
+    return Units(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the slow ones are left out
@@ -66,8 +75,6 @@ def pytest_collection_modifyitems(session, items):
     session.all_collected = tuple(items)
     places = {f"test_{name}": place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_unit(item)))
 
 
 def pytest_collection_finish():

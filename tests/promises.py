@@ -27,7 +27,7 @@ RECIPES = {
     **{name: f"test_train::test_one_shot_recipes_in_small[{name}]" for name in ONE_SHOT},
     **{name: f"test_train::test_recovery_recipes_in_small[{name}]" for name in RECOVERY},
     **{name: f"test_train_deploy::test_every_run_leaves_a_report_and_zeros_that_held[{name}]" for name in DEPLOY},
-    "sparsegpt_50": "test_train::test_a_run_leaves_its_folder",
+    "sparsegpt_50": "test_run_folder::test_a_run_leaves_its_folder",
     "wanda_50": "test_train::test_a_killed_run_resumes_to_the_same_masks",
     "magnitude_50": "test_train::test_weights_and_biases_offline",
     "imp_90": "test_train::test_imp_beside_one_shot",

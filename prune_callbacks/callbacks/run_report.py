@@ -50,8 +50,8 @@ class RunReport(Callback):
     `IterativePrune` "dense" is the model before the first change, "pruned" the one right after the last change (and its
     rewinding), and `rounds` has the trained model before every change.
 
-    `report.json` is written after every stage and round. The page and the picture follow at the end of the fit and, while
-    it trains, within 30 seconds; `evaluation.page.write_page(dirpath)` draws the page at any time.
+    `report.json` is written after every stage and round. The page and the picture follow at the end of the fit
+    and, while it trains, within 30 seconds; `evaluation.page.write_page(dirpath)` draws the page at any time.
 
     With `zero_shot` the same three models' accuracy on tasks is measured too, on one process.
 
