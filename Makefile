@@ -17,6 +17,8 @@ endif
 export HF_HUB_DISABLE_TELEMETRY = 1
 # DeepSpeed compiles nothing when it is installed, and runs on CPUs where there is no accelerator.
 export DS_BUILD_OPS = 0
+# Where it is set, every process of the tests compiles the package and the tests again.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test test-all check gpu install clean
 

@@ -6,6 +6,7 @@ import gc
 import random
 import re
 from pathlib import Path
+from typing import get_args
 
 import hypothesis
 import jaxtyping
@@ -81,6 +82,25 @@ def pytest_collection_finish():
     """All that was imported stays: no collection of garbage need look at it again."""
     gc.collect()
     gc.freeze()
+
+
+def _holds_arrays(annotation):
+    return any(map(_holds_arrays, get_args(annotation))) or (
+        isinstance(annotation, type) and issubclass(annotation, jaxtyping.AbstractArray)
+    )
+
+
+def _jaxtyped_where_arrays_are(*, typechecker, jaxtyped=jaxtyping.jaxtyped):
+    """Checks signatures with shapes and dtypes only: the others are mypy's, and took half the time of the tests."""
+
+    def decorate(decorated):
+        annotations = getattr(decorated, "__annotations__", {}).values()
+        return jaxtyped(decorated, typechecker=typechecker) if any(map(_holds_arrays, annotations)) else decorated
+
+    return decorate
+
+
+jaxtyping.jaxtyped = _jaxtyped_where_arrays_are  # which jaxtyping puts on all functions of the package
 
 
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jaxtyping
 import pytest
 import torch
 from launch import cold, good
@@ -87,3 +88,13 @@ def test_what_only_some_functions_need_is_imported_by_them(asked):
 
 def test_control_what_draws_imports_what_draws(asked):
     assert {"matplotlib", "jinja2"} == set(asked["RunReport"])
+
+
+def test_signatures_are_checked(request):
+    """The control of `make test`'s option: without it, or with a hook that checks nothing, this raises nothing."""
+    if not request.config.getoption("jaxtyping_packages"):
+        pytest.skip("runs under --jaxtyping-packages, as make test does")
+    with pytest.raises(jaxtyping.TypeCheckError, match="keep_largest"):
+        prune_callbacks.sparsity.keep_largest(torch.arange(4), 2)  # of floats
+    with pytest.raises(jaxtyping.TypeCheckError, match="NM.keep"):
+        prune_callbacks.NM(2, 4).keep(torch.rand(2, 2, 4))  # of matrices
