@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import mutants
 import pytest
 from promises import PROMISES, RECIPES
 
@@ -14,7 +15,7 @@ def cases(request):
     if {path.stem for path in HERE.glob("test_*.py")} != {item.path.stem for item in request.session.all_collected}:
         pytest.skip("only some of the files were collected")
     return {
-        f"{item.path.stem}::{item.nodeid.split('::', 1)[1].split('@')[0]}": not item.get_closest_marker("slow")
+        f"{item.path.stem}::{item.nodeid.split('::', 1)[1]}": not item.get_closest_marker("slow")
         for item in request.session.all_collected
     }
 
@@ -41,3 +42,15 @@ def test_control_a_slow_test_is_no_guard(cases):
 
 def test_every_recipe_is_run():
     assert set(RECIPES) == {path.stem for path in (HERE.parent / "recipes/recipe").glob("*.yaml")}
+
+
+def test_every_mutant_fits_the_package():
+    """Each replaces a text that is there, so that `python tests/mutants.py` tries them all."""
+    assert mutants.check() == []
+    assert len({mutant.name for mutant in mutants.MUTANTS}) == len(mutants.MUTANTS) >= 40
+
+
+def test_every_mutant_names_tests_that_make_test_runs(cases):
+    for mutant in mutants.MUTANTS:
+        for test in mutant.tests.split():
+            assert any(those(cases, test.replace(".py", ""))), f"{mutant.name}: {test} is no test, or only a slow one"

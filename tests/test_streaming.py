@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import sys
 import time
 import warnings
@@ -51,7 +52,7 @@ from prune_callbacks.evaluation.report import summary_table
 from prune_callbacks.evaluation.report_pictures import compare
 from prune_callbacks.evaluation.run_folder import ABSENT, read_run
 from prune_callbacks.solvers import Grid
-from prune_callbacks.streaming import walk
+from prune_callbacks.streaming import files, walk
 from prune_callbacks.streaming.source import Checkpoint
 from prune_callbacks.tasks import byte_tokenizer, tiny_llama
 
@@ -566,6 +567,26 @@ def test_a_full_disk_loses_nothing(tmp_path, source, batches, monkeypatch):
     assert (tmp_path / "target/streaming/block_00000.json").exists()
     prune(source, tmp_path / "target", batches)
     assert content(tmp_path / "target") == content(tmp_path / "whole")
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_folder_after(tmp_path, monkeypatch):
+    done, synced, renamed = [], os.fsync, Path.replace
+
+    def sync(descriptor):
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        synced(descriptor)
+
+    def replace(old, new):
+        done.append("renamed")
+        return renamed(old, new)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", replace)
+    with files.writing(tmp_path / "target") as file:
+        file.write(b"content")
+        assert list(tmp_path.iterdir()) == [Path(file.name)] != [tmp_path / "target"]
+    assert done == ["file", "renamed", "folder"]
+    assert (tmp_path / "target").read_bytes() == b"content"
 
 
 def test_progress_is_shown(tmp_path, source, batches, capsys):
