@@ -54,7 +54,7 @@ class Units(LoadScopeScheduling):
         stem = _stem(nodeid)
         file, _, test = nodeid.partition("::")
         if stem == "parallel":
-            strategy = re.search(r"ddp|fsdp2|zero\w+", test)
+            strategy = re.search(r"ddp|fsdp2|zero\d", test.partition("[")[2])
             return f"{file}::{strategy[0]}" if strategy else nodeid
         return nodeid if stem in BY_TEST else file
 
@@ -103,8 +103,14 @@ def _jaxtyped_where_arrays_are(*, typechecker, jaxtyped=jaxtyping.jaxtyped):
 jaxtyping.jaxtyped = _jaxtyped_where_arrays_are  # which jaxtyping puts on all functions of the package
 
 
-hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)
-hypothesis.settings.load_profile("tests")
+hypothesis.settings.register_profile("same examples", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("other examples", deadline=None, print_blob=True)
+
+
+def pytest_configure(config):
+    """`make test` tries the same examples in every run, `make test-all` others in each."""
+    hypothesis.settings.load_profile("same examples" if "not slow" in config.option.markexpr else "other examples")
+
 
 UNSEEDED = 20_261_129
 """The seed that the global generators have while nobody has seeded them."""

@@ -3,8 +3,8 @@ Starting the processes of a test, and ending them whatever happens.
 
 A process that imports torch, Lightning and transformers has spent eight seconds before its first line. Here a server
 imports them once (`warm`), and the processes are forked from it: they have a pid, a session, an exit code and signals
-of their own as any process has, and begin with what a fresh interpreter has after its imports. `cold` starts a fresh
-interpreter, for what a fork cannot show: that a command of the README imports all that it needs.
+of their own as any process has. `cold` starts a fresh interpreter, for what a fork cannot show: that a command of the
+README imports all that it needs, and that nothing depends on the order of sets, which forks have in common.
 """
 
 import atexit
@@ -22,6 +22,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
+
+import numpy as np
 
 HERE = Path(__file__).parent
 TRAIN = HERE.parent / "train.py"
@@ -105,6 +107,7 @@ class Started:
 
 def _become(command, environment, folder, stdout, stderr):
     """In the forked process: what an interpreter does with a script, its environment and its files."""
+    assert "warm" in sys.modules, "the server could not import tests/warm.py: it names a module that is not there"
     os.setsid()
     for file, number in ((stdout, 1), (stderr, 2)):
         opened = os.open(file, os.O_WRONLY | os.O_APPEND)
@@ -117,6 +120,7 @@ def _become(command, environment, folder, stdout, stderr):
     os.chdir(folder)
     sys.argv = command
     sys.path[:0] = [str(Path(command[0]).parent), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    np.random.seed()  # numpy's generator would go on where the server's is; torch and Python seed theirs
     try:
         runpy.run_path(command[0], run_name="__main__")
     finally:
@@ -198,8 +202,8 @@ def one_set():
 @contextmanager
 def ranks(script, *arguments, world_size=2, folder=None):
     """A script in as many processes as torchrun would start, with the environment that torchrun gives them."""
-    port = _free_port()
     with one_set(), ExitStack() as stack:
+        port = _free_port()
         yield [
             stack.enter_context(started(script, *arguments, environment=_rank(rank, world_size, port), folder=folder))
             for rank in range(world_size)

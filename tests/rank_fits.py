@@ -123,7 +123,7 @@ def data(rows=48, seed=5):
     return torch.randint(3, 200, (rows, 16), generator=torch.Generator().manual_seed(seed))
 
 
-def dist_size():
+def world_size():
     """The processes that were started for this script."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -163,7 +163,7 @@ def saved(folder, name, trainer, **what):
 
 def hold(folder, name, precision, steps):
     """So many optimizer steps with and without the enforcer."""
-    devices = dist_size()
+    devices = world_size()
     for enforced in (True, False):
         module = Module()
         masks = half_masks(module)
@@ -283,7 +283,7 @@ PRUNERS = {
 
 def one_shot(folder, precision):
     """What two ranks make of the same calibration batches; run with one process it is what they are compared with."""
-    devices = dist_size()
+    devices = world_size()
     for label, pruner in PRUNERS.items():
         torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # every rank draws other training batches
         module = Module(seed=dist.get_rank() if dist.is_initialized() else 0)  # and another model: rank 0's counts
@@ -318,7 +318,7 @@ def checkpoint(folder, name, rewind):
 
 def resume(folder, name, rewind):
     """The same from the checkpoint of the fifth step, on as many processes as this was started with."""
-    devices = dist_size()
+    devices = world_size()
     where = Path(folder) / f"{name}_{rewind}"
     prune, module = _rounds(where, rewind)
     spy = Spy(prune)

@@ -1,4 +1,6 @@
+import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -102,6 +104,40 @@ def test_bad_settings_are_refused_before_work(tmp_path, tiny, data):
     (tmp_path / "run/model").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"already holds a run \(model\)"):
         fit([report, one_shot], tmp_path, CausalLM(tiny), data)
+
+
+def test_the_page_is_drawn_while_the_fit_goes_on(tmp_path, tiny, data, monkeypatch):
+    drawn = {}
+
+    class Looks(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            drawn[trainer.global_step] = (tmp_path / "run/report.html").exists()
+
+    for every in (30.0, 0.0):
+        monkeypatch.setattr("prune_callbacks.callbacks.run_report.DRAWN_EVERY", every)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        module = CausalLM(copy.deepcopy(tiny), lambda p: torch.optim.AdamW(p, lr=1e-2))
+        report = RunReport(tmp_path / "run", progress=False)
+        fit(
+            [report, OneShotPrune(Magnitude(NM(2, 4)), progress=False), MaskEnforcer(), Looks()], tmp_path, module, data
+        )
+        assert set(drawn.values()) == {every == 0}
+        assert (tmp_path / "run/report.html").exists()
+        assert (tmp_path / "run/report.png").exists()
+
+
+def test_a_fit_that_fails_leaves_a_page_that_says_so(tmp_path, tiny, data):
+    class Fails(Callback):
+        def on_train_batch_end(self, *_):
+            raise RuntimeError("out of memory")
+
+    module = CausalLM(tiny, lambda p: torch.optim.AdamW(p, lr=1e-2))
+    report = RunReport(tmp_path / "run", progress=False)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(
+            [report, OneShotPrune(Magnitude(NM(2, 4)), progress=False), MaskEnforcer(), Fails()], tmp_path, module, data
+        )
+    assert "This run is not complete" in (tmp_path / "run/report.html").read_text()
 
 
 def test_rounds_are_measured_before_every_change(tmp_path, tiny, data):

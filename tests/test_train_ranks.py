@@ -80,9 +80,10 @@ def test_a_killed_rank_ends_the_run_with_a_word_and_it_goes_on_from_its_checkpoi
     folder = tmp_path / "run"
     arguments = [*on(trainer), f"output_dir={folder}", *SAVED]
     with ranks(TRAIN, *arguments, "data.train_windows=800") as processes:
-        other = processes[1 - victim]
+        other, deadline = processes[1 - victim], time.monotonic() + 180
         while not (folder / "checkpoints/step_20.ckpt").exists():  # the second one: then the first is complete
             assert all(process.poll() is None for process in processes), other.output
+            assert time.monotonic() < deadline, other.output
             time.sleep(0.02)
         processes[victim].send_signal(signal.SIGKILL)
         left = other.wait(timeout=60)

@@ -29,8 +29,6 @@ def random_windows(
     generator = torch.Generator().manual_seed(seed)
     first, further = [], []
     for index in torch.randperm(len(documents), generator=generator).tolist():
-        if len(documents[index].encode()) < length:  # a token is a byte or more: no need to tokenize
-            continue
         ids = torch.tensor(encode(documents[index]), dtype=torch.long)
         if len(ids) < length:
             continue

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,7 @@ class RunReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._train_begin = time.perf_counter()
+        self._to_draw = self._to_draw or (trainer.is_global_zero and "sparsity" in self.record)  # also of a resumed fit
         if trainer.ckpt_path is None and self._iterative is not None:
             self._before_a_change(trainer, pl_module, self._iterative.schedule.unit, 0)
 
@@ -222,6 +223,8 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._warnings.stop()  # Lightning tears nothing down then
+        with suppress(Exception):  # the one that is on its way says more
+            self._draw()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._warnings.stop()

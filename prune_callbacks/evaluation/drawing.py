@@ -43,7 +43,7 @@ def subplots(*shape: int, figsize: tuple[float | int, float | int], **settings: 
 
 def save(figure: Figure, file: Path | io.BytesIO, dpi: int = 110) -> None:
     """
-    Writes a figure of `subplots` as a PNG.
+    Writes a figure of `subplots`, in the format of the file's name, or as a PNG.
 
     Equivalent to `figure.savefig`, which draws everything twice where there is a layout to compute.
     """
@@ -52,7 +52,7 @@ def save(figure: Figure, file: Path | io.BytesIO, dpi: int = 110) -> None:
     assert layout is not None
     layout.execute(figure)
     figure.set_layout_engine("none")
-    figure.savefig(file, format="png")
+    figure.savefig(file, dpi=dpi)
 
 
 def embedded(figure: Figure) -> str:
