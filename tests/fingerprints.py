@@ -1,11 +1,10 @@
 """
 Hashes of what pruning gives, to show that a change of the code's layout changes nothing else.
 
-`python tests/fingerprints.py before.json` prunes small models by every method with every pattern, rounds, permutes and
-allocates, prunes one block of SmolLM2-135M where it was converted (`make demo`), runs every recipe with `smoke=true`, and
-writes a hash of the masks and one of the weights for each, and of the reports all but times, versions and paths.
-`python tests/fingerprints.py after.json before.json` says what differs. Hashes are those of one machine: floating-point
-sums depend on its libraries.
+`python tests/fingerprints.py before.json` prunes small models by every method with every pattern, allocates, prunes one
+block of SmolLM2-135M where its package is installed, and runs every recipe with `smoke=true`. For each it writes a hash
+of the masks and one of the weights, and of reports all but times, versions and paths. `python tests/fingerprints.py
+after.json before.json` says what differs. Hashes are those of one machine: sums of floats depend on its libraries.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import families  # noqa: E402
 import torch  # noqa: E402
-from launch import TRAIN, trained  # noqa: E402
+from launch import trained  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from prune_callbacks import (  # noqa: E402

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -98,3 +99,9 @@ def test_signatures_are_checked(request):
         prune_callbacks.sparsity.keep_largest(torch.arange(4), 2)  # of floats
     with pytest.raises(jaxtyping.TypeCheckError, match="NM.keep"):
         prune_callbacks.NM(2, 4).keep(torch.rand(2, 2, 4))  # of matrices
+
+
+def test_one_file_looks_through_the_callbacks_of_a_trainer():
+    package = Path(prune_callbacks.__file__).parent
+    looks = {p.relative_to(package) for p in package.rglob("*.py") if "trainer.callbacks" in p.read_text()}
+    assert looks == {Path("callbacks/lineup.py")}

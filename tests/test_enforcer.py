@@ -16,6 +16,8 @@ from prune_callbacks import (
     MRP,
     NM,
     CausalLM,
+    ConstantSchedule,
+    IterativePrune,
     Magnitude,
     MaskEnforcer,
     MaskSet,
@@ -23,6 +25,7 @@ from prune_callbacks import (
     SparseGPT,
     Unstructured,
     Wanda,
+    prune_sequentially,
 )
 from prune_callbacks.tasks import tiny_llama
 
@@ -376,3 +379,28 @@ def test_a_dense_model_with_a_stray_zero_is_warned_of(tmp_path):
         module.model.model.layers[0].mlp.up_proj.weight[0, 0] = 0
     with pytest.warns(UserWarning, match=r"holds the zeros that the model has: 0.00% of 14 layers"):
         fit([MaskEnforcer()], tmp_path, module, max_steps=1)
+
+
+def test_masks_and_reports_of_a_users_callback_are_not_taken(tmp_path):
+    """What a callback of a user calls `masks` or `report` is its own."""
+    theirs = prune_sequentially(
+        tiny_llama(hidden_size=32, layers=2), None, Magnitude(Unstructured(0.25)), progress=False
+    )
+
+    class Other(Callback):
+        masks, report = theirs.masks, theirs
+
+    given = MaskSet({name: torch.rand(theirs.masks.shape(name)) < 0.5 for name in theirs.masks})
+    enforcer = MaskEnforcer(given)
+    fit([Other(), enforcer, Other()], tmp_path, max_steps=2)
+    assert enforcer.masks == given != theirs.masks
+
+
+def test_masks_of_a_subclass_of_iterative_prune_are_taken(tmp_path):
+    class Mine(IterativePrune):
+        pass
+
+    prune, enforcer = Mine(ConstantSchedule(0.5, begin=1)), MaskEnforcer()
+    fit([prune, enforcer], tmp_path, max_steps=2)
+    assert enforcer.masks == prune.masks
+    assert enforcer.masks.sparsity() == 0.5

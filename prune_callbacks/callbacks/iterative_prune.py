@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
@@ -29,16 +29,17 @@ from prune_callbacks.calibration import (
     weight_shape,
 )
 from prune_callbacks.callbacks.iterative_settings import check_restored, settings_of
+from prune_callbacks.callbacks.lineup import Lineup, PrunesInRounds
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
-from prune_callbacks.callbacks.trainer_state import one_shot_report, random_state, restore_random_state
+from prune_callbacks.callbacks.trainer_state import random_state, restore_random_state
 from prune_callbacks.parallel import masks_of_zeros, param_access, refuse_unserved, world
 from prune_callbacks.pruners import Magnitude
 from prune_callbacks.sparsity import MaskSet, Schedule, Unstructured
 from prune_callbacks.sparsity.schedules import Unit
 
 
-class IterativePrune(Callback):
+class IterativePrune(PrunesInRounds):
     """
     Prunes during training: whenever the schedule rises, the smallest survivors go.
 
@@ -210,7 +211,7 @@ class IterativePrune(Callback):
 
     def _masks_so_far(self, trainer: Trainer) -> MaskSet:
         """Those of OneShotPrune, those given to MaskEnforcer, or the zeros of a model that is sparse already."""
-        pruned = one_shot_report(trainer)
+        pruned = Lineup(trainer).one_shot_report()
         if pruned is not None:
             return pruned.masks
         given = self._enforcer(trainer).given
@@ -265,11 +266,11 @@ class IterativePrune(Callback):
         return layers
 
     def _enforcer(self, trainer: Trainer) -> MaskEnforcer:
-        kinds = [type(callback) for callback in trainer.callbacks]
-        enforcers = [c for c in trainer.callbacks[trainer.callbacks.index(self) :] if isinstance(c, MaskEnforcer)]
+        lineup = Lineup(trainer)
+        enforcers = lineup.after(self).all(MaskEnforcer)
         if len(enforcers) != 1:
             raise ValueError(
                 "IterativePrune decides which weights go, and needs MaskEnforcer() after it among the callbacks to "
-                f"keep them at zero; found {[kind.__name__ for kind in kinds]}"
+                f"keep them at zero; found {lineup.names()}"
             )
         return enforcers[0]

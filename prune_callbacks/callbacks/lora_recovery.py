@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from prune_callbacks.calibration import SPARSE, find_blocks, find_language_model, find_targets, sparse_experts
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
 from prune_callbacks.parallel import refuse_sharded
@@ -70,7 +71,7 @@ class LoRARecovery(Callback):
         from prune_callbacks.adapters import add_lora
 
         refuse_sharded(trainer.strategy, "LoRARecovery")
-        if any(isinstance(callback, IterativePrune) for callback in trainer.callbacks):
+        if Lineup(trainer).has(IterativePrune):
             raise ValueError(
                 "LoRARecovery freezes the weights that IterativePrune chooses from; prune first, and recover in a fit "
                 "of its own"
@@ -125,9 +126,9 @@ class LoRARecovery(Callback):
             )
 
     def _pruned(self, trainer: Trainer, model: nn.Module) -> list[str]:
-        one_shot = next((c for c in trainer.callbacks if isinstance(c, OneShotPrune)), None)
-        after = trainer.callbacks[trainer.callbacks.index(self) :]
-        if one_shot in after:
+        lineup = Lineup(trainer)
+        one_shot = lineup.first(OneShotPrune)
+        if lineup.after(self).has(OneShotPrune):
             raise ValueError(
                 "LoRARecovery must stand after OneShotPrune among the callbacks: it adapts what was pruned"
             )

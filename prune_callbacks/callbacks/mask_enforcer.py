@@ -9,8 +9,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from prune_callbacks.calibration import SPARSE, find_blocks, find_language_model, find_targets, matrices, parameters_of
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.lost_process import LostProcessWatch
-from prune_callbacks.callbacks.trainer_state import logs_now, one_shot_report
+from prune_callbacks.callbacks.trainer_state import logs_now
 from prune_callbacks.parallel import (
     ParamAccess,
     masks_of_zeros,
@@ -63,9 +64,9 @@ class MaskEnforcer(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not earlier: some strategies load a checkpoint (and with it these masks) after on_fit_start.
         # IterativePrune, which stands before us, has the last word, after a resume too.
-        masks = [getattr(callback, "masks", None) for callback in trainer.callbacks if callback is not self]
-        decided = next((found for found in masks if isinstance(found, MaskSet)), None) or self._restored
-        self.hold(decided or self._find_masks(trainer, pl_module), trainer)
+        decided = Lineup(trainer).masks_of_rounds()
+        decided = self._restored if decided is None else decided
+        self.hold(self._find_masks(trainer, pl_module) if decided is None else decided, trainer)
         self._hooks = [o.register_step_post_hook(self._after_step) for o in stepping_optimizers(trainer)]
         self._watch = LostProcessWatch(trainer)
 
@@ -123,7 +124,7 @@ class MaskEnforcer(Callback):
         self._restored = None
 
     def _find_masks(self, trainer: Trainer, pl_module: LightningModule) -> MaskSet:
-        pruned = one_shot_report(trainer)
+        pruned = Lineup(trainer).one_shot_report()
         if pruned is not None:
             if self.given is not None:
                 rank_zero_warn("MaskEnforcer takes the masks of OneShotPrune; those given to it are not used")

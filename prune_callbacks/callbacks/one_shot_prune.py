@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -13,6 +13,7 @@ from prune_callbacks.calibration import PruneReport, find_language_model, prune_
 from prune_callbacks.calibration.allocating import check_allocation
 from prune_callbacks.calibration.allocations import Allocation
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
+from prune_callbacks.callbacks.lineup import Lineup, PrunesOnce
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.trainer_state import logs_now, resumed_checkpoint
 from prune_callbacks.parallel import param_access, refuse_unserved
@@ -20,7 +21,7 @@ from prune_callbacks.pruners import Pruner
 from prune_callbacks.ranks import patient_ranks
 
 
-class OneShotPrune(Callback):
+class OneShotPrune(PrunesOnce):
     """
     Prunes the module's language model in `setup(stage="fit")`, before the strategy wraps it.
 
@@ -178,4 +179,4 @@ class OneShotPrune(Callback):
 
     @staticmethod
     def _enforced(trainer: Trainer) -> bool:
-        return any(isinstance(callback, MaskEnforcer) for callback in trainer.callbacks)
+        return Lineup(trainer).has(MaskEnforcer)

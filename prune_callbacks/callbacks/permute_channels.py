@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from prune_callbacks.calibration import find_language_model
 from prune_callbacks.calibration.permuting import Permuted, improvement, permute_channels_
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
 from prune_callbacks.parallel import refuse_unserved
@@ -57,10 +58,12 @@ class PermuteChannels(Callback):
         if stage != "fit" or resumed_checkpoint(trainer) is not None:
             return
         refuse_unserved(trainer.strategy)
-        names = [type(c).__name__ for c in trainer.callbacks if isinstance(c, PermuteChannels | OneShotPrune)]
-        if names != ["PermuteChannels", "OneShotPrune"]:
+        lineup = Lineup(trainer)
+        one_shot = lineup.after(self).first(OneShotPrune)
+        names = lineup.names(PermuteChannels, OneShotPrune)
+        if one_shot is None or len(names) != 2:
             raise ValueError(f"PermuteChannels needs one OneShotPrune after it among the callbacks, found {names}")
-        pruned = next(c.pruner.pattern for c in trainer.callbacks if isinstance(c, OneShotPrune))
+        pruned = one_shot.pruner.pattern
         if pruned != self.pattern:
             raise ValueError(f"PermuteChannels orders channels for {self.pattern}, and OneShotPrune prunes to {pruned}")
         with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:

@@ -19,6 +19,7 @@ from prune_callbacks.calibration import (
 )
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
@@ -98,14 +99,13 @@ class QuantizeWeights(Callback):
 
     @staticmethod
     def _check_callbacks(trainer: Trainer) -> None:
-        adapters = [callback for callback in trainer.callbacks if isinstance(callback, LoRARecovery)]
-        if any(not callback.masked for callback in adapters):
+        lineup = Lineup(trainer)
+        if any(not callback.masked for callback in lineup.all(LoRARecovery)):
             raise ValueError(
                 "QuantizeWeights rounds whole weights, and LoRARecovery(masked=False) keeps its adapter beside them; "
                 "use masked=True, which merges it"
             )
-        holds = adapters or any(isinstance(callback, MaskEnforcer) for callback in trainer.callbacks)
-        if not holds and any(isinstance(callback, OneShotPrune | IterativePrune) for callback in trainer.callbacks):
+        if lineup.has(OneShotPrune, IterativePrune) and not lineup.has(LoRARecovery, MaskEnforcer):
             raise ValueError(
                 "QuantizeWeights keeps the zeros that are left when training ends, and without MaskEnforcer() training "
                 "brings them all back; add it to the callbacks"
@@ -142,12 +142,12 @@ class QuantizeWeights(Callback):
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.rounding is not None
-        pruned = next((c.pruner.pattern for c in trainer.callbacks if isinstance(c, OneShotPrune)), None)
+        one_shot = Lineup(trainer).first(OneShotPrune)
         self.compression = save_compressed(
             find_language_model(pl_module),
             self.rounding.masks,
             self.dirpath / "compressed",
-            pattern=pruned,
+            pattern=None if one_shot is None else one_shot.pruner.pattern,
             scales=self.rounding.scales,
             grid=self.pruner.grid,
             tokenizer=self.tokenizer,

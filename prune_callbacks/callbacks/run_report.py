@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.calibration import find_language_model, save_sparse_model
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.run_outcome import masks_in_force, outcome, seconds_of_pruning
@@ -124,15 +125,16 @@ class RunReport(Callback):
                 self._evaluate(trainer, pl_module, "dense")
 
     def _find_pruning(self, trainer: Trainer) -> None:
-        known = [c for c in trainer.callbacks if isinstance(c, RunReport | OneShotPrune | IterativePrune)]
-        names = [type(callback).__name__ for callback in known]
-        if names[0] != "RunReport" or len(set(names)) != len(names) or len(names) < 2:
+        lineup = Lineup(trainer)
+        kinds = (RunReport, OneShotPrune, IterativePrune)
+        names = lineup.names(*kinds)
+        counts = [len(lineup.all(kind)) for kind in kinds]
+        if lineup.before(self).has(*kinds) or max(counts) > 1 or sum(counts) < 2:
             raise ValueError(
                 f"RunReport needs one OneShotPrune or IterativePrune, or one of each, after it among the callbacks, "
                 f"found {names}"
             )
-        self._one_shot = next((callback for callback in known if isinstance(callback, OneShotPrune)), None)
-        self._iterative = next((callback for callback in known if isinstance(callback, IterativePrune)), None)
+        self._one_shot, self._iterative = lineup.first(OneShotPrune), lineup.first(IterativePrune)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._one_shot is None or resumed_checkpoint(trainer) is not None:
@@ -205,9 +207,8 @@ class RunReport(Callback):
         if self._finished:
             return
         self._finished = True
-        for callback in trainer.callbacks:
-            if isinstance(callback, LoRARecovery):
-                callback.finish(trainer)  # it stands behind
+        for adapter in Lineup(trainer).all(LoRARecovery):
+            adapter.finish(trainer)  # it stands behind
         self.record["seconds"]["recover"] = self._recover_seconds()
         self._train_begin = 0.0
         again = self.record["stage"] == "recovered"  # resumed from a checkpoint of the end

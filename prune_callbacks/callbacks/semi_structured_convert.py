@@ -11,6 +11,7 @@ from torch import nn
 
 from prune_callbacks.calibration import find_blocks, find_language_model, find_targets
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
@@ -33,6 +34,18 @@ CONVERSIONS: Mapping[str, Callable[..., Conversion]] = {
     "int8": convert_int8_,
     "fp8": convert_fp8_,
 }
+
+READERS = (
+    OneShotPrune,
+    IterativePrune,
+    LoRARecovery,
+    MaskEnforcer,
+    PermuteChannels,
+    QuantizeWeights,
+    RunReport,
+    ShrinkModel,
+)
+"""Callbacks that read or write dense weights, and so stand before the conversion."""
 
 
 class SemiStructuredConvert(Callback):
@@ -83,24 +96,14 @@ class SemiStructuredConvert(Callback):
             return
         refuse_sharded(trainer.strategy, "SemiStructuredConvert")
         self.conversion = None
-        for callback in trainer.callbacks:
-            if isinstance(callback, OneShotPrune | IterativePrune) and not _two_four(callback.pruner.pattern):
+        lineup = Lineup(trainer)
+        for callback in (*lineup.all(OneShotPrune), *lineup.all(IterativePrune)):
+            if not _two_four(callback.pruner.pattern):
                 raise ValueError(
                     f"SemiStructuredConvert converts 2:4 weights, and {type(callback).__name__} prunes to "
                     f"{callback.pruner.pattern}; prune to NM(2, 4)"
                 )
-        readers = (
-            OneShotPrune
-            | IterativePrune
-            | LoRARecovery
-            | MaskEnforcer
-            | PermuteChannels
-            | QuantizeWeights
-            | RunReport
-            | ShrinkModel
-        )
-        after = trainer.callbacks[trainer.callbacks.index(self) + 1 :]
-        wrong = [type(callback).__name__ for callback in after if isinstance(callback, readers)]
+        wrong = lineup.after(self).names(*READERS)
         if wrong:
             raise ValueError(
                 f"SemiStructuredConvert stands before {', '.join(wrong)}, which would meet converted weights; put it "

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_callbacks.calibration import find_language_model, model_bytes
 from prune_callbacks.calibration.saving import replacing
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
@@ -47,30 +48,33 @@ class ShrinkModel(Callback):
         if stage != "fit":
             return
         refuse_sharded(trainer.strategy, "ShrinkModel")
-        found = [c.pruner for c in trainer.callbacks if isinstance(c, OneShotPrune)]
+        lineup = Lineup(trainer)
+        found = [callback.pruner for callback in lineup.all(OneShotPrune)]
         if not any(isinstance(pruner, Structured) for pruner in found):
             raise ValueError(f"ShrinkModel needs OneShotPrune(Structured(Columns(...))), found {found or 'none'}")
-        names = [type(c).__name__ for c in trainer.callbacks if isinstance(c, OneShotPrune | ShrinkModel)]
-        if names[0] != "OneShotPrune":
-            raise ValueError(f"ShrinkModel needs OneShotPrune before it among the callbacks, found {names}")
+        if not lineup.before(self).has(OneShotPrune):
+            raise ValueError(
+                f"ShrinkModel needs OneShotPrune before it among the callbacks, found "
+                f"{lineup.names(OneShotPrune, ShrinkModel)}"
+            )
         self._check_callbacks(trainer)
         if resumed_checkpoint(trainer) is None and trainer.is_global_zero:
             self._shrunk(trainer, pl_module)  # what cannot be done is to be known now, not after training
 
     def _check_callbacks(self, trainer: Trainer) -> None:
-        adapters = [c for c in trainer.callbacks if isinstance(c, LoRARecovery)]
+        lineup = Lineup(trainer)
+        adapters = lineup.all(LoRARecovery)
         if any(not callback.masked for callback in adapters):
             raise ValueError(
                 "ShrinkModel shrinks whole weights, and LoRARecovery(masked=False) keeps its adapter beside them; use "
                 "masked=True, which merges it"
             )
-        before = trainer.callbacks[: trainer.callbacks.index(self)]
-        if any(callback in before for callback in adapters):
+        if lineup.before(self).has(LoRARecovery):
             raise ValueError(
                 "ShrinkModel tries at the start what it will do at the end; put it before LoRARecovery, whose adapters "
                 "are in the way then and merged at the end"
             )
-        if not adapters and not any(isinstance(callback, MaskEnforcer) for callback in trainer.callbacks):
+        if not lineup.has(LoRARecovery, MaskEnforcer):
             raise ValueError(
                 "ShrinkModel takes out what is zero when training ends, and without MaskEnforcer() training may bring "
                 "it back; add it to the callbacks"
@@ -78,7 +82,8 @@ class ShrinkModel(Callback):
 
     @staticmethod
     def _shrunk(trainer: Trainer, pl_module: LightningModule) -> PreTrainedModel:
-        prune = next(c for c in trainer.callbacks if isinstance(c, OneShotPrune))
+        prune = Lineup(trainer).first(OneShotPrune)
+        assert prune is not None
         if prune.report is None:
             raise ValueError("OneShotPrune has pruned nothing: the checkpoint was written without it")
         return shrink(find_language_model(pl_module), prune.report.masks, prune.blocks)

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.evaluation.report_pictures import draw_sparsity
 from prune_callbacks.parallel import param_access
@@ -38,7 +39,7 @@ class SparsityMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not any(isinstance(callback, MaskEnforcer) for callback in trainer.callbacks):
+        if not Lineup(trainer).has(MaskEnforcer):
             raise ValueError("SparsityMonitor counts what MaskEnforcer holds, and there is none among the callbacks")
         self.history, self._seen = [], None
 
@@ -64,7 +65,9 @@ class SparsityMonitor(Callback):
         self.history = state_dict["history"]
 
     def _masks(self, trainer: Trainer) -> MaskSet | None:
-        return next(callback.masks for callback in trainer.callbacks if isinstance(callback, MaskEnforcer))
+        enforcer = Lineup(trainer).first(MaskEnforcer)
+        assert enforcer is not None
+        return enforcer.masks
 
     def _count(self, trainer: Trainer) -> None:
         self._seen = self._masks(trainer)

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from prune_callbacks.calibration import PruneReport
-
 
 def resumed_checkpoint(trainer: Trainer) -> Any:
     """
@@ -23,12 +21,6 @@ def resumed_checkpoint(trainer: Trainer) -> Any:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
             return frame.f_locals.get("ckpt_path")
     return None
-
-
-def one_shot_report(trainer: Trainer) -> PruneReport | None:
-    """What the `OneShotPrune` among the callbacks did, once it has."""
-    reports = [getattr(callback, "report", None) for callback in trainer.callbacks]
-    return next((report for report in reports if isinstance(report, PruneReport)), None)
 
 
 def random_state(device: torch.device | None = None) -> dict[str, Any]:
