@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prune_callbacks.file_modes import readable
 from prune_callbacks.sparsity import MaskSet
 
 
@@ -66,6 +67,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
+    readable(partial)
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
@@ -80,6 +82,7 @@ def filling(folder: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
+    readable(partial)
     folder.mkdir(exist_ok=True)
     for file in sorted(partial.iterdir()):
         if file.is_dir():  # of tokenizers with several chat templates; a folder is not replaced by one

@@ -16,6 +16,7 @@ from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
+from prune_callbacks.file_modes import readable
 from prune_callbacks.parallel import refuse_sharded
 from prune_callbacks.sparsity import MaskSet
 
@@ -115,6 +116,7 @@ class LoRARecovery(Callback):
             if base.exists():
                 self.peft_model.peft_config["default"].base_model_name_or_path = str(base)
             self.peft_model.save_pretrained(str(Path(self.save_dir) / "adapter"))
+            readable(Path(self.save_dir) / "adapter")
 
     def state_dict(self) -> dict[str, Any]:
         return {"masked": self.masked}

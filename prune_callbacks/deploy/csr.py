@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prune_callbacks.calibration.blocks import find_blocks, find_targets, sparse_experts
+from prune_callbacks.file_modes import readable
 
 METADATA = "prune_callbacks.csr"
 """The key under which a CSR file has its shapes."""
@@ -223,6 +224,7 @@ def save_csr(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> int:
         parts[f"{name}.values"] = weight.values()
     shapes = {name: list(weight.shape) for name, weight in named.items()}
     save_file(parts, path, metadata={METADATA: json.dumps(shapes)})
+    readable(Path(path))
     return Path(path).stat().st_size
 
 

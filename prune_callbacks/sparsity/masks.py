@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prune_callbacks.file_modes import readable
 from prune_callbacks.sparsity.patterns import Pattern
 
 METADATA = "prune_callbacks.masks"
@@ -211,6 +212,7 @@ class MaskSet(Mapping[str, Tensor]):
         """Writes a safetensors file: one bit per weight, the shapes in its metadata."""
         # One key: safetensors writes several in any order, and equal masks are to be equal files.
         save_file(self._bits, path, metadata={METADATA: json.dumps(self._shapes)})
+        readable(Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> "MaskSet":

@@ -2,8 +2,6 @@
 
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -16,6 +14,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from prune_callbacks.calibration.saving import replacing
 
 
 def smollm2_135m(cache: str | Path | None = None) -> str:
@@ -49,13 +49,9 @@ def smollm2_135m(cache: str | Path | None = None) -> str:
         source, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and moved into place, so that an interrupted conversion leaves nothing half done.
-    with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+    with replacing(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        shutil.move(partial, folder)
-        Path(partial).mkdir()
     return str(folder)
 
 
