@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerStatus
 from transformers import BatchEncoding
 
 from prune_callbacks import (
@@ -27,6 +28,7 @@ from prune_callbacks import (
     Wanda,
     prune_sequentially,
 )
+from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
 from prune_callbacks.tasks import tiny_llama
 
 STEPS = 20
@@ -404,3 +406,21 @@ def test_masks_of_a_subclass_of_iterative_prune_are_taken(tmp_path):
     fit([prune, enforcer], tmp_path, max_steps=2)
     assert enforcer.masks == prune.masks
     assert enforcer.masks.sparsity() == 0.5
+
+
+def test_a_lightning_that_hides_the_checkpoint_is_not_taken_for_a_new_fit(tmp_path):
+    trainer = trainer_of([], tmp_path)
+
+    def renamed(self):
+        return resumed_checkpoint(self)
+
+    assert resumed_checkpoint(trainer) is None  # no fit
+    trainer.state.status = TrainerStatus.RUNNING
+    with pytest.raises(RuntimeError, match=r"does not say whether the fit resumes .* allows \(lightning>=2.6.6,<2.7\)"):
+        renamed(trainer)
+
+    def _run(self, ckpt_path):
+        return resumed_checkpoint(self)
+
+    assert _run(trainer, "last.ckpt") == "last.ckpt"
+    assert _run(trainer, None) is None

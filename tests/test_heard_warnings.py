@@ -80,12 +80,6 @@ def test_a_resumed_fit_goes_on_with_warnings_and_command(tmp_path, monkeypatch):
     second.load_state_dict(state)
     assert second.record["warnings"] == ["one", "two", "three"]
     assert second.record["command"] == "python train.py recipe=a"
-    for key in ("warnings", "command"):
-        del state["record"][key]  # as 0.1 wrote it
-    third = RunReport(tmp_path)
-    third.load_state_dict(state)
-    assert third.record["warnings"] == []
-    assert third.record["command"] == "python train.py recipe=a more=1"
 
 
 def test_others_who_listen_are_left_in_their_place():

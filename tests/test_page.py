@@ -148,7 +148,7 @@ def test_damaged_masks_are_said_to_be(make):
     assert "masks.safetensors is not a readable safetensors file" in words(html(folder))
 
 
-def test_reports_of_earlier_versions_are_rendered(make):
+def test_reports_that_lack_entries_are_rendered(make):
     new = ("command", "corpora", "zero_shot", "allocation", "warnings", "rounds", "changes", "schedule", "adapter")
     old = {key: value for key, value in RECORD.items() if key not in (*new, "strategy", "processes", "stage")}
     folder = make()

@@ -655,15 +655,6 @@ def test_warnings_are_in_the_report_those_of_a_stopped_call_too(tmp_path, source
     assert prune(source, tmp_path / "quiet", batches)["warnings"] == []
 
 
-def test_what_an_earlier_version_heard_is_not_known(tmp_path, source, batches, monkeypatch):
-    stopped_after(source, tmp_path / "target", batches, 1, monkeypatch)
-    path = tmp_path / "target/streaming/block_00000.json"
-    record = json.loads(path.read_text())
-    del record["warnings"], record["few_tokens"]
-    path.write_text(json.dumps(record))
-    assert prune(source, tmp_path / "target", batches)["warnings"] is None
-
-
 def test_what_was_lost_between_two_calls_is_noticed(tmp_path, source, batches, monkeypatch):
     target = tmp_path / "target"
     lost = {

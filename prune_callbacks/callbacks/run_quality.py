@@ -73,7 +73,7 @@ class RunQuality:
             known = {"dataset": title, "seq_len": windows.shape[1]}
             record["perplexity"] = _of_the_same(record["perplexity"], known, NOT_MEASURED) | {stage: finite(value)}
             _say(stage, value, windows)
-            corpora = record.setdefault("corpora", {})  # checkpoints of earlier versions have none
+            corpora = record["corpora"]
             for name, (further, others) in getattr(data, "further_evaluation", {}).items():
                 same = torch.equal(others, windows)
                 again = value if same else self._perplexity(trainer, model, others)

@@ -240,9 +240,8 @@ class RunReport(Callback):
             raise ValueError(
                 f"the checkpoint is one of recipe {recipe}, and this is {ours}; go on with the same recipe"
             )
-        self._warnings.put_before(state_dict["record"].get("warnings", ()))  # 0.1 had none, and no command
-        command = {"command": self.record["command"]}
-        self.record = command | state_dict["record"] | {"warnings": self._warnings.texts}
+        self._warnings.put_before(state_dict["record"]["warnings"])
+        self.record = state_dict["record"] | {"warnings": self._warnings.texts}
         self._saw_the_last = state_dict["saw_the_last"]
 
     def _recover_seconds(self) -> float:

@@ -3,8 +3,10 @@
 import sys
 from typing import Any
 
+import lightning
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerStatus
 
 
 def resumed_checkpoint(trainer: Trainer) -> Any:
@@ -14,12 +16,21 @@ def resumed_checkpoint(trainer: Trainer) -> Any:
     Lightning (2.6) hands `ckpt_path` from `Trainer.fit` to `Trainer._run` as an argument and makes it
     available as `trainer.ckpt_path` only once `setup` is over; until then that holds the value of the fit before. So
     the argument is read from the frame of `_run`. None outside of a fit.
+
+    Raises:
+        RuntimeError: Lightning has changed so that the argument cannot be found. A resumed fit would be taken for a new
+            one, and its model pruned a second time.
     """
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
-            return frame.f_locals.get("ckpt_path")
+        if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer and "ckpt_path" in frame.f_locals:
+            return frame.f_locals["ckpt_path"]
+    if trainer.state.status == TrainerStatus.RUNNING:
+        raise RuntimeError(
+            f"this version of Lightning ({lightning.__version__}) does not say whether the fit resumes from a "
+            "checkpoint; use one that prune-callbacks allows (lightning>=2.6.6,<2.7)"
+        )
     return None
 
 

@@ -1,4 +1,4 @@
-"""What a run's folder holds, whether the run is finished, half-finished or from an earlier version."""
+"""Reads the folder of a run, finished or not."""
 
 import json
 import re
@@ -43,7 +43,7 @@ ABSENT: dict[str, Any] = {
     "versions": {},
     "device": None,
 }
-"""A record of which nothing is known; earlier versions did not write all of its keys."""
+"""A record of which nothing is known yet."""
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,7 @@ def prune_checkpoint(
                 with returning_memory():
                     walk.run(journal, progress, heard)
                 about = {"recipe": name, "model": source.name, "command": command}
-                known = all("warnings" in record for record in journal.records)  # an earlier version's have none
-                finish(journal, walk, about | {"warnings": heard.texts if known else None})
+                finish(journal, walk, about | {"warnings": heard.texts})
             assert journal.report is not None
             journal.check_finished()
             return journal.report

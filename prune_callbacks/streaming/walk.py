@@ -92,8 +92,8 @@ class BlockWalk:
         begin = len(journal.records)
         if begin:
             last = journal.records[-1]
-            heard.put_before(last.get("warnings", ()))
-            self.few_tokens = last.get("few_tokens", False)
+            heard.put_before(last["warnings"])
+            self.few_tokens = last["few_tokens"]
         reset_peak_memory(self.where)
         with layer_progress(len(self.layers), progress) as (bar, task):
             bar.update(task, completed=sum(len(self._inside(index)) for index in range(begin)))
