@@ -1,13 +1,28 @@
+import re
+
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
-from prune_callbacks import MRP, NM, Gram, Magnitude, OneShotPrune, SparseGPT, Unstructured, Wanda, prune_sequentially
+from prune_callbacks import (
+    GPTQ,
+    MRP,
+    NM,
+    Gram,
+    Magnitude,
+    OneShotPrune,
+    SparseGPT,
+    Unstructured,
+    Wanda,
+    prune_checkpoint,
+    prune_sequentially,
+)
 from prune_callbacks.calibration import peak_memory
 from prune_callbacks.calibration.capture import BlockInputs
 from prune_callbacks.calibration.observing import collect
 from prune_callbacks.solvers.linalg import damp
+from prune_callbacks.studies import sensitivity
 
 
 @pytest.fixture
@@ -251,6 +266,29 @@ def test_layers_that_share_an_input_share_one_factorisation(tiny, batches, monke
     assert names.index("model.layers.0.mlp.down_proj.weight") < names.index("model.layers.1.self_attn.q_proj.weight")
 
 
-def test_a_class_is_no_pruner(tiny, batches, unchecked):
-    with pytest.raises(ValueError, match=r"pruner is one like Wanda\(Unstructured\(0.5\)\), got <class"):
-        prune_sequentially(tiny, batches, Wanda, progress=False)
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("OneShotPrune", lambda pruner, model, batches, folder: OneShotPrune(pruner)),
+        ("prune_sequentially", lambda pruner, model, batches, folder: prune_sequentially(model, batches, pruner)),
+        ("prune_checkpoint", lambda pruner, model, batches, folder: prune_checkpoint(folder, folder, pruner, batches)),
+        ("sensitivity", lambda pruner, model, batches, folder: sensitivity(model, batches, batches[0], pruner)),
+        ("GPTQ", lambda pruner, model, batches, folder: GPTQ(pruner)),
+    ],
+)
+def test_what_is_no_whole_pruner_is_refused_everywhere(tiny, batches, tmp_path, unchecked, name, given):
+    class Half:
+        pattern = NM(2, 4)
+
+        def statistic(self, in_features, device=None):
+            return None
+
+        def __repr__(self):
+            return "Half()"
+
+    begins = rf"^{name} takes a pruner such as Wanda\(.*\)"
+    for pruner in (Wanda, NM(2, 4), "wanda"):
+        with pytest.raises(ValueError, match=f"{begins}, got {re.escape(repr(pruner))}"):
+            given(pruner, tiny, batches, tmp_path)
+    with pytest.raises(ValueError, match=rf"{begins}, which has pattern, prune, statistic; Half\(\) has no prune"):
+        given(Half(), tiny, batches, tmp_path)

@@ -27,7 +27,7 @@ from prune_callbacks.calibration.walking import (
     refuse_compiled,
     share_weights,
 )
-from prune_callbacks.pruners import Pruner, Structured
+from prune_callbacks.pruners import Pruner, Structured, check_pruner
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.sparsity import MaskSet
 
@@ -75,8 +75,7 @@ def prune_sequentially(
             layer, for activations that are not finite or a Gram that cannot be factorised.
     """
     begin = time.perf_counter()
-    if isinstance(pruner, type) or not hasattr(pruner, "statistic"):
-        raise ValueError(f"pruner is one like Wanda(Unstructured(0.5)), got {pruner!r}")
+    check_pruner("prune_sequentially", pruner)
     if allocation is not None:
         check_allocation(allocation, pruner)
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model that is meant

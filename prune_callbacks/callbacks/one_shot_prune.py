@@ -17,7 +17,7 @@ from prune_callbacks.callbacks.lineup import Lineup, PrunesOnce
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.trainer_state import logs_now, resumed_checkpoint
 from prune_callbacks.parallel import param_access, refuse_unserved
-from prune_callbacks.pruners import Pruner
+from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.ranks import patient_ranks
 
 
@@ -63,8 +63,7 @@ class OneShotPrune(PrunesOnce):
         min_expert_tokens: int = 32,
         progress: bool = True,
     ) -> None:
-        if not isinstance(pruner, Pruner):
-            raise ValueError(f"OneShotPrune takes a pruner such as Wanda(Unstructured(0.5)), got {pruner!r}")
+        check_pruner("OneShotPrune", pruner)
         if num_batches is not None and num_batches < 1:
             raise ValueError(f"OneShotPrune: num_batches must be at least 1, got {num_batches}")
         if allocation is not None:

@@ -66,6 +66,19 @@ class JointPruner(Pruner, Protocol):
         ...
 
 
+def check_pruner(name: str, pruner: object, example: str = "Wanda(Unstructured(0.5))") -> None:
+    """Raises ValueError for what is not a whole pruner, such as a class or a pattern; `name` is who was given it."""
+    needed = ("pattern", "prune", "statistic")
+    if isinstance(pruner, type) or not any(hasattr(pruner, part) for part in ("prune", "statistic")):
+        raise ValueError(f"{name} takes a pruner such as {example}, got {pruner!r}")
+    missing = [part for part in needed if not hasattr(pruner, part)]
+    if missing:
+        raise ValueError(
+            f"{name} takes a pruner such as {example}, which has {', '.join(needed)}; {pruner!r} has no "
+            f"{' and no '.join(missing)}"
+        )
+
+
 def as_pruned(
     dense: Tensor, solved: Tensor, keep: Tensor, statistic: Statistic | None, scale: Tensor | None = None
 ) -> Pruned:

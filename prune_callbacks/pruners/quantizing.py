@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prune_callbacks.pruners.protocol import Pruned, Pruner, check_pattern, widened
+from prune_callbacks.pruners.protocol import Pruned, Pruner, check_pattern, check_pruner, widened
 from prune_callbacks.pruners.stacked import (
     Compensating,
     check_settings,
@@ -93,8 +93,8 @@ class GPTQ:
     damping: float | None = None
 
     def __post_init__(self) -> None:
-        if self.pruner is not None and not isinstance(self.pruner, Pruner):
-            raise ValueError(f"GPTQ takes a pruner such as Wanda(NM(2, 4)), or None, got {self.pruner!r}")
+        if self.pruner is not None:
+            check_pruner("GPTQ", self.pruner, "Wanda(NM(2, 4))")
         if isinstance(self.pruner, Structured):
             raise ValueError("GPTQ rounds layers one by one: prune by Structured first, then use GPTQ()")
         if isinstance(self.pruner, SparseGPTQ | GPTQ):

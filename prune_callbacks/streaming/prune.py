@@ -10,7 +10,7 @@ from torch import Tensor
 from prune_callbacks.calibration.capture import Batch
 from prune_callbacks.calibration.walking import parsed_device
 from prune_callbacks.heard_warnings import HeardWarnings
-from prune_callbacks.pruners import Pruner, Structured
+from prune_callbacks.pruners import Pruner, Structured, check_pruner
 from prune_callbacks.streaming.finishing import check_space, finish
 from prune_callbacks.streaming.inputs import described_batches
 from prune_callbacks.streaming.journal import Journal, alone
@@ -71,6 +71,7 @@ def prune_checkpoint(
     While it runs, glibc's threshold for mapping memory is lowered for the whole process, and 32 MB afterwards, unless
     the environment sets MALLOC_MMAP_THRESHOLD_.
     """
+    check_pruner("prune_checkpoint", pruner)
     source, target = Path(source), Path(target)
     _check_folders(source, target)
     if isinstance(pruner, Structured):

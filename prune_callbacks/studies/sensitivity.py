@@ -42,7 +42,7 @@ from prune_callbacks.calibration.walking import (
 )
 from prune_callbacks.evaluation import perplexity
 from prune_callbacks.evaluation.report import open_results, write_json
-from prune_callbacks.pruners import Magnitude, Pruner, Structured
+from prune_callbacks.pruners import Magnitude, Pruner, Structured, check_pruner
 from prune_callbacks.ranks import ALONE
 from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.solvers.linalg import quadratic_form
@@ -132,6 +132,7 @@ def sensitivity(
     """
     if unit not in ("layer", "block"):
         raise ValueError(f'unit must be "layer" or "block", got {unit!r}')
+    check_pruner("sensitivity", pruner)
     if isinstance(pruner, Structured):
         raise ValueError("Structured removes coupled layers' units together; there is no single layer to prune by it")
     found = find_blocks(model, blocks)
