@@ -1,7 +1,10 @@
 """Sparsity spread over layers: totals exact to one weight, against linear programs, brute force and formulas."""
 
+import copy
 import itertools
 import math
+import warnings
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -309,3 +312,39 @@ def test_bad_allocations_are_refused_before_any_work(tiny, batches, pruner, allo
 def test_lagrangian_settings():
     with pytest.raises(ValueError, match=r"reach must lie in \(0, 1\) and points be 1 or more, got 0.0 and 3"):
         LagrangianAllocation(reach=0.0)
+
+
+@dataclass(frozen=True)
+class RowByRow:
+    """A user's pruner, which chooses in every row."""
+
+    pattern: Unstructured
+
+    def statistic(self, in_features, device=None):
+        return None
+
+    def prune(self, weight, statistic):
+        pattern = self.pattern if self.pattern.per else replace(self.pattern, per="row")
+        return Magnitude(pattern).prune(weight)
+
+
+class SaysSo(RowByRow):
+    pool = "row"
+
+
+def test_a_users_pruner_that_chooses_row_by_row_meets_the_total_or_is_named(tiny):
+    """37 % of rows of 32 or 96 are no whole counts: rounded row by row, every layer misses its own."""
+    names = prune_sequentially(copy.deepcopy(tiny), None, Magnitude(Unstructured(0.5)), progress=False).masks
+    allocation = SensitivityAllocation({name.removesuffix(".weight"): 1.0 + i for i, name in enumerate(names)})
+    size = sum(tiny.get_parameter(name).numel() for name in names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = prune_sequentially(
+            copy.deepcopy(tiny), None, SaysSo(Unstructured(0.37)), allocation=allocation, progress=False
+        )
+    assert abs(round(report.sparsity * size) - 0.37 * size) <= 1
+    with pytest.warns(UserWarning, match=r"was allocated \d+ zeros and RowByRow made \d+; .* pool = \"row\""):
+        report = prune_sequentially(
+            copy.deepcopy(tiny), None, RowByRow(Unstructured(0.37)), allocation=allocation, progress=False
+        )
+    assert abs(round(report.sparsity * size) - 0.37 * size) > 1

@@ -1,5 +1,7 @@
 """Applies an allocation: measures the dense model, block by block, and gives every layer a pattern of its own."""
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields, replace
@@ -14,8 +16,9 @@ from prune_callbacks.calibration.capture import BlockInputs
 from prune_callbacks.calibration.experts import ExpertWeight, inside, not_seen
 from prune_callbacks.calibration.loading import visited
 from prune_callbacks.calibration.observing import collect
+from prune_callbacks.calibration.prune_report import LayerReport
 from prune_callbacks.calibration.walking import next_inputs
-from prune_callbacks.pruners import Pruner, Wanda
+from prune_callbacks.pruners import Pruner
 from prune_callbacks.ranks import Ranks
 from prune_callbacks.solvers.statistics import Statistic
 from prune_callbacks.sparsity import Pattern, Unstructured
@@ -61,15 +64,37 @@ def allocate(
     else:
         values = allocation.measure(pruner, _weights(layers), {})
     pattern = pruner.pattern
-    if isinstance(pattern, Unstructured) and (
-        pattern.per == "row" or (pattern.per is None and isinstance(pruner, Wanda))
-    ):
+    if isinstance(pattern, Unstructured) and (pattern.per or getattr(pruner, "pool", "tensor")) == "row":
         pattern = replace(pattern, per="even")  # rows of equal counts would miss the total
     unreached = {name: shape for name, shape in shapes.items() if passed and name not in values}
     measured = {name: shape for name, shape in shapes.items() if name not in unreached}
     chosen = ranks.share(ranks.attempt(lambda: allocation.choose(values, measured, pattern)))
     chosen |= _as_it_is(pattern, layer_sizes(unreached), sum(layer_sizes(measured).values()))
     return {name: with_pattern(pruner, chosen[name]) for name in layers}
+
+
+def warn_of_other_counts(pruners: Mapping[str, Pruner], layers: Sequence[LayerReport]) -> None:
+    """
+    Warns if layers lost other counts of weights than they were to lose, which misses the total.
+
+    Args:
+        pruners: of every layer, by the name in its report.
+        layers: what became of them.
+    """
+    others = []
+    for layer in layers:
+        pattern, size = pruners[layer.name].pattern, math.prod(layer.shape)
+        if isinstance(pattern, Unstructured):
+            wanted, removed = round(pattern.sparsity * size), round(layer.sparsity * size)
+            others += [(layer.name, wanted, removed)] if wanted != removed else []
+    if others:
+        name, wanted, removed = others[0]
+        warnings.warn(
+            f"{name} was allocated {wanted} zeros and {type(pruners[name]).__name__} made {removed}; {len(others)} of "
+            f"{len(layers)} layers differ, so the total is missed. A pruner that chooses row by row says so by an "
+            'attribute: pool = "row"',
+            stacklevel=3,
+        )
 
 
 def _measured(

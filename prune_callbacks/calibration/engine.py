@@ -7,10 +7,10 @@ from contextlib import closing
 import torch
 from torch import nn
 
-from prune_callbacks.calibration.allocating import allocate, check_allocation
+from prune_callbacks.calibration.allocating import allocate, check_allocation, warn_of_other_counts
 from prune_callbacks.calibration.allocations import Allocation
 from prune_callbacks.calibration.block_pruning import BlockPruning, takes_experts
-from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, weight_shape
+from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, stored_name, weight_shape
 from prune_callbacks.calibration.capture import Batch, BlockInputs
 from prune_callbacks.calibration.coupling import Coupled, coupled_targets, planned_removal
 from prune_callbacks.calibration.experts import inside
@@ -134,6 +134,8 @@ def prune_sequentially(
         raise ValueError(
             f"nothing was pruned; all {len(run.skipped)} layers were skipped: {next(iter(run.skipped.values()))}"
         )
+    if allocation is not None and ranks.rank == 0:
+        warn_of_other_counts({stored_name(n, m): run.pruners.get(n, pruner) for n, m in chosen.items()}, run.layers)
     return PruneReport(
         MaskSet.join(run.masks),
         tuple(run.layers),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -32,6 +32,10 @@ class Pruned:
     scale: Float[Tensor, "out groups"] | None = None
 
 
+Pool = Literal["row", "tensor"]
+"""Among which weights `Unstructured(per=None)` chooses: those of a row, or of the whole layer."""
+
+
 @runtime_checkable
 class Pruner(Protocol):
     """
@@ -41,6 +45,9 @@ class Pruner(Protocol):
     the statistic's device; the result is on the weight's. It raises ValueError for a shape that the pattern does not
     fit, a weight with NaN or inf, or a statistic of the wrong kind or size, and NumericalError if the Gram cannot be
     factorised.
+
+    A pruner that chooses row by row says so by an attribute `pool = "row"`; one without it chooses from the whole
+    layer. Allocations need to know: equal counts in all rows make a layer's total exact to one weight a row only.
     """
 
     @property

@@ -1,12 +1,21 @@
 """Magnitude and Wanda: a score and a pattern, no weight is changed."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prune_callbacks.pruners.protocol import Pruned, as_pruned, check_pattern, check_statistic, check_weight, widened
+from prune_callbacks.pruners.protocol import (
+    Pool,
+    Pruned,
+    as_pruned,
+    check_pattern,
+    check_statistic,
+    check_weight,
+    widened,
+)
 from prune_callbacks.solvers.statistics import InputNorm, Statistic
 from prune_callbacks.sparsity import Pattern, Unstructured
 
@@ -44,6 +53,7 @@ class Wanda:
     """
 
     pattern: Pattern
+    pool: ClassVar[Pool] = "row"
 
     def __post_init__(self) -> None:
         check_pattern("Wanda", self.pattern)
@@ -58,6 +68,6 @@ class Wanda:
         known = check_statistic("Wanda", weight, statistic)
         pattern = self.pattern
         if isinstance(pattern, Unstructured) and pattern.per is None:
-            pattern = replace(pattern, per="row")
+            pattern = replace(pattern, per=self.pool)
         keep = pattern.keep(widened(weight, known).abs() * known.squared_norm.sqrt())
         return as_pruned(weight, weight, keep, known)
