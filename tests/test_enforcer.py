@@ -424,3 +424,44 @@ def test_a_lightning_that_hides_the_checkpoint_is_not_taken_for_a_new_fit(tmp_pa
 
     assert _run(trainer, "last.ckpt") == "last.ckpt"
     assert _run(trainer, None) is None
+
+
+class WithTeacher(CausalLM):
+    """A frozen copy of the same architecture, registered first."""
+
+    def __init__(self, frozen=True):
+        super().__init__(tiny_llama(hidden_size=32, layers=2), optimizer)
+        student = self._modules.pop("model")
+        self.teacher = tiny_llama(seed=1, hidden_size=32, layers=2).requires_grad_(not frozen)
+        self.model = student
+
+
+@pytest.mark.parametrize("how", ["one_shot", "file", "zeros"])
+def test_masks_go_to_the_student_and_not_to_its_teacher(tmp_path, how):
+    module = WithTeacher()
+    assert next(iter(dict(module.named_parameters()))).startswith("teacher.")
+    before = {name: value.clone() for name, value in module.teacher.state_dict().items()}
+    enforcer = MaskEnforcer()
+    callbacks = [enforcer]
+    if how == "one_shot":
+        callbacks = [OneShotPrune(Wanda(Unstructured(0.5)), batches(2), progress=False), enforcer]
+    else:
+        masks = prune_sequentially(module.model, None, Magnitude(Unstructured(0.5)), progress=False).masks
+        masks.save(tmp_path / "masks.safetensors")
+        callbacks = [MaskEnforcer(tmp_path / "masks.safetensors") if how == "file" else enforcer]
+    fit(callbacks, tmp_path, module, max_steps=6)
+    student = {name: p for name, p in module.model.named_parameters() if "proj" in name}
+    assert MaskSet.from_nonzero(student).sparsity() == pytest.approx(0.5, abs=1e-3)
+    assert all(torch.equal(value, before[name]) for name, value in module.teacher.state_dict().items())
+
+
+def test_masks_that_fit_two_trained_models_are_refused(tmp_path):
+    masks = prune_sequentially(
+        tiny_llama(hidden_size=32, layers=2), None, Magnitude(Unstructured(0.5)), progress=False
+    ).masks
+    with pytest.raises(ValueError, match=r"fit 2 models, \['teacher', 'model'\], of which 2 are trained; one must be"):
+        fit([MaskEnforcer(masks)], tmp_path, WithTeacher(frozen=False))
+    module = WithTeacher()
+    module.model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"of which 0 are trained; one must be: freeze the others"):
+        masks.apply_(module.named_parameters())

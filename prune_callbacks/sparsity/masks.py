@@ -130,8 +130,12 @@ class MaskSet(Mapping[str, Tensor]):
         """
         The parameters that these masks are for, by mask name.
 
+        Of a module with several models that the masks fit (a student and a frozen teacher), those of the only one that
+        is trained.
+
         Raises:
-            ValueError: a mask has no parameter, or one of another shape; the first mismatches are listed.
+            ValueError: a mask has no parameter, or one of another shape; the first mismatches are listed. Or the masks
+                fit several models, and not exactly one is trained.
         """
         parameters = {_plain(name): parameter for name, parameter in _items(named_parameters).items()}
         prefix = self._prefix(parameters)
@@ -153,12 +157,21 @@ class MaskSet(Mapping[str, Tensor]):
             )
         return found
 
-    def _prefix(self, names: Collection[str]) -> str:
+    def _prefix(self, parameters: Mapping[str, Tensor]) -> str:
+        """What stands before the masks' names in those of the parameters; of several models, the only trained one's."""
         ours = [_plain(name) for name in self]
-        if not ours or ours[0] in names:
+        if not ours or ours[0] in parameters:
             return ""
-        prefixes = [name[: -len(ours[0])] for name in names if name.endswith("." + ours[0])]
-        return next((p for p in prefixes if all(p + name in names for name in ours)), "")
+        prefixes = [name[: -len(ours[0])] for name in parameters if name.endswith("." + ours[0])]
+        fitting = [prefix for prefix in prefixes if all(prefix + name in parameters for name in ours)]
+        trained = [p for p in fitting if any(v.requires_grad for n, v in parameters.items() if n.startswith(p))]
+        if len(fitting) > 1 and len(trained) != 1:
+            raise ValueError(
+                f"these masks fit {len(fitting)} models, {[prefix.rstrip('.') for prefix in fitting]}, of which "
+                f"{len(trained)} are trained; one must be: freeze the others (requires_grad_(False)), or give the "
+                "parameters of the one that is meant"
+            )
+        return next(iter(trained if len(fitting) > 1 else fitting), "")
 
     @torch.no_grad()
     def apply_(self, named_parameters: NamedTensors) -> None:
