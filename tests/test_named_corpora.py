@@ -126,7 +126,8 @@ def test_a_run_measures_every_text(tmp_path, tiny, tokenizer, root):
 def test_what_was_measured_on_other_windows_does_not_stand_beside(tiny, tokenizer, root):
     """A fit that is resumed with other windows."""
     docs = [PythonDocs(part) for part in PARTS]
-    record = {"perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None}}
+    measured = {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None}
+    record = {"perplexity": measured, "corpora": {}}
     quality = RunQuality(None, 1, None, progress=False)
     module = CausalLM(tiny, lambda p: torch.optim.AdamW(p, lr=1e-2))
     for stage, seq_len in (("dense", 32), ("pruned", 32), ("recovered", 16)):
