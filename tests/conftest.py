@@ -158,9 +158,8 @@ def unchecked():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from prune_callbacks.tasks import (
-        byte_tokenizer,
-    )  # seconds, which the process that only hands out tests need not pay
+    # Imported here: it takes seconds, which the process that only hands out tests need not pay.
+    from prune_callbacks.tasks import byte_tokenizer
 
     return byte_tokenizer()
 

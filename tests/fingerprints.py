@@ -17,6 +17,7 @@ import re
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -55,16 +56,16 @@ PATTERNS = (
     Rows(0.25),
     Columns(0.25),
 )
-METHODS = (
-    Magnitude,
-    Wanda,
-    SparseGPT,
-    MRP,
-    lambda pattern: MRP(pattern, variant="MM"),
-    lambda pattern: MRP(pattern, variant="MS"),
-    ALPS,
-    SparseGPTQ,
-)
+METHODS = {
+    "Magnitude": Magnitude,
+    "Wanda": Wanda,
+    "SparseGPT": SparseGPT,
+    "MRP SM": MRP,
+    "MRP MM": partial(MRP, variant="MM"),
+    "MRP MS": partial(MRP, variant="MS"),
+    "ALPS": ALPS,
+    "SparseGPTQ": SparseGPTQ,
+}
 VOLATILE = re.compile(r"seconds|bytes|version|command|path|checkpoint|time|created|machine|device")
 """Entries of reports that differ from run to run."""
 
@@ -117,11 +118,11 @@ def methods():
     """Every method with every pattern, on the small models; the rest on one of them."""
     found = {}
     for name, model in models():
-        for method, pattern in itertools.product(METHODS, PATTERNS):
+        for (label, method), pattern in itertools.product(METHODS.items(), PATTERNS):
             try:
                 pruner = method(pattern)
             except ValueError as error:
-                found[f"{method.__name__} {pattern}"] = {"refused": str(error)}
+                found[f"{label} {pattern}"] = {"refused": str(error)}
                 continue
             found[f"{name} {pruner}"] = outcome(model, pruner)
     model = tiny_llama(hidden_size=32, layers=2)

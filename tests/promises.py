@@ -111,10 +111,8 @@ PROMISES = {
     ),
     "a killed rank ends the run with the checkpoint to resume from": Promise(
         (
-            *(
-                f"test_train_ranks::test_a_killed_rank_ends_the_run_with_a_word_and_it_goes_on_from_its_checkpoint[{case}]"
-                for case in ("deepspeed_zero3-0",)
-            ),
+            "test_train_ranks::test_a_killed_rank_ends_the_run_with_a_word_and_it_goes_on_from_its_checkpoint"
+            "[deepspeed_zero3-0]",
             "test_train_ranks::test_whoever_starts_the_processes_none_is_left_when_one_is_killed[ddp-launcher0-1]",
             "test_lost_process::test_a_sigterm_that_interrupts_the_error_on_its_way_is_answered",
         )

@@ -135,7 +135,7 @@ def prune_sequentially(
             f"nothing was pruned; all {len(run.skipped)} layers were skipped: {next(iter(run.skipped.values()))}"
         )
     if allocation is not None and ranks.rank == 0:
-        warn_of_other_counts({stored_name(n, m): run.pruners.get(n, pruner) for n, m in chosen.items()}, run.layers)
+        warn_of_other_counts({stored_name(n, m): run.pruners[n] for n, m in chosen.items()}, run.layers)
     return PruneReport(
         MaskSet.join(run.masks),
         tuple(run.layers),

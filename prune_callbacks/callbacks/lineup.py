@@ -1,5 +1,6 @@
 """The callbacks of a trainer, by kind: the one place that looks through `trainer.callbacks`."""
 
+import copy
 from typing import TypeVar
 
 from lightning.pytorch import Callback, Trainer
@@ -76,6 +77,6 @@ class Lineup:
         return next((callback.masks for callback in self.all(PrunesInRounds) if callback.masks is not None), None)
 
     def _part(self, part: slice) -> "Lineup":
-        lineup = Lineup.__new__(Lineup)
+        lineup = copy.copy(self)
         lineup._callbacks = self._callbacks[part]
         return lineup

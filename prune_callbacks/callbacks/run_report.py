@@ -35,7 +35,7 @@ from prune_callbacks.parallel import gathered_state_dict, world
 from prune_callbacks.sparsity.schedules import Unit
 
 DRAWN_EVERY = 30.0
-"""Seconds between two drawings of a fit that goes on; a drawing takes a second or two."""
+"""Least number of seconds between two drawings while the model is trained; drawing takes one to two."""
 
 
 class RunReport(Callback):

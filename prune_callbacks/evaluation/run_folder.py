@@ -43,7 +43,7 @@ ABSENT: dict[str, Any] = {
     "versions": {},
     "device": None,
 }
-"""A record of which nothing is known yet."""
+"""The record of a run that has measured nothing yet; it supplies the keys that a report lacks."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,17 @@ class JointPruner(Pruner, Protocol):
 
 
 def check_pruner(name: str, pruner: object, example: str = "Wanda(Unstructured(0.5))") -> None:
-    """Raises ValueError for what is not a whole pruner, such as a class or a pattern; `name` is who was given it."""
+    """
+    Refuses a value that is not a complete pruner, such as a class or a pattern.
+
+    Args:
+        name: the function or class that received it, for the message.
+        pruner: the value.
+        example: a pruner that `name` accepts, for the message.
+
+    Raises:
+        ValueError: it is a class, or lacks a part of `Pruner`.
+    """
     needed = ("pattern", "prune", "statistic")
     if isinstance(pruner, type) or not any(hasattr(pruner, part) for part in ("prune", "statistic")):
         raise ValueError(f"{name} takes a pruner such as {example}, got {pruner!r}")

@@ -164,14 +164,16 @@ class MaskSet(Mapping[str, Tensor]):
             return ""
         prefixes = [name[: -len(ours[0])] for name in parameters if name.endswith("." + ours[0])]
         fitting = [prefix for prefix in prefixes if all(prefix + name in parameters for name in ours)]
+        if len(fitting) < 2:
+            return next(iter(fitting), "")
         trained = [p for p in fitting if any(v.requires_grad for n, v in parameters.items() if n.startswith(p))]
-        if len(fitting) > 1 and len(trained) != 1:
+        if len(trained) != 1:
             raise ValueError(
                 f"these masks fit {len(fitting)} models, {[prefix.rstrip('.') for prefix in fitting]}, of which "
                 f"{len(trained)} are trained; one must be: freeze the others (requires_grad_(False)), or give the "
                 "parameters of the one that is meant"
             )
-        return next(iter(trained if len(fitting) > 1 else fitting), "")
+        return trained[0]
 
     @torch.no_grad()
     def apply_(self, named_parameters: NamedTensors) -> None:
