@@ -52,7 +52,7 @@ PATTERNS = (
     Unstructured(0.6, per="row"),
     NM(2, 4),
     NM(1, 4),
-    Block(0.5, (4, 4)),
+    Block(4, 0.5),
     Rows(0.25),
     Columns(0.25),
 )
