@@ -14,10 +14,10 @@ from lightning import seed_everything
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from prune_callbacks.evaluation.comparison import write_comparison
-from prune_callbacks.evaluation.report import read_report, refuse_existing_run
-from prune_callbacks.evaluation.report_pictures import compare
-from prune_callbacks.parallel import newest_checkpoint
+from prune_callbacks.reporting.comparison import write_comparison
+from prune_callbacks.reporting.pictures import compare
+from prune_callbacks.storage.checkpoints import newest_checkpoint
+from prune_callbacks.storage.run_record import read_report, refuse_existing_run
 
 SHARED = (
     *("smoke", "seed", "model", "data", "evaluate", "zero_shot", "pattern", "allocation"),

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from prune_callbacks import OWL, LagrangianAllocation, Unstructured, Wanda, prune_sequentially
-from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.report import open_results, write_json
+from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.storage.run_record import open_results
 from prune_callbacks.studies import sensitivity
 from prune_callbacks.tasks import smollm2_135m
+from prune_callbacks.writing import write_json
 
 EXACT = "uniform, rows that differ by one weight"
 """Wanda's convention rounds in every row; this rounds in every layer, which is nearer to the allocations' total."""

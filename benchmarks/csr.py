@@ -24,8 +24,8 @@ from torch import nn
 
 from prune_callbacks.deploy.csr import break_even_sparsity, convert_to_csr_, csr_bytes
 from prune_callbacks.deploy.latency import BASE, layer_sweep
-from prune_callbacks.deploy.latency_report import setting
-from prune_callbacks.evaluation.report import write_json
+from prune_callbacks.reporting.latency import setting
+from prune_callbacks.writing import write_json
 
 SHAPES = {"smollm2": {"q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576), "down": (576, 1536)}}
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)

@@ -46,11 +46,12 @@ from prune_callbacks import (
 from prune_callbacks.deploy.latency import model_sweep
 from prune_callbacks.deploy.shrinking import logits_difference
 from prune_callbacks.deploy.timing import time_in_turns
-from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.report import open_results, write_json
+from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.solvers.gptq import round_to_nearest
 from prune_callbacks.solvers.permutation import channel_permutation
+from prune_callbacks.storage.run_record import open_results
 from prune_callbacks.tasks import smollm2_135m
+from prune_callbacks.writing import write_json
 
 PATTERN = NM(2, 4)
 GRID = Grid(bits=4, group_size=128)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from prune_callbacks import CausalLM, MaskEnforcer, MaskSet
-from prune_callbacks.calibration import find_blocks, find_targets
+from prune_callbacks.anatomy.blocks import find_blocks, find_targets
 from prune_callbacks.sparsity import keep_largest
 from prune_callbacks.tasks import smollm2_135m, tiny_llama
 

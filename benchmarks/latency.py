@@ -25,10 +25,10 @@ from prune_callbacks import NM
 from prune_callbacks.deploy.backends import TENSORS, Backend
 from prune_callbacks.deploy.conversion import Conversion
 from prune_callbacks.deploy.latency import BASE, layer_sweep, with_compiled
-from prune_callbacks.deploy.latency_report import draw_latency, latency_table, setting, verdict
 from prune_callbacks.deploy.low_precision import convert_fp8_, convert_int8_
 from prune_callbacks.deploy.semi_structured import compress
-from prune_callbacks.evaluation.report import write_json
+from prune_callbacks.reporting.latency import draw_latency, latency_table, setting, verdict
+from prune_callbacks.writing import write_json
 
 SHAPES = {"llama7b": {"q, k, v, o": (4096, 4096), "gate, up": (11008, 4096), "down": (4096, 11008)}}
 TOKENS = tuple(2**power for power in range(14))

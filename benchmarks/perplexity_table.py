@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from prune_callbacks import ALPS, MRP, NM, Magnitude, SparseGPT, Unstructured, Wanda, prune_sequentially
-from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.report import open_results, write_json
+from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.storage.run_record import open_results
 from prune_callbacks.tasks import smollm2_135m
+from prune_callbacks.writing import write_json
 
 PATTERNS = {"50 %": Unstructured(0.5), "60 %": Unstructured(0.6), "70 %": Unstructured(0.7), "2:4": NM(2, 4)}
 PRUNERS = {

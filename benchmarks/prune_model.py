@@ -27,11 +27,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from prune_callbacks import MRP, Magnitude, SparseGPT, Unstructured, Wanda, prune_sequentially
-from prune_callbacks.calibration import peak_memory, save_sparse_model
-from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.report import open_results, write_json
+from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.memory import peak_memory
 from prune_callbacks.pruners import Pruner
+from prune_callbacks.storage.model_folder import save_sparse_model
+from prune_callbacks.storage.run_record import open_results
 from prune_callbacks.tasks import smollm2_135m
+from prune_callbacks.writing import write_json
 
 RIVAL = Path(__file__).parent / "prune_model_rival.py"
 PRUNERS: dict[str, Pruner] = {

@@ -39,10 +39,11 @@ from prune_callbacks import (
     TokenDataModule,
     prune_sequentially,
 )
-from prune_callbacks.calibration import save_sparse_model
-from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.report import open_results, write_json
+from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.storage.model_folder import save_sparse_model
+from prune_callbacks.storage.run_record import open_results
 from prune_callbacks.tasks import LanguageModeling, Objective, smollm2_135m
+from prune_callbacks.writing import write_json
 
 Teacher = transformers.PreTrainedModel
 OBJECTIVES: dict[str, Callable[[Teacher], Objective]] = {

@@ -33,9 +33,9 @@ import oracles
 
 from prune_callbacks import ALPS, MRP, NM, Gram, Pruned, SparseGPT, Unstructured
 from prune_callbacks.calibration.windows import contiguous_windows
-from prune_callbacks.evaluation.report import write_json
 from prune_callbacks.solvers.linalg import DampedGram, damp, quadratic_form
 from prune_callbacks.tasks import PythonDocs, smollm2_135m
+from prune_callbacks.writing import write_json
 
 BLOCKS = (1, 15, 28)
 SYNTHETIC = ((2048, 2048), (4096, 1024))

@@ -3,7 +3,7 @@ Zero-shot accuracy of a model on local files through `ZeroShot`, and by lm_eval 
 
     python benchmarks/zero_shot.py ROOT [--limit 500] [--against-lm-eval] [--model FOLDER] [--results FILE.json]
 
-ROOT is the folder of the data that `prune_callbacks/evaluation/zero_shot_tasks/*.yaml` read. With --against-lm-eval
+ROOT is the folder of the data that `prune_callbacks/measure/zero_shot_tasks/*.yaml` read. With --against-lm-eval
 lm_eval's own command measures the same examples, and every number must be equal. Results are written after every task;
 run again, and finished ones are not measured twice. Prints a Markdown table.
 """
@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import prune_callbacks.evaluation.zero_shot_tasks as local_tasks
-from prune_callbacks.evaluation.report import open_results, write_json
-from prune_callbacks.evaluation.zero_shot import HEADLINE, ZeroShot
+import prune_callbacks.measure.zero_shot_tasks as local_tasks
+from prune_callbacks.measure.zero_shot import HEADLINE, ZeroShot
+from prune_callbacks.storage.run_record import open_results
 from prune_callbacks.tasks import smollm2_135m
+from prune_callbacks.writing import write_json
 
 COMMAND = (
     "{python} -m lm_eval --model hf --model_args pretrained={model},dtype=float32 --device {device} --batch_size 1 "

@@ -1,11 +1,4 @@
-from .calibration import (
-    OWL,
-    LagrangianAllocation,
-    PruneReport,
-    SensitivityAllocation,
-    permute_channels_,
-    prune_sequentially,
-)
+from .allocation.rules import OWL, LagrangianAllocation, SensitivityAllocation
 from .callbacks import (
     IterativePrune,
     LoRARecovery,
@@ -20,9 +13,11 @@ from .callbacks import (
     SparsityBenchmark,
     SparsityMonitor,
 )
-from .consolidation import consolidate
 from .deploy import convert_, load_compressed, measure_compression, revert_, save_compressed, shrink
-from .evaluation import ZeroShot
+from .engine.permuting import permute_channels_
+from .engine.report import PruneReport
+from .engine.sequential import prune_sequentially
+from .measure import ZeroShot
 from .pruners import ALPS, GPTQ, MRP, Magnitude, Pruned, SparseGPT, SparseGPTQ, Structured, Wanda
 from .solvers import Gram, Grid, InputNorm
 from .sparsity import (
@@ -37,6 +32,7 @@ from .sparsity import (
     Rows,
     Unstructured,
 )
+from .storage.consolidation import consolidate
 from .streaming import prune_checkpoint
 from .tasks import CausalLM, LanguageModeling, LogitsDistillation, SquareHead, TokenDataModule
 

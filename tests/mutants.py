@@ -101,7 +101,7 @@ MUTANTS = (
     ),
     Mutant(
         "mix_of_groups_counts_what_is_kept",
-        "sparsity/allocation.py",
+        "allocation/counts.py",
         "gone = np.array([sizes[name] // m * (m - n) for name, n in choices], dtype=float)",
         "gone = np.array([sizes[name] // m * n for name, n in choices], dtype=float)",
         "test_allocation.py",
@@ -187,7 +187,7 @@ MUTANTS = (
     ),
     Mutant(
         "layers_with_one_gram_share_a_pool",
-        "pruners/stacked.py",
+        "pruners/joint.py",
         "return torch.cat([pattern.keep(part, start=start) for part in scores.split(heights)])",
         "return pattern.keep(scores, start=start)",
         "test_pruners.py",
@@ -209,28 +209,28 @@ MUTANTS = (
     # calibration
     Mutant(
         "padding_counts",
-        "calibration/observing.py",
+        "calibration/statistics.py",
         "real = x if self.tokens is None else _real(x, self.tokens)",
         "real = x",
         "test_blocks.py::test_padding_does_not_count",
     ),
     Mutant(
         "hooks_stay",
-        "calibration/observing.py",
+        "calibration/statistics.py",
         "stack.callback(hook.remove)",
         "stack.callback(lambda: None)",
         "test_engine.py::test_a_real_error_behind_the_last_layer_is_not_swallowed",
     ),
     Mutant(
         "solved_weights_not_broadcast",
-        "calibration/block_pruning.py",
+        "engine/solving.py",
         'self.ranks.broadcast(layers[name].get_parameter("weight").data, owner)',
         "pass",
         "test_parallel.py::test_two_ranks_prune_as_one_does",
     ),
     Mutant(
         "next_block_sees_the_dense_one",
-        "calibration/engine.py",
+        "engine/sequential.py",
         """                run.prune(layers, statistics, lambda count: bar.advance(task, count))
                 del statistics
             if index < last and calibrated:
@@ -245,22 +245,22 @@ MUTANTS = (
     ),
     Mutant(
         "rounds_do_not_transpose_conv1d",
-        "calibration/shrink.py",
+        "engine/iterative.py",
         "return _keep_in_each(pattern, scores.mT).mT.cpu() if input_first else _keep_in_each(pattern, scores).cpu()",
         "return _keep_in_each(pattern, scores).cpu()",
         "test_iterative.py::test_shrinking_reads_conv1d_the_other_way_round",
     ),
     Mutant(
         "matrices_of_experts_transposed",
-        "calibration/experts.py",
+        "anatomy/experts.py",
         'yield f"{attribute}.{index}", ExpertWeight(owner, attribute, index, stored)',
         'yield f"{attribute}.{index}", ExpertWeight(owner, attribute, index, not stored)',
         "test_experts.py::test_pruning_equals_rerunning_the_whole_model",
     ),
     Mutant(
         "interrupted_save_loses_the_model",
-        "calibration/saving.py",
-        "        old.rename(folder)  # an earlier call was interrupted between its two renames\n",
+        "writing.py",
+        "        rename(old, folder)  # an earlier call was interrupted between its two renames\n",
         "        shutil.rmtree(old)\n",
         "test_run_report.py::test_an_interrupted_save_is_taken_back",
     ),
@@ -296,23 +296,23 @@ MUTANTS = (
     ),
     Mutant(
         "snapshot_keeps_its_temporary_name",
-        "parallel/snapshot.py",
-        "            os.replace(partial, file)\n",
+        "writing.py",
+        "        rename(partial, path, durable=durable)\n",
         "",
         "test_iterative.py::test_rewinding_restores_weights_moments_and_learning_rate_from_the_file",
     ),
     Mutant(
         "file_renamed_before_it_is_on_the_disk",
-        "streaming/files.py",
-        "            os.fsync(file.fileno())\n",
-        "",
+        "writing.py",
+        "            _sync(partial)\n",
+        "            pass\n",
         "test_streaming.py::test_a_file_is_on_the_disk_before_it_has_its_name_and_its_folder_after",
     ),
     Mutant(
         "folder_with_a_renamed_file_is_not_on_the_disk",
-        "streaming/files.py",
-        "            os.fsync(folder)\n",
-        "            pass\n",
+        "writing.py",
+        "        _sync(new.parent)\n",
+        "        pass\n",
         "test_streaming.py::test_a_file_is_on_the_disk_before_it_has_its_name_and_its_folder_after",
     ),
     Mutant(
@@ -345,7 +345,7 @@ MUTANTS = (
     ),
     Mutant(
         "oldest_checkpoint_is_taken",
-        "parallel/checkpoints.py",
+        "storage/checkpoints.py",
         "return max(found, key=lambda path: path.stat().st_mtime, default=None)",
         "return min(found, key=lambda path: path.stat().st_mtime, default=None)",
         "test_train_ranks.py::test_checkpoints_whose_writing_was_interrupted_are_passed_over",
@@ -389,9 +389,9 @@ MUTANTS = (
     # streaming
     Mutant(
         "files_written_in_place",
-        "streaming/files.py",
-        "partial = path.with_name(path.name + PARTIAL)",
-        "partial = path",
+        "writing.py",
+        "    partial = path.with_name(path.name + PARTIAL)",
+        "    partial = path",
         "test_streaming.py::test_a_call_that_goes_on_after_a_crash_anywhere_ends_the_same",
     ),
     Mutant(
@@ -433,7 +433,7 @@ MUTANTS = (
     ),
     Mutant(
         "first_of_two_models_is_taken",
-        "consolidation.py",
+        "storage/consolidation.py",
         "if len(fitting) > 1:",
         "if len(fitting) > 2:",
         "test_train_ranks.py::test_masks_under_the_modules_names_and_two_models_in_one_checkpoint",

@@ -33,7 +33,7 @@ from prune_callbacks import (
     Unstructured,
     Wanda,
 )
-from prune_callbacks.parallel import param_access
+from prune_callbacks.parallel.strategies import param_access
 from prune_callbacks.sparsity import keep_largest
 from prune_callbacks.tasks import PythonDocs, TokenDataModule, byte_tokenizer, tiny_llama
 

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import torch
 
 from prune_callbacks import MaskSet
-from prune_callbacks.evaluation.page import write_page
+from prune_callbacks.reporting.page import write_page
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 NAMES = [f"model.layers.{block}.{kind}.weight" for block in range(3) for kind in KINDS]

@@ -29,7 +29,7 @@ from prune_callbacks import (
     Wanda,
     prune_sequentially,
 )
-from prune_callbacks.sparsity.allocation import by_losses, by_outliers, by_sensitivity, mix_of_groups
+from prune_callbacks.allocation.counts import by_losses, by_outliers, by_sensitivity, mix_of_groups
 
 SIZES = st.lists(st.integers(50, 5000), min_size=1, max_size=8).map(
     lambda sizes: {f"l{i}": n for i, n in enumerate(sizes)}

@@ -10,7 +10,7 @@ import torch
 from launch import cold, good
 
 import prune_callbacks
-from prune_callbacks.calibration import peak_memory
+from prune_callbacks.memory import peak_memory
 
 HEAVY = ("lightning", "transformers", "deepspeed", "hydra", "datasets", "torchmetrics", "matplotlib", "scipy")
 CORE = ("Unstructured", "NM", "Magnitude", "Wanda", "SparseGPT", "MRP", "ALPS", "Gram", "MaskSet")

@@ -9,9 +9,9 @@ import pytest
 from launch import cold
 from runs import NAMES, RECORD, make_run, perplexity, words
 
-from prune_callbacks.evaluation.comparison import grouped, main, write_comparison
-from prune_callbacks.evaluation.report import summary_table
-from prune_callbacks.evaluation.run_folder import read_run
+from prune_callbacks.reporting.comparison import grouped, main, write_comparison
+from prune_callbacks.reporting.summary import summary_table
+from prune_callbacks.storage.run_folder import read_run
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_unnamed_models_are_told_apart(make):
 
 def test_the_command_line(tmp_path, make, capsys):
     folders = [str(make()), str(make("two"))]
-    words = [sys.executable, "-W", "error::RuntimeWarning", "-m", "prune_callbacks.evaluation.report", *folders]
+    words = [sys.executable, "-W", "error::RuntimeWarning", "-m", "prune_callbacks.reporting", *folders]
     done = cold(*words, folder=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "2 runs side by side" in (tmp_path / "compare.html").read_text(encoding="utf-8")

@@ -25,7 +25,6 @@ from prune_callbacks import (
     prune_sequentially,
     save_compressed,
 )
-from prune_callbacks.calibration.saving import filling
 from prune_callbacks.deploy.packing import (
     pack_bits,
     pack_codes,
@@ -36,6 +35,7 @@ from prune_callbacks.deploy.packing import (
     unpack_kept,
     unpack_nm,
 )
+from prune_callbacks.writing import filled_folder
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 
@@ -249,7 +249,7 @@ def test_damaged_files_are_named(tmp_path):
 def test_folders_inside_an_earlier_compressed_model_are_replaced(tmp_path):
     """As tokenizers with several chat templates have them."""
     for text in ("old", "new"):
-        with filling(tmp_path / "small") as partial:
+        with filled_folder(tmp_path / "small") as partial:
             (partial / "additional_chat_templates").mkdir()
             (partial / "additional_chat_templates" / f"{text}.jinja").write_text(text)
     assert [file.name for file in (tmp_path / "small/additional_chat_templates").iterdir()] == ["new.jinja"]

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from prune_callbacks import MaskSet
-from prune_callbacks.calibration import find_blocks, find_targets
+from prune_callbacks.anatomy.blocks import find_blocks, find_targets
 from prune_callbacks.deploy.csr import (
     CSRLinear,
     break_even_sparsity,

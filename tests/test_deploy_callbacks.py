@@ -31,7 +31,7 @@ from prune_callbacks import (
     load_compressed,
     save_compressed,
 )
-from prune_callbacks.evaluation import perplexity
+from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.tasks import byte_tokenizer, tiny_llama
 
 

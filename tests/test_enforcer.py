@@ -28,7 +28,7 @@ from prune_callbacks import (
     Wanda,
     prune_sequentially,
 )
-from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
+from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.tasks import tiny_llama
 
 STEPS = 20

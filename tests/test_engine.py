@@ -18,9 +18,9 @@ from prune_callbacks import (
     prune_checkpoint,
     prune_sequentially,
 )
-from prune_callbacks.calibration import peak_memory
 from prune_callbacks.calibration.capture import BlockInputs
-from prune_callbacks.calibration.observing import collect
+from prune_callbacks.calibration.statistics import collect
+from prune_callbacks.memory import peak_memory
 from prune_callbacks.solvers.linalg import damp
 from prune_callbacks.studies import sensitivity
 
@@ -258,7 +258,7 @@ def test_layers_that_share_an_input_share_one_factorisation(tiny, batches, monke
         count += 1
         return damp(gram, damping)
 
-    monkeypatch.setattr("prune_callbacks.pruners.stacked.damp", counting)
+    monkeypatch.setattr("prune_callbacks.pruners.joint.damp", counting)
     report = prune_sequentially(tiny, batches, MRP(NM(2, 4)))
     assert len(report.layers) == 2 * 7
     assert count == 2 * 4  # q, k, v; o; gate, up; down

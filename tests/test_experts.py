@@ -38,14 +38,14 @@ from prune_callbacks import (
     Wanda,
     prune_sequentially,
 )
-from prune_callbacks.calibration import find_blocks, find_targets, parameters_of
-from prune_callbacks.calibration.experts import routers
-from prune_callbacks.calibration.watching import WeightUses
+from prune_callbacks.anatomy.blocks import find_blocks, find_targets, parameters_of
+from prune_callbacks.anatomy.experts import routers
+from prune_callbacks.calibration.products import WeightUses
 from prune_callbacks.deploy import load_compressed, save_compressed
 from prune_callbacks.deploy.conversion import find_two_four
 from prune_callbacks.deploy.csr import convert_to_csr_
-from prune_callbacks.evaluation.drawing import layer_grid
-from prune_callbacks.evaluation.page import mask_pictures
+from prune_callbacks.reporting.drawing import layer_grid
+from prune_callbacks.reporting.page import mask_pictures
 from prune_callbacks.tasks import PythonDocs
 
 PRUNERS = {

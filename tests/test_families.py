@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 
 from prune_callbacks import MRP, NM, Magnitude, SparseGPT, Unstructured, Wanda, prune_sequentially
-from prune_callbacks.calibration import find_blocks
+from prune_callbacks.anatomy.blocks import find_blocks
 
 PRUNERS = {
     "magnitude": Magnitude(NM(2, 4)),

@@ -6,17 +6,9 @@ import stat
 import pytest
 import torch
 
-from prune_callbacks import (
-    NM,
-    Magnitude,
-    MaskSet,
-    Unstructured,
-    consolidate,
-    prune_sequentially,
-    save_compressed,
-)
-from prune_callbacks.calibration import save_sparse_model
+from prune_callbacks import NM, Magnitude, MaskSet, Unstructured, consolidate, prune_sequentially, save_compressed
 from prune_callbacks.deploy import convert_to_csr_, save_csr
+from prune_callbacks.storage.model_folder import save_sparse_model
 from prune_callbacks.tasks import tiny_llama
 
 

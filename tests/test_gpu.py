@@ -90,7 +90,7 @@ def test_a_weight_on_the_cpu_is_solved_for_where_its_statistic_is(pruner):
 
 @pytest.mark.parametrize("overlapping", [True, False])
 def test_streaming_to_the_device_is_what_pruning_there_makes(tmp_path, monkeypatch, overlapping):
-    monkeypatch.setattr("prune_callbacks.calibration.loading.overlaps", lambda where: overlapping)
+    monkeypatch.setattr("prune_callbacks.calibration.prefetch.overlaps", lambda where: overlapping)
     batches = list(torch.randint(3, 200, (6, 64)).split(2))
     model = tiny_llama(hidden_size=64, layers=4)
     model.save_pretrained(tmp_path / "source")

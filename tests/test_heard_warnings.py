@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from runs import words
 
 from prune_callbacks import NM, CausalLM, Magnitude, MaskEnforcer, OneShotPrune, RunReport, TokenDataModule
-from prune_callbacks.evaluation.report import repeat_command
-from prune_callbacks.heard_warnings import MOST, HeardWarnings
+from prune_callbacks.recorded_warnings import MOST, HeardWarnings
+from prune_callbacks.storage.run_record import repeat_command
 from prune_callbacks.tasks import PythonDocs
 
 

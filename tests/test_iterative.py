@@ -30,9 +30,9 @@ from prune_callbacks import (
     TokenDataModule,
     Unstructured,
 )
-from prune_callbacks.calibration import shrink_masks
-from prune_callbacks.calibration.blocks import find_blocks, find_targets
-from prune_callbacks.parallel import PlainAccess
+from prune_callbacks.anatomy.blocks import find_blocks, find_targets
+from prune_callbacks.engine.iterative import shrink_masks
+from prune_callbacks.parallel.plain import PlainAccess
 from prune_callbacks.tasks import TextFile, tiny_llama
 
 

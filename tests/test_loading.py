@@ -6,17 +6,11 @@ import weakref
 import pytest
 import torch
 
-from prune_callbacks import (
-    LagrangianAllocation,
-    MaskSet,
-    SparseGPT,
-    Unstructured,
-    prune_checkpoint,
-    prune_sequentially,
-)
-from prune_callbacks.calibration import allocating, loading
-from prune_callbacks.calibration.block_pruning import BlockPruning
-from prune_callbacks.calibration.loading import Ahead, loading_ahead, visited
+from prune_callbacks import LagrangianAllocation, MaskSet, SparseGPT, Unstructured, prune_checkpoint, prune_sequentially
+from prune_callbacks.allocation import measuring as allocating
+from prune_callbacks.calibration import prefetch as loading
+from prune_callbacks.calibration.prefetch import Ahead, loading_ahead, visited
+from prune_callbacks.engine.solving import BlockPruning
 from prune_callbacks.ranks import ALONE
 from prune_callbacks.streaming import walk
 from prune_callbacks.tasks import tiny_llama

@@ -27,8 +27,8 @@ from prune_callbacks import (
     prune_sequentially,
 )
 from prune_callbacks.adapters import MaskedLoraLinear, add_lora, merge_lora
-from prune_callbacks.calibration import save_sparse_model
-from prune_callbacks.evaluation import perplexity
+from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.storage.model_folder import save_sparse_model
 from prune_callbacks.tasks import tiny_llama
 
 IDS = torch.randint(3, 200, (3, 16), generator=torch.Generator().manual_seed(1))

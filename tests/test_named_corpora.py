@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from prune_callbacks import CausalLM, Magnitude, MaskEnforcer, OneShotPrune, RunReport, TokenDataModule, Unstructured
 from prune_callbacks.callbacks.run_quality import RunQuality
-from prune_callbacks.evaluation import perplexity
+from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.tasks import HubText, PythonDocs, TextFile, corpus
 
 FOLDER = os.environ.get("PRUNE_CALLBACKS_DATA")

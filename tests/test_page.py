@@ -12,9 +12,9 @@ from PIL import Image
 from runs import KINDS, NAMES, RECORD, html, make_run, masks_of_a_run, perplexity, words
 
 from prune_callbacks import MaskSet
-from prune_callbacks.evaluation.comparison import write_comparison
-from prune_callbacks.evaluation.drawing import draw_corner, layer_grid
-from prune_callbacks.evaluation.page import mask_pictures, render, share_recovered, verdict, write_page
+from prune_callbacks.reporting.comparison import write_comparison
+from prune_callbacks.reporting.drawing import draw_corner, layer_grid
+from prune_callbacks.reporting.page import mask_pictures, render, share_recovered, verdict, write_page
 
 CHROMIUM = "/usr/bin/chromium"
 

@@ -11,7 +11,7 @@ from rank_fits import PRUNERS, STRATEGIES, Module, batches, half_masks, trainer_
 from tiers import slow
 
 from prune_callbacks import LoRARecovery, MaskEnforcer, MaskSet
-from prune_callbacks.parallel.checkpoints import open_checkpoint
+from prune_callbacks.storage.checkpoints import open_checkpoint
 
 KINDS = {"weight", "master", "exp_avg", "exp_avg_sq"}
 RANKS = (0, 1)

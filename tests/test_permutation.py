@@ -172,7 +172,7 @@ def test_values_that_other_blocks_read_are_left_in_order(monkeypatch):
     assert {name.rsplit(".", 1)[-1] for name in done} == {"down_proj"}
     assert (model(BATCHES[0]).logits - before).abs().max() < 1e-4 * before.abs().max()
     # Control: no block by itself shows what they share; the whole model does.
-    monkeypatch.setattr("prune_callbacks.calibration.coupling._reads_other_values", lambda owner: False)
+    monkeypatch.setattr("prune_callbacks.anatomy.coupling._reads_other_values", lambda owner: False)
     with pytest.raises(ValueError, match="permuting changed what is computed"):
         permute_channels_(sharing_values(), BATCHES, NM(2, 4), progress=False)
 

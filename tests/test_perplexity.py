@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchmetrics.text import Perplexity as Reference
 
-from prune_callbacks.evaluation import Perplexity, perplexity
+from prune_callbacks.measure.perplexity import Perplexity, perplexity
 from prune_callbacks.tasks.causal_lm import CausalLM
 
 

@@ -23,7 +23,7 @@ from prune_callbacks import (
     Wanda,
     prune_sequentially,
 )
-from prune_callbacks.pruners import stacked
+from prune_callbacks.pruners import joint as stacked
 from prune_callbacks.solvers.gptq import CLIPS, round_to_nearest
 from prune_callbacks.tasks import tiny_llama
 
@@ -102,7 +102,7 @@ def test_pruner_and_rounding_share_one_factorisation(layer, monkeypatch):
         calls.append(arguments)
         return real(*arguments)
 
-    monkeypatch.setattr("prune_callbacks.pruners.stacked.damp", counting)
+    monkeypatch.setattr("prune_callbacks.pruners.joint.damp", counting)
     weight, _, gram = layer
     GPTQ(SparseGPT(NM(2, 4), damping=0.03)).prune_together([weight, weight[:2]], gram)
     assert [arguments[1] for arguments in calls] == [0.03]

@@ -34,7 +34,7 @@ from prune_callbacks import (
     Unstructured,
     Wanda,
 )
-from prune_callbacks.parallel import refuse_unserved
+from prune_callbacks.parallel.strategies import refuse_unserved
 from prune_callbacks.tasks import HubText, tiny_llama
 
 ROOT = Path(__file__).parent.parent

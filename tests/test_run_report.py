@@ -23,9 +23,9 @@ from prune_callbacks import (
     SparsityMonitor,
     TokenDataModule,
 )
-from prune_callbacks.calibration import save_sparse_model
-from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.report_pictures import compare, draw_report
+from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.reporting.pictures import compare, draw_report
+from prune_callbacks.storage.model_folder import save_sparse_model
 from prune_callbacks.tasks import PythonDocs
 
 

@@ -23,7 +23,7 @@ from prune_callbacks import (
     Wanda,
     prune_sequentially,
 )
-from prune_callbacks.evaluation import perplexity
+from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.studies import sensitivity
 from prune_callbacks.tasks import tiny_llama
 

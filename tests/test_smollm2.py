@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_callbacks import ALPS, MRP, NM, Magnitude, SparseGPT, TokenDataModule, Wanda, prune_sequentially
-from prune_callbacks.evaluation import perplexity
+from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.tasks import PythonDocs, smollm2_135m
 
 pytestmark = [

@@ -47,11 +47,11 @@ from prune_callbacks import (
     prune_checkpoint,
     prune_sequentially,
 )
-from prune_callbacks.evaluation.comparison import main as comparison_main
-from prune_callbacks.evaluation.report import summary_table
-from prune_callbacks.evaluation.report_pictures import compare
-from prune_callbacks.evaluation.run_folder import ABSENT, read_run
+from prune_callbacks.reporting.comparison import main as comparison_main
+from prune_callbacks.reporting.pictures import compare
+from prune_callbacks.reporting.summary import summary_table
 from prune_callbacks.solvers import Grid
+from prune_callbacks.storage.run_folder import ABSENT, read_run
 from prune_callbacks.streaming import files, walk
 from prune_callbacks.streaming.source import Checkpoint
 from prune_callbacks.tasks import byte_tokenizer, tiny_llama

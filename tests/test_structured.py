@@ -21,19 +21,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from prune_callbacks import (
-    NM,
-    Columns,
-    Gram,
-    MaskSet,
-    Structured,
-    Unstructured,
-    Wanda,
-    prune_sequentially,
-    shrink,
-)
-from prune_callbacks.calibration import find_blocks
-from prune_callbacks.calibration.coupling import find_coupled
+from prune_callbacks import NM, Columns, Gram, MaskSet, Structured, Unstructured, Wanda, prune_sequentially, shrink
+from prune_callbacks.anatomy.blocks import find_blocks
+from prune_callbacks.anatomy.coupling import find_coupled
 
 OUT, IN = 5, 24
 COMMON = {"vocab_size": 200, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6}

@@ -25,10 +25,10 @@ from prune_callbacks import (
     Wanda,
     prune_sequentially,
 )
-from prune_callbacks.calibration import peak_memory, reset_peak_memory
-from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.comparison import main as comparison
-from prune_callbacks.evaluation.curves import curves, draw_curves, sweep_table
+from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.memory import peak_memory, reset_peak_memory
+from prune_callbacks.reporting.comparison import main as comparison
+from prune_callbacks.reporting.curves import curves, draw_curves, sweep_table
 from prune_callbacks.studies import sweep_point
 from prune_callbacks.tasks import PythonDocs, TextFile, tiny_llama
 

@@ -10,7 +10,7 @@ from launch import TRAIN, started, train, trained
 from safetensors.torch import load_file
 
 from prune_callbacks import NM, MaskSet
-from prune_callbacks.parallel import newest_checkpoint
+from prune_callbacks.storage.checkpoints import newest_checkpoint
 
 
 def test_an_unknown_recipe_lists_those_there_are():

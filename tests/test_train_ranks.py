@@ -18,7 +18,7 @@ from tiers import slow
 from transformers import AutoModelForCausalLM
 
 from prune_callbacks import MaskSet, consolidate
-from prune_callbacks.parallel.checkpoints import newest_checkpoint, open_checkpoint
+from prune_callbacks.storage.checkpoints import newest_checkpoint, open_checkpoint
 from prune_callbacks.tasks import tiny_llama
 
 RECOVER = ["recipe=recover_deepspeed", "smoke=true", "trainer.devices=2", "trainer.accelerator=cpu"]

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from prune_callbacks import NM, CausalLM, Magnitude, MaskEnforcer, OneShotPrune, RunReport, TokenDataModule
 from prune_callbacks.callbacks.run_quality import RunQuality
-from prune_callbacks.evaluation.zero_shot import HEADLINE, ZeroShot
-from prune_callbacks.evaluation.zero_shot_tasks import hellaswag_query
+from prune_callbacks.measure.zero_shot import HEADLINE, ZeroShot
+from prune_callbacks.measure.zero_shot_tasks import hellaswag_query
 from prune_callbacks.tasks import PythonDocs, tiny_llama
 
 pytestmark = pytest.mark.skipif(

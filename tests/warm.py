@@ -10,7 +10,7 @@ import io
 import pkgutil
 
 import prune_callbacks
-from prune_callbacks.evaluation.drawing import subplots
+from prune_callbacks.reporting.drawing import subplots
 
 NAMES = (
     "deepspeed.module_inject",

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from prune_callbacks.evaluation import perplexity
+from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.sparsity import MaskSet
 
 OPTIONS = {

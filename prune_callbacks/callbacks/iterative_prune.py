@@ -11,29 +11,25 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from prune_callbacks.calibration import (
+from prune_callbacks.anatomy.blocks import (
     SPARSE,
-    Scope,
-    check_shrinkable,
-    dense_in_mixtures,
     find_blocks,
     find_language_model,
     find_targets,
     naming,
     parameter_name,
     parameters_of,
-    shape_of,
-    shrink_masks,
     stored_input_first,
-    told_dense,
     weight_shape,
 )
+from prune_callbacks.anatomy.experts import dense_in_mixtures, shape_of, told_dense
 from prune_callbacks.callbacks.iterative_settings import check_restored, settings_of
+from prune_callbacks.callbacks.lightning_internals import random_state, restore_random_state
 from prune_callbacks.callbacks.lineup import Lineup, PrunesInRounds
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
-from prune_callbacks.callbacks.trainer_state import random_state, restore_random_state
-from prune_callbacks.parallel import masks_of_zeros, param_access, refuse_unserved, world
+from prune_callbacks.engine.iterative import Scope, check_shrinkable, shrink_masks
+from prune_callbacks.parallel.strategies import masks_of_zeros, param_access, refuse_unserved, world
 from prune_callbacks.pruners import Magnitude
 from prune_callbacks.sparsity import MaskSet, Schedule, Unstructured
 from prune_callbacks.sparsity.schedules import Unit

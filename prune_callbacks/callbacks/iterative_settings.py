@@ -6,8 +6,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from prune_callbacks.calibration import Scope
 from prune_callbacks.callbacks.rewind import Rewind
+from prune_callbacks.engine.iterative import Scope
 from prune_callbacks.pruners import Magnitude
 from prune_callbacks.sparsity import Schedule
 

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from lightning.pytorch import Callback, Trainer
 
-from prune_callbacks.calibration import PruneReport
+from prune_callbacks.engine.report import PruneReport
 from prune_callbacks.pruners import Magnitude, Pruner
 from prune_callbacks.sparsity import MaskSet
 

@@ -11,14 +11,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from transformers import PreTrainedModel
 
-from prune_callbacks.calibration import SPARSE, find_blocks, find_language_model, find_targets, sparse_experts
+from prune_callbacks.anatomy.blocks import SPARSE, find_blocks, find_language_model, find_targets, sparse_experts
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
+from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
-from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
-from prune_callbacks.file_modes import readable
-from prune_callbacks.parallel import refuse_sharded
+from prune_callbacks.parallel.strategies import refuse_sharded
 from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.writing import replaced_folder
 
 if TYPE_CHECKING:  # an extra
     from peft import LoraConfig, PeftModel
@@ -115,8 +115,8 @@ class LoRARecovery(Callback):
             base = Path(self.save_dir) / "model"
             if base.exists():
                 self.peft_model.peft_config["default"].base_model_name_or_path = str(base)
-            self.peft_model.save_pretrained(str(Path(self.save_dir) / "adapter"))
-            readable(Path(self.save_dir) / "adapter")
+            with replaced_folder(Path(self.save_dir) / "adapter") as partial:
+                self.peft_model.save_pretrained(str(partial))
 
     def state_dict(self) -> dict[str, Any]:
         return {"masked": self.masked}

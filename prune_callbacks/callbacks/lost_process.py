@@ -7,7 +7,8 @@ from types import FrameType
 
 from lightning.pytorch import Trainer
 
-from prune_callbacks.parallel import lost_a_process, newest_checkpoint
+from prune_callbacks.parallel.strategies import lost_a_process
+from prune_callbacks.storage.checkpoints import newest_checkpoint
 
 
 class LostProcessWatch:

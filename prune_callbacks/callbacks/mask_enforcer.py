@@ -8,17 +8,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prune_callbacks.calibration import SPARSE, find_blocks, find_language_model, find_targets, matrices, parameters_of
+from prune_callbacks.anatomy.blocks import (
+    SPARSE,
+    find_blocks,
+    find_language_model,
+    find_targets,
+    matrices,
+    parameters_of,
+)
+from prune_callbacks.callbacks.lightning_internals import logs_now
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.lost_process import LostProcessWatch
-from prune_callbacks.callbacks.trainer_state import logs_now
-from prune_callbacks.parallel import (
-    ParamAccess,
-    masks_of_zeros,
-    param_access,
-    refuse_unserved,
-    stepping_optimizers,
-)
+from prune_callbacks.parallel.access import ParamAccess
+from prune_callbacks.parallel.strategies import masks_of_zeros, param_access, refuse_unserved, stepping_optimizers
 from prune_callbacks.sparsity import MaskSet
 
 

@@ -9,16 +9,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from prune_callbacks.calibration import PruneReport, find_language_model, prune_sequentially, savable, save_sparse_model
-from prune_callbacks.calibration.allocating import check_allocation
-from prune_callbacks.calibration.allocations import Allocation
+from prune_callbacks.allocation.measuring import check_allocation
+from prune_callbacks.allocation.rules import Allocation
+from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
+from prune_callbacks.callbacks.lightning_internals import logs_now, resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup, PrunesOnce
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
-from prune_callbacks.callbacks.trainer_state import logs_now, resumed_checkpoint
-from prune_callbacks.parallel import param_access, refuse_unserved
+from prune_callbacks.engine.report import PruneReport
+from prune_callbacks.engine.sequential import prune_sequentially
+from prune_callbacks.parallel.strategies import param_access, refuse_unserved
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.ranks import patient_ranks
+from prune_callbacks.storage.model_folder import savable, save_sparse_model
 
 
 class OneShotPrune(PrunesOnce):

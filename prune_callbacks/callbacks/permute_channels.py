@@ -7,13 +7,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from prune_callbacks.calibration import find_language_model
-from prune_callbacks.calibration.permuting import Permuted, improvement, permute_channels_
+from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
+from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
-from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
-from prune_callbacks.parallel import refuse_unserved
+from prune_callbacks.engine.permuting import Permuted, improvement, permute_channels_
+from prune_callbacks.parallel.strategies import refuse_unserved
 from prune_callbacks.ranks import patient_ranks
 from prune_callbacks.sparsity import NM
 

@@ -9,14 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
 
-from prune_callbacks.calibration import (
-    PruneReport,
-    find_blocks,
-    find_language_model,
-    find_targets,
-    prune_sequentially,
-    savable,
-)
+from prune_callbacks.anatomy.blocks import find_blocks, find_language_model, find_targets
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.lineup import Lineup
@@ -24,13 +17,15 @@ from prune_callbacks.callbacks.lora_recovery import LoRARecovery
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.deploy.compression import Compression, save_compressed
-from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.report import write_json
-from prune_callbacks.parallel import world
-from prune_callbacks.parallel.strategies import refuse_sharded
+from prune_callbacks.engine.report import PruneReport
+from prune_callbacks.engine.sequential import prune_sequentially
+from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.parallel.strategies import refuse_sharded, world
 from prune_callbacks.pruners import GPTQ
 from prune_callbacks.ranks import patient_ranks
 from prune_callbacks.solvers.gptq import Grid
+from prune_callbacks.storage.model_folder import savable
+from prune_callbacks.writing import write_json
 
 
 class QuantizeWeights(Callback):

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from prune_callbacks.parallel import check_snapshot, load_snapshot, save_snapshot
+from prune_callbacks.parallel.snapshot import check_snapshot, load_snapshot, save_snapshot
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from prune_callbacks.calibration import peak_memory
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
-from prune_callbacks.parallel import param_access
+from prune_callbacks.memory import peak_memory
+from prune_callbacks.parallel.strategies import param_access
 from prune_callbacks.sparsity import MaskSet
 
 PACKAGES = ("prune-callbacks", "torch", "lightning", "transformers")

@@ -12,10 +12,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from prune_callbacks.calibration import find_language_model, free_memory, model_bytes
-from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.zero_shot import ZeroShot
-from prune_callbacks.parallel import world
+from prune_callbacks.anatomy.blocks import find_language_model
+from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.measure.zero_shot import ZeroShot
+from prune_callbacks.memory import free_memory, model_bytes
+from prune_callbacks.parallel.strategies import world
 
 
 @dataclass(frozen=True)

@@ -13,26 +13,24 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from transformers import PreTrainedTokenizerBase
 
-from prune_callbacks.calibration import find_language_model, save_sparse_model
+from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
+from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.run_outcome import masks_in_force, outcome, seconds_of_pruning
 from prune_callbacks.callbacks.run_quality import RunQuality, finite
-from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
-from prune_callbacks.evaluation.page import write_page
-from prune_callbacks.evaluation.report import (
-    refuse_existing_run,
-    repeat_command,
-    summary_table,
-    write_json,
-)
-from prune_callbacks.evaluation.report_pictures import draw_report
-from prune_callbacks.evaluation.zero_shot import ZeroShot
-from prune_callbacks.heard_warnings import HeardWarnings
-from prune_callbacks.parallel import gathered_state_dict, world
+from prune_callbacks.measure.zero_shot import ZeroShot
+from prune_callbacks.parallel.strategies import gathered_state_dict, world
+from prune_callbacks.recorded_warnings import HeardWarnings
+from prune_callbacks.reporting.page import write_page
+from prune_callbacks.reporting.pictures import draw_report
+from prune_callbacks.reporting.summary import summary_table
 from prune_callbacks.sparsity.schedules import Unit
+from prune_callbacks.storage.model_folder import save_sparse_model
+from prune_callbacks.storage.run_record import refuse_existing_run, repeat_command
+from prune_callbacks.writing import write_json
 
 DRAWN_EVERY = 30.0
 """Least number of seconds between two drawings while the model is trained; drawing takes one to two."""

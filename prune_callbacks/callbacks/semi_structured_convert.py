@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from prune_callbacks.calibration import find_blocks, find_language_model, find_targets
+from prune_callbacks.anatomy.blocks import find_blocks, find_language_model, find_targets
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
@@ -23,7 +23,7 @@ from prune_callbacks.deploy.backends import Hardware, choose_backend, why_not
 from prune_callbacks.deploy.conversion import Conversion, find_two_four
 from prune_callbacks.deploy.low_precision import convert_fp8_, convert_int8_
 from prune_callbacks.deploy.semi_structured import convert_
-from prune_callbacks.parallel import refuse_sharded
+from prune_callbacks.parallel.strategies import refuse_sharded
 from prune_callbacks.sparsity import NM, Pattern
 
 CASTS: Mapping[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -8,17 +8,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prune_callbacks.calibration import find_language_model, model_bytes
-from prune_callbacks.calibration.saving import replacing
+from prune_callbacks.anatomy.blocks import find_language_model
+from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
-from prune_callbacks.callbacks.trainer_state import resumed_checkpoint
 from prune_callbacks.deploy.shrinking import changed_settings, logits_difference, shrink
-from prune_callbacks.evaluation.report import write_json
+from prune_callbacks.memory import model_bytes
 from prune_callbacks.parallel.strategies import refuse_sharded
 from prune_callbacks.pruners import Structured
+from prune_callbacks.writing import replaced_folder, write_json
 
 
 class ShrinkModel(Callback):
@@ -96,7 +96,7 @@ class ShrinkModel(Callback):
         windows = getattr(trainer.datamodule, "evaluation_windows", None)
         tokens = torch.arange(64)[None] if windows is None else windows[:1]
         folder = self.dirpath / "shrunk"
-        with replacing(folder) as partial:
+        with replaced_folder(folder) as partial:
             self.model.save_pretrained(partial)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)

@@ -13,17 +13,17 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
 
-from prune_callbacks.calibration import find_blocks, find_language_model, find_targets, sparse_experts, weight_shape
+from prune_callbacks.anatomy.blocks import find_blocks, find_language_model, find_targets, sparse_experts, weight_shape
 from prune_callbacks.deploy.conversion import Conversion, is_converted
 from prune_callbacks.deploy.csr import CSRReport, convert_to_csr_
 from prune_callbacks.deploy.latency import BASE, layer_sweep, model_sweep, with_compiled
-from prune_callbacks.deploy.latency_report import draw_latency, latency_table, setting, verdict
 from prune_callbacks.deploy.low_precision import two_four_name
 from prune_callbacks.deploy.semi_structured import convert_, revert_
 from prune_callbacks.deploy.shrinking import shrink
-from prune_callbacks.evaluation.report import write_json
-from prune_callbacks.parallel import refuse_sharded
+from prune_callbacks.parallel.strategies import refuse_sharded
+from prune_callbacks.reporting.latency import draw_latency, latency_table, setting, verdict
 from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.writing import write_json
 
 
 class SparsityBenchmark(Callback):

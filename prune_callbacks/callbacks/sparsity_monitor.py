@@ -7,8 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
-from prune_callbacks.evaluation.report_pictures import draw_sparsity
-from prune_callbacks.parallel import param_access
+from prune_callbacks.parallel.strategies import param_access
+from prune_callbacks.reporting.pictures import draw_sparsity
 from prune_callbacks.sparsity import MaskSet
 
 

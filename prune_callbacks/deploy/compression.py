@@ -14,18 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prune_callbacks.calibration import find_language_model, naming, savable, stored_input_first
-from prune_callbacks.calibration.saving import filling, from_state, refuse_adapters
-from prune_callbacks.deploy.packing import (
-    pack_codes,
-    pack_kept,
-    pack_nm,
-    unpack_codes,
-    unpack_kept,
-    unpack_nm,
-)
+from prune_callbacks.anatomy.blocks import find_language_model, naming, stored_input_first
+from prune_callbacks.deploy.packing import pack_codes, pack_kept, pack_nm, unpack_codes, unpack_kept, unpack_nm
 from prune_callbacks.solvers.gptq import Grid
 from prune_callbacks.sparsity import NM, MaskSet, Pattern
+from prune_callbacks.storage.model_folder import from_state, refuse_adapters, savable
+from prune_callbacks.writing import filled_folder
 
 FILE = "compressed.safetensors"
 METADATA = "prune_callbacks.compressed"
@@ -155,7 +149,7 @@ def save_compressed(
             written.add((tensor.data_ptr(), tensor.shape))
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     masks.matching({name: whole.get_parameter(name) for name in layout})  # every mask has been used
-    with filling(folder) as partial:
+    with filled_folder(folder) as partial:
         save_file(tensors, partial / FILE, metadata={METADATA: json.dumps(layout)})
         whole.config.save_pretrained(partial)
         if whole.generation_config is not None:

@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor
 
-from prune_callbacks.calibration import find_blocks, find_targets, sparse_experts
+from prune_callbacks.anatomy.blocks import find_blocks, find_targets, sparse_experts
 from prune_callbacks.deploy.backends import Backend, why_not_two_four
 
 CHECK_TOKENS = (64, 13)

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prune_callbacks.calibration.blocks import find_blocks, find_targets, sparse_experts
-from prune_callbacks.file_modes import readable
+from prune_callbacks.anatomy.blocks import find_blocks, find_targets, sparse_experts
+from prune_callbacks.writing import whole_file
 
 METADATA = "prune_callbacks.csr"
 """The key under which a CSR file has its shapes."""
@@ -223,8 +223,8 @@ def save_csr(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> int:
         parts |= {f"{name}.crow": weight.crow_indices(), f"{name}.col": weight.col_indices()}
         parts[f"{name}.values"] = weight.values()
     shapes = {name: list(weight.shape) for name, weight in named.items()}
-    save_file(parts, path, metadata={METADATA: json.dumps(shapes)})
-    readable(Path(path))
+    with whole_file(path) as partial:
+        save_file(parts, partial, metadata={METADATA: json.dumps(shapes)})
     return Path(path).stat().st_size
 
 

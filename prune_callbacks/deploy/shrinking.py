@@ -9,10 +9,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prune_callbacks.calibration import find_blocks, find_language_model, oriented, savable
-from prune_callbacks.calibration.coupling import Coupled, find_coupled
-from prune_callbacks.calibration.saving import from_state, refuse_adapters
-from prune_callbacks.calibration.smaller import smaller_configuration
+from prune_callbacks.anatomy.blocks import find_blocks, find_language_model, oriented
+from prune_callbacks.anatomy.coupling import Coupled, find_coupled
+from prune_callbacks.anatomy.resized import smaller_configuration
+from prune_callbacks.storage.model_folder import from_state, refuse_adapters, savable
 
 
 @torch.no_grad()

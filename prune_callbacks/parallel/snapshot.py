@@ -1,6 +1,5 @@
 """Writing weights, optimizer and scheduler state to a file during a fit, and putting them back."""
 
-import os
 import pickle
 import uuid
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from prune_callbacks.parallel.fsdp2 import local
 from prune_callbacks.parallel.strategies import sharded, stepping_optimizers, world
+from prune_callbacks.writing import whole_file
 
 State = dict[str, Any]
 
@@ -31,18 +31,16 @@ def save_snapshot(trainer: Trainer, path: Path) -> str:
 
     def write() -> None:
         if trainer.is_global_zero or sharded(trainer.strategy):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            torch.save(state, partial)
-            try:
-                # Now, and not only at the first rewinding, rounds later.
-                torch.load(partial, mmap=True, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError as error:
-                raise ValueError(
-                    "the state of an optimizer or learning-rate scheduler holds objects that cannot be read back "
-                    f"safely: {error}"
-                ) from error
-            os.replace(partial, file)
+            with whole_file(file) as partial:
+                torch.save(state, partial)
+                try:
+                    # Now, and not only at the first rewinding, rounds later.
+                    torch.load(partial, mmap=True, map_location="cpu", weights_only=True)
+                except pickle.UnpicklingError as error:
+                    raise ValueError(
+                        "the state of an optimizer or learning-rate scheduler holds objects that cannot be read back "
+                        f"safely: {error}"
+                    ) from error
 
     ranks.attempt(write)
     check_snapshot(trainer, path, name)  # every process must see it: not only rounds later

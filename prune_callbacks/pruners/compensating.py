@@ -8,11 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prune_callbacks.pruners.protocol import (
-    Pruned,
-    check_pattern,
-)
-from prune_callbacks.pruners.stacked import check_settings, compensated, step_of, whole_units
+from prune_callbacks.pruners.joint import check_settings, compensated, step_of, whole_units
+from prune_callbacks.pruners.protocol import Pruned, check_pattern
 from prune_callbacks.solvers.alps import alps
 from prune_callbacks.solvers.linalg import DampedGram
 from prune_callbacks.solvers.mrp import mrp_mm, mrp_ms, mrp_sm

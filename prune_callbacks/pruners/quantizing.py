@@ -7,14 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prune_callbacks.pruners.joint import Compensating, check_settings, solved_together, step_of, whole_units
 from prune_callbacks.pruners.protocol import Pruned, Pruner, check_pattern, check_pruner, widened
-from prune_callbacks.pruners.stacked import (
-    Compensating,
-    check_settings,
-    solved_together,
-    step_of,
-    whole_units,
-)
 from prune_callbacks.pruners.structured import Structured
 from prune_callbacks.solvers.gptq import Grid, gptq
 from prune_callbacks.solvers.linalg import DampedGram

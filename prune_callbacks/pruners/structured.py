@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prune_callbacks.pruners.joint import check_layers, check_settings
 from prune_callbacks.pruners.protocol import Pruned, as_pruned, check_weight, widened
-from prune_callbacks.pruners.stacked import check_layers, check_settings
 from prune_callbacks.solvers.linalg import damp
 from prune_callbacks.solvers.statistics import Gram, Statistic
 from prune_callbacks.solvers.structured import cheapest_units, least_squares_on

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prune_callbacks.file_modes import readable
 from prune_callbacks.sparsity.patterns import Pattern
+from prune_callbacks.writing import whole_file
 
 METADATA = "prune_callbacks.masks"
 """The key under which a masks file has its shapes."""
@@ -226,8 +226,8 @@ class MaskSet(Mapping[str, Tensor]):
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file: one bit per weight, the shapes in its metadata."""
         # One key: safetensors writes several in any order, and equal masks are to be equal files.
-        save_file(self._bits, path, metadata={METADATA: json.dumps(self._shapes)})
-        readable(Path(path))
+        with whole_file(path) as partial:
+            save_file(self._bits, partial, metadata={METADATA: json.dumps(self._shapes)})
 
     @classmethod
     def load(cls, path: str | Path) -> "MaskSet":

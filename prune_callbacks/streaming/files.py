@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from prune_callbacks.writing import whole_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -26,9 +27,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """What safetensors calls the dtypes that are read and written here."""
-
-PARTIAL = ".partial"
-"""Ends the name of what is not complete."""
 
 
 @dataclass(frozen=True)
@@ -86,45 +84,29 @@ def write_tensors(path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[s
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a JSON file, which is there only once it is complete."""
+    """Writes a JSON file; see `writing`."""
     with writing(path) as file:
-        file.write(json.dumps(record, indent=2).encode())
+        file.write(json.dumps(record, indent=1).encode())
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """
-    A file under a temporary name, which gets its own once it is complete and on the disk.
+    Opens a file that gets its name once it is complete and on the disk.
 
     Raises:
         ValueError: the disk is full, or a quota is used up. What was there before is untouched.
     """
-    partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as file:
+        with whole_file(path, durable=True) as partial, partial.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        rename(partial, path)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        partial.unlink(missing_ok=True)
         raise ValueError(
             f"the disk is full ({error.strerror}) while {path} was written. Finished blocks are kept: make room and "
             "make the same call again, it goes on behind them"
         ) from error
-
-
-def rename(old: Path, new: Path) -> None:
-    """Renames within a folder; after a power failure too, either the old name is there or the new one."""
-    old.replace(new)
-    if os.name == "posix":  # Windows opens no folders
-        folder = os.open(new.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def copy_file(old: Path, new: Path) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_callbacks.calibration.capture import Batch
-from prune_callbacks.streaming.files import copy_file, rename, size_of, sizes, write_json
+from prune_callbacks.streaming.files import copy_file, size_of, sizes, write_json
 from prune_callbacks.streaming.journal import MASKS, MODEL, SCALES, Journal
 from prune_callbacks.streaming.shards import Shards, join_files
 from prune_callbacks.streaming.source import INDEX
 from prune_callbacks.streaming.walk import BlockWalk
+from prune_callbacks.writing import rename
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
 """How the names of files of weights end."""
@@ -60,7 +61,7 @@ def finish(journal: Journal, walk: BlockWalk, about: Mapping[str, Any]) -> None:
         config.dtype = walk.model.dtype
         config.architectures = [type(walk.model).__name__]
         write_json(journal.model / "config.json", json.loads(config.to_json_string()))
-        rename(journal.model, journal.target / MODEL)
+        rename(journal.model, journal.target / MODEL, durable=True)
     numbers = range(len(journal.records))
     join_files([p for p in map(journal.masks, numbers) if p.exists()], journal.target / MASKS)
     scales = [p for p in map(journal.scales, numbers) if p.exists()]

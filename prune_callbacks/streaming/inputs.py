@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_one_by_one, change_tensors, run_block
-from prune_callbacks.streaming.files import PARTIAL, remove_folder, rename, whole, write_tensors
+from prune_callbacks.streaming.files import remove_folder, whole, write_tensors
+from prune_callbacks.writing import PARTIAL, rename
 
 HIDDEN = "hidden"
 """The name of the hidden states in their files."""
@@ -88,7 +89,7 @@ def _completing(folder: Path) -> Iterator[Path | None]:
     remove_folder(partial)
     partial.mkdir()
     yield partial
-    rename(partial, folder)
+    rename(partial, folder, durable=True)
 
 
 def _name(number: int) -> str:

@@ -62,15 +62,15 @@ def prune_on_windows(
         ValueError: one of them is given; else as `prune_checkpoint`.
     """
     # Here, so that matplotlib does not take of the memory that importing `prune_checkpoint` is to save.
-    from prune_callbacks.evaluation.page import write_page
-    from prune_callbacks.evaluation.report import repeat_command
+    from prune_callbacks.reporting.page import write_page
+    from prune_callbacks.storage.run_record import repeat_command
 
     given = [key for key, value in (whole_model or {}).items() if value]
     if given:
         raise ValueError(
             f"{' and '.join(given)} need the whole model, and {name} has one block of it in memory at a time. Leave "
             "them out; where there is memory for all of it, prune with another recipe, or measure the written model/ "
-            "by itself (prune_callbacks.evaluation.perplexity)"
+            "by itself (prune_callbacks.measure.perplexity)"
         )
     batches = None
     if pruner.statistic(1) is not None:

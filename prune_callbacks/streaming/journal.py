@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from prune_callbacks.streaming.files import PARTIAL, remove_folder, write_json
+from prune_callbacks.streaming.files import remove_folder, write_json
+from prune_callbacks.writing import PARTIAL
 
 REPORT, MASKS, SCALES, MODEL = "report.json", "masks.safetensors", "scales.safetensors", "model"
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from prune_callbacks.calibration.capture import Batch
 from prune_callbacks.calibration.walking import parsed_device
-from prune_callbacks.heard_warnings import HeardWarnings
 from prune_callbacks.pruners import Pruner, Structured, check_pruner
+from prune_callbacks.recorded_warnings import HeardWarnings
 from prune_callbacks.streaming.finishing import check_space, finish
 from prune_callbacks.streaming.inputs import described_batches
 from prune_callbacks.streaming.journal import Journal, alone

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prune_callbacks.calibration.block_pruning import BlockPruning, takes_experts
-from prune_callbacks.calibration.blocks import find_blocks, find_targets, naming, parameters_of, weight_shape
+from prune_callbacks.anatomy.blocks import find_blocks, find_targets, naming, parameters_of, weight_shape
+from prune_callbacks.anatomy.experts import inside
 from prune_callbacks.calibration.capture import Batch, check_batch
-from prune_callbacks.calibration.experts import inside
-from prune_callbacks.calibration.loading import Ahead, loading_ahead
-from prune_callbacks.calibration.observing import collect
-from prune_callbacks.calibration.prune_report import peak_memory, reset_peak_memory
+from prune_callbacks.calibration.prefetch import Ahead, loading_ahead
+from prune_callbacks.calibration.statistics import collect
 from prune_callbacks.calibration.walking import layer_progress
-from prune_callbacks.heard_warnings import HeardWarnings
+from prune_callbacks.engine.solving import BlockPruning, takes_experts
+from prune_callbacks.memory import peak_memory, reset_peak_memory
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.ranks import ALONE
+from prune_callbacks.recorded_warnings import HeardWarnings
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.streaming.files import sizes, whole, write_tensors
 from prune_callbacks.streaming.inputs import StoredInputs, store_inputs, store_next

@@ -12,17 +12,8 @@ from jaxtyping import Int
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from prune_callbacks.calibration import (
-    dense_in_mixtures,
-    find_blocks,
-    find_targets,
-    naming,
-    oriented,
-    parameter_name,
-    told_dense,
-    weight_shape,
-)
-from prune_callbacks.calibration.block_pruning import takes_experts
+from prune_callbacks.anatomy.blocks import find_blocks, find_targets, naming, oriented, parameter_name, weight_shape
+from prune_callbacks.anatomy.experts import ExpertWeight, dense_in_mixtures, inside, not_seen, told_dense
 from prune_callbacks.calibration.capture import (
     Batch,
     BlockInputs,
@@ -31,21 +22,16 @@ from prune_callbacks.calibration.capture import (
     run_block,
     to_device,
 )
-from prune_callbacks.calibration.experts import ExpertWeight, inside, not_seen
-from prune_callbacks.calibration.observing import collect
-from prune_callbacks.calibration.walking import (
-    check_dense,
-    evaluating,
-    layer_progress,
-    next_inputs,
-    refuse_compiled,
-)
-from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.report import open_results, write_json
+from prune_callbacks.calibration.statistics import collect
+from prune_callbacks.calibration.walking import check_dense, evaluating, layer_progress, next_inputs, refuse_compiled
+from prune_callbacks.engine.solving import takes_experts
+from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.pruners import Magnitude, Pruner, Structured, check_pruner
 from prune_callbacks.ranks import ALONE
 from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.solvers.linalg import quadratic_form
+from prune_callbacks.storage.run_record import open_results
+from prune_callbacks.writing import write_json
 
 Unit = Literal["layer", "block"]
 MEASURED = ("increase", "proxy", "shift")

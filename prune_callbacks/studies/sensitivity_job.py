@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from prune_callbacks.evaluation.drawing import draw_sensitivity
 from prune_callbacks.pruners import Pruner
+from prune_callbacks.reporting.drawing import draw_sensitivity
 from prune_callbacks.studies.sensitivity import Sensitivity, Unit, sensitivity
 
 SHOWN = 15

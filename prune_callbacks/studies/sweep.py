@@ -15,14 +15,16 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from prune_callbacks.calibration import prune_sequentially, reset_peak_memory
-from prune_callbacks.calibration.allocations import Allocation
-from prune_callbacks.evaluation import perplexity
-from prune_callbacks.evaluation.curves import draw_curves, sweep_table
-from prune_callbacks.evaluation.report import open_results, write_json
+from prune_callbacks.allocation.rules import Allocation
+from prune_callbacks.engine.sequential import prune_sequentially
+from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.memory import reset_peak_memory
 from prune_callbacks.pruners import Pruner
+from prune_callbacks.reporting.curves import draw_curves, sweep_table
 from prune_callbacks.sparsity import NM
+from prune_callbacks.storage.run_record import open_results
 from prune_callbacks.studies.sensitivity_job import CalibrationAndEvaluation
+from prune_callbacks.writing import write_json
 
 
 @runtime_checkable

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
-from prune_callbacks.calibration import find_blocks
-from prune_callbacks.evaluation import Perplexity
+from prune_callbacks.anatomy.blocks import find_blocks
+from prune_callbacks.measure.perplexity import Perplexity
 from prune_callbacks.tasks.objectives import LanguageModeling, Objective
 
 

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prune_callbacks.calibration.saving import replacing
+from prune_callbacks.writing import replaced_folder
 
 
 def smollm2_135m(cache: str | Path | None = None) -> str:
@@ -49,7 +49,7 @@ def smollm2_135m(cache: str | Path | None = None) -> str:
         source, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
-    with replacing(folder) as partial:
+    with replaced_folder(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return str(folder)

@@ -1,0 +1,131 @@
+"""Applies an allocation: measures the dense model, block by block, and gives every layer a pattern of its own."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_callbacks.allocation.rules import Allocation, layer_sizes, with_counts, with_pattern
+from prune_callbacks.anatomy.blocks import oriented, parameter_name, weight_shape
+from prune_callbacks.anatomy.experts import ExpertWeight, inside, not_seen
+from prune_callbacks.calibration.capture import BlockInputs
+from prune_callbacks.calibration.prefetch import visited
+from prune_callbacks.calibration.statistics import collect
+from prune_callbacks.calibration.walking import next_inputs
+from prune_callbacks.pruners import Pruner
+from prune_callbacks.ranks import Ranks
+from prune_callbacks.solvers.statistics import Statistic
+from prune_callbacks.sparsity import Pattern, Unstructured
+
+
+def check_allocation(allocation: Allocation, pruner: Pruner) -> None:
+    """Raises ValueError for an allocation that the pruner's pattern cannot follow."""
+    if not isinstance(allocation, Allocation):
+        raise ValueError(
+            f"allocation is None or one such as OWL(), LagrangianAllocation() or SensitivityAllocation(...), got "
+            f"{allocation!r}"
+        )
+    if "pattern" not in {known.name for known in fields(pruner)}:  # type: ignore[arg-type]
+        raise ValueError(f"{type(pruner).__name__} takes its masks as they are; allocate where they are chosen")
+    allocation.check(pruner.pattern)
+
+
+def allocate(
+    allocation: Allocation,
+    pruner: Pruner,
+    blocks: Sequence[tuple[str, nn.Module]],
+    layers: Mapping[str, nn.Module],
+    inputs: Sequence[BlockInputs],
+    device: torch.device | None,
+    ranks: Ranks,
+) -> dict[str, Pruner]:
+    """
+    The pruner of every layer: the one given, with the layer's own pattern. The model stays as it is.
+
+    Args:
+        allocation: decides.
+        pruner: of all layers; its pattern has the sparsity that all together must have.
+        blocks: of the model.
+        layers: to be pruned, by name.
+        inputs: of the first block; not changed.
+        device: where blocks are run; None: where they are.
+        ranks: each has inputs of its own; rank 0 decides.
+    """
+    shapes = {name: weight_shape(layer) for name, layer in layers.items()}
+    passed = allocation.statistic(1) is not None
+    if passed:
+        values = _measured(allocation, pruner, blocks, layers, inputs, device, ranks)
+    else:
+        values = allocation.measure(pruner, _weights(layers), {})
+    pattern = pruner.pattern
+    if isinstance(pattern, Unstructured) and (pattern.per or getattr(pruner, "pool", "tensor")) == "row":
+        pattern = replace(pattern, per="even")  # rows of equal counts would miss the total
+    unreached = {name: shape for name, shape in shapes.items() if passed and name not in values}
+    measured = {name: shape for name, shape in shapes.items() if name not in unreached}
+    chosen = ranks.share(ranks.attempt(lambda: allocation.choose(values, measured, pattern)))
+    chosen |= _as_it_is(pattern, layer_sizes(unreached), sum(layer_sizes(measured).values()))
+    return {name: with_pattern(pruner, chosen[name]) for name in layers}
+
+
+def _measured(
+    allocation: Allocation,
+    pruner: Pruner,
+    blocks: Sequence[tuple[str, nn.Module]],
+    layers: Mapping[str, nn.Module],
+    inputs: Sequence[BlockInputs],
+    device: torch.device | None,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """What the allocation measures on a pass over the dense blocks, of all layers that a token reaches."""
+    shown = [replace(batch) for batch in inputs]
+    values: dict[str, Any] = {}
+    with closing(visited(blocks, device, ranks)) as visits:
+        for index, block_name, block, where in visits:
+            mine = {name: layer for name, layer in layers.items() if inside(name, block_name)}
+            statistics = _seen(mine, collect(allocation.statistic, index, block, mine, shown, where, ranks))
+            weights = _weights({name: layer for name, layer in mine.items() if name in statistics})
+            values |= ranks.share(ranks.attempt(lambda w=weights, s=statistics: allocation.measure(pruner, w, s)))  # type: ignore[misc]
+            del weights, statistics  # with them this block would stay on the device beside the next two
+            if index < len(blocks) - 1:
+                next_inputs(index, block, shown, where, ranks)
+    return values
+
+
+def _seen(layers: Mapping[str, nn.Module], statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
+    """
+    The statistics of the layers that a token reached.
+
+    Experts beside those that tokens reached have the pattern as it is, and are left to Magnitude.
+
+    Raises:
+        ValueError: nothing was seen of another layer, or of all experts in a tensor.
+    """
+    experts = {name for name, layer in layers.items() if isinstance(layer, ExpertWeight)}
+    seen = {name: found for name, found in statistics.items() if found.tokens or name not in experts}
+    reached = {parameter_name(name, layers[name]) for name in seen}
+    for name in sorted(layers.keys() - seen.keys()):
+        if name not in experts or parameter_name(name, layers[name]) not in reached:
+            raise ValueError(
+                f"{name}: {not_seen(layers[name])} during calibration, so no sparsity can be allocated to it; leave it "
+                "out of `targets`"
+            )
+    return seen
+
+
+def _weights(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """As (out, in), where the layers are now."""
+    return {name: oriented(layer, layer.get_parameter("weight").detach()) for name, layer in layers.items()}
+
+
+def _as_it_is(pattern: Pattern, sizes: Mapping[str, int], others: int) -> dict[str, Pattern]:
+    """The pattern for layers besides `others` weights; of `Unstructured` with counts that keep the total exact."""
+    if not isinstance(pattern, Unstructured):
+        return dict.fromkeys(sizes, pattern)
+    removed, before = {}, others
+    for name, size in sizes.items():
+        removed[name] = round(pattern.sparsity * (before + size)) - round(pattern.sparsity * before)
+        before += size
+    return with_counts(removed, sizes, pattern)

@@ -1,0 +1,184 @@
+"""Which layers of a decoder block are coupled: what one removes of its input, others need not compute."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from prune_callbacks.anatomy.blocks import PRUNABLE, weight_shape
+from prune_callbacks.anatomy.resized import serves_heads
+from prune_callbacks.pruners import Structured
+
+MLPS = (
+    (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma
+    (("fc1",), "fc2"),  # OPT
+    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
+    (("c_fc",), "c_proj"),  # GPT-2
+)
+"""Names of the layers that write the channels of an MLP, elementwise functions between, and of the one that reads."""
+
+READS_HEADS = "o_proj"
+"""Of attention with `q_proj`, `k_proj` and `v_proj` beside it; its heads have a size that the configuration may set."""
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """
+    Layers of a block that lose the same units.
+
+    Attributes:
+        reader: name of the layer whose input features are the units.
+        writers: names of the layers whose output rows are.
+        values: name of the layer whose rows, once per group of heads, are what the reader reads: `v_proj`, or the last
+            of the writers.
+        width: features of a unit: 1 (a channel), or the size of a head.
+        pools: equal stretches of units of which the same number must go: groups of queries, else 1.
+        grouped: whether several heads of queries share a head of keys and values, which stays.
+    """
+
+    reader: str
+    writers: tuple[str, ...]
+    values: str
+    width: int
+    pools: int
+    grouped: bool = False
+
+
+def find_coupled(blocks: Sequence[tuple[str, nn.Module]]) -> list[Coupled]:
+    """
+    The coupled layers of all blocks, in order.
+
+    Raises:
+        ValueError: a block has none of a known kind.
+    """
+    found: list[Coupled] = []
+    # Values that another block reads too (Gemma 3n and 4) cannot change with the layer of one block.
+    shared = any(_reads_other_values(owner) for _, block in blocks for owner in block.modules())
+    for block_name, block in blocks:
+        here = [
+            coupled
+            for name, owner in block.named_modules()
+            for coupled in _of(f"{block_name}.{name}" if name else block_name, owner)
+            if coupled.width == 1 or not shared
+        ]
+        if not here:
+            raise ValueError(
+                f"{block_name} has no coupled layers of a known kind. Known are "
+                + ", ".join(f"{' and '.join(writers)} with {reader}" for writers, reader in MLPS)
+                + f", and q_proj, k_proj and v_proj with {READS_HEADS}; fused ones are not supported"
+            )
+        found += here
+    return found
+
+
+def coupled_targets(
+    blocks: Sequence[tuple[str, nn.Module]], targets: Mapping[str, nn.Module]
+) -> tuple[list[Coupled], dict[str, str]]:
+    """
+    The coupled layers among the targets, and the targets that are in none, with the reason.
+
+    Raises:
+        ValueError: the targets have only some of the layers that are coupled, or none.
+    """
+    chosen: list[Coupled] = []
+    for coupled in find_coupled(blocks):
+        members = {coupled.reader, *coupled.writers}
+        if members <= targets.keys():
+            chosen.append(coupled)
+        elif members & targets.keys():
+            missing = ", ".join(sorted(members - targets.keys()))
+            raise ValueError(
+                f"{', '.join(sorted(members & targets.keys()))} can lose whole rows and columns only together with "
+                f"{missing}; add these to `targets`"
+            )
+    if not chosen:
+        raise ValueError("none of the targets is coupled with others, so no unit can go")
+    inside = {name for coupled in chosen for name in (coupled.reader, *coupled.writers)}
+    shared = {coupled.values.rpartition(".")[0] for coupled in chosen if coupled.grouped}
+    reasons = {
+        name: "its heads stay: several heads of queries share each of them"
+        if name.rpartition(".")[0] in shared
+        else "it is in no coupled layers of a known kind"
+        for name in targets
+        if name not in inside
+    }
+    return chosen, reasons
+
+
+def planned_removal(
+    model: nn.Module, coupled: Sequence[Coupled], layers: Mapping[str, nn.Module], pruner: Structured
+) -> dict[str, int]:
+    """
+    How many units go from every pool, by reader: the pruner's number, or fewer heads where the model cannot have those.
+
+    Warns, once for all layers that are alike, where that is less than was asked for.
+    """
+    alike: dict[tuple[int, int, int, bool], list[Coupled]] = {}
+    for group in coupled:
+        units = weight_shape(layers[group.reader])[1] // group.width // group.pools
+        alike.setdefault((units, group.width, group.pools, group.grouped), []).append(group)
+    plan: dict[str, int] = {}
+    for (units, width, pools, grouped), groups in alike.items():
+        asked = removed = pruner.removed(units)
+        if width > 1 and isinstance(model, PreTrainedModel):
+            while removed and not serves_heads(
+                model, groups[0].writers[0], _left(units - removed, pools, grouped), width
+            ):
+                removed -= 1
+        if removed < asked or asked == 0:
+            what = "channels" if width == 1 else f"heads of {width} features that may go together"
+            why = (
+                "rounds to none"
+                if asked == 0
+                else f"would leave a number of heads that {type(model).__name__} cannot have"
+            )
+            warnings.warn(
+                f"{pruner.pattern} of {units} {what} {why}: {removed} go in {len(groups)} layers, first "
+                f"{groups[0].reader}",
+                stacklevel=3,
+            )
+        plan |= {group.reader: removed for group in groups}
+    return plan
+
+
+def _left(units: int, pools: int, grouped: bool) -> tuple[int, int]:
+    """Heads of queries, and of keys and values."""
+    return units * pools, pools if grouped else units
+
+
+def _of(name: str, owner: nn.Module) -> list[Coupled]:
+    layers = {child: layer for child, layer in owner.named_children() if isinstance(layer, PRUNABLE)}
+    found = []
+    for writers, reader in MLPS:
+        if {*writers, reader} <= layers.keys():
+            if _knows_units(owner, {*writers, reader}, {weight_shape(layers[reader])[1]}):
+                continue
+            names = tuple(f"{name}.{writer}" for writer in writers)
+            found.append(Coupled(f"{name}.{reader}", names, names[-1], width=1, pools=1))
+    heads = getattr(owner, "head_dim", None)
+    if {"q_proj", "k_proj", "v_proj", READS_HEADS} <= layers.keys() and isinstance(heads, int):
+        queries, values = weight_shape(layers["q_proj"])[0] // heads, weight_shape(layers["v_proj"])[0] // heads
+        sizes = {queries, queries * heads, values * heads} - {heads}
+        known = _knows_units(owner, {"q_proj", "k_proj", "v_proj", READS_HEADS}, sizes)
+        if weight_shape(layers[READS_HEADS])[1] == queries * heads and not known:
+            grouped = queries != values
+            together = ["q_proj"] if grouped else ["q_proj", "k_proj", "v_proj"]
+            names = tuple(f"{name}.{writer}" for writer in together)
+            pools = values if grouped else 1
+            found.append(Coupled(f"{name}.{READS_HEADS}", names, f"{name}.v_proj", heads, pools, grouped))
+    return found
+
+
+def _reads_other_values(owner: nn.Module) -> bool:
+    """Whether attention reads keys and values that another block computes."""
+    children = {child for child, _ in owner.named_children()}
+    lacks = {"q_proj", READS_HEADS} <= children and "v_proj" not in children
+    return lacks or bool(getattr(owner, "is_kv_shared_layer", False))
+
+
+def _knows_units(owner: nn.Module, layers: set[str], sizes: set[int]) -> bool:
+    """Whether something beside the layers has a number for every unit: a norm between them, sinks of attention."""
+    tensors = [*owner.named_parameters(), *owner.named_buffers()]
+    return any(sizes & set(tensor.shape) for name, tensor in tensors if name.split(".")[0] not in layers)

@@ -1,0 +1,205 @@
+"""What reaches the layers of a block, streamed into statistics."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+
+import torch
+from torch import Tensor, nn
+
+from prune_callbacks.anatomy.blocks import oriented
+from prune_callbacks.anatomy.experts import ExpertWeight
+from prune_callbacks.calibration.capture import BlockInputs, run_block
+from prune_callbacks.calibration.products import watched, watched_experts
+from prune_callbacks.ranks import ALONE, Ranks
+from prune_callbacks.solvers import Gram, InputNorm
+
+
+class _AllSeenError(Exception):
+    """Ends a pass through a block once all that is looked for was seen."""
+
+
+def collect(
+    statistic: Callable[[int, torch.device], Gram | InputNorm | None],
+    index: int,
+    block: nn.Module,
+    layers: dict[str, nn.Module],
+    inputs: list[BlockInputs],
+    where: torch.device,
+    ranks: Ranks = ALONE,
+) -> dict[str, Gram | InputNorm]:
+    """
+    Streams the layers' inputs into statistics; layers that get the same tensor share one.
+
+    A pass ends where the last layer was reached, whose product nobody needs: in a decoder block the widest one. The
+    first pass is whole; others end early if they called the same layers, each once, on inputs of the same shapes.
+
+    A layer whose forward is not called is looked for a second time, by what its weight is multiplied with. Experts get
+    the tokens that are dealt to them. A layer of which nothing was seen has no statistic.
+
+    Args:
+        statistic: makes an empty one, as `Pruner.statistic`.
+        index: of the block.
+        block: is run on the inputs.
+        layers: of the block, by full name.
+        inputs: of the block.
+        where: the device on which the block is run.
+        ranks: each has inputs of its own; the statistics are summed over them.
+    """
+
+    def make(size: int) -> Gram | InputNorm:
+        made = statistic(size, where)
+        assert made is not None
+        return made
+
+    found = ranks.attempt(lambda: _observe(make, index, block, layers, inputs, where))
+    return _reduce(make, found, ranks)
+
+
+def _observe(
+    make: Callable[[int], Gram | InputNorm],
+    index: int,
+    block: nn.Module,
+    layers: dict[str, nn.Module],
+    inputs: list[BlockInputs],
+    where: torch.device,
+) -> dict[str, tuple[str, Gram | InputNorm]]:
+    """For every layer the first of those that get the same tensor, and its statistic."""
+    observer = _Observer(make, layers)
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            if not isinstance(layer, ExpertWeight):
+                hook = layer.register_forward_pre_hook(lambda _, args, name=name: observer.observe(name, args[0]))
+                stack.callback(hook.remove)
+        for owner, weights in _by_owner(layers):
+            label = next(iter(weights)).rsplit(".", 2)[0]
+            stack.enter_context(watched_experts(label, owner, weights, observer.count, lambda: observer.tokens))
+        observer.run(index, block, inputs, where)
+    uncalled = {n: m for n, m in layers.items() if n not in observer.leaders and not isinstance(m, ExpertWeight)}
+    if uncalled:  # Mamba's mixer multiplies with dt_proj.weight itself; only then is a second look worth its time
+        with ExitStack() as stack:
+            for parent, weights in _by_parent(block, uncalled):
+                stack.enter_context(watched(parent, weights, observer.count_real))
+            observer.run(index, block, inputs, where)
+    return {name: (leader, observer.statistics[leader]) for name, leader in observer.leaders.items()}
+
+
+class _Observer:
+    """
+    Takes what reaches a block's layers into statistics, one batch after another.
+
+    Attributes:
+        statistics: of every leader, which is the first of the layers that get the same tensor.
+        leaders: of every layer seen so far.
+        tokens: which of the running batch's tokens are no padding, (batch, tokens); None: all.
+    """
+
+    def __init__(self, make: Callable[[int], Gram | InputNorm], layers: dict[str, nn.Module]) -> None:
+        self.statistics: dict[str, Gram | InputNorm] = {}
+        self.leaders: dict[str, str] = {}
+        self.tokens: Tensor | None = None
+        self._make = make
+        self._names = sorted(layers)
+        self._seen: dict[int, tuple[Tensor, str]] = {}
+        self._calls: list[tuple[str, torch.Size]] = []
+        # Those of a whole pass, if another may end with the last of them.
+        self._whole: list[tuple[str, torch.Size]] | None = None
+        self._untold: set[str] = set()
+
+    def run(self, index: int, block: nn.Module, inputs: list[BlockInputs], where: torch.device) -> None:
+        """Runs the block on every batch: the first whole, others until the last layer was seen."""
+        for number, batch in enumerate(inputs):
+            self._seen.clear()
+            self._calls.clear()
+            self.tokens = None if batch.tokens is None else batch.tokens.to(where)
+            with suppress(_AllSeenError):
+                run_block(index, block, batch, where)
+            if number == 0 and sorted(name for name, _ in self._calls) == self._names:  # experts are never called
+                self._whole = self._calls.copy()
+        self._seen.clear()
+
+    def observe(self, name: str, x: Tensor) -> None:
+        """A layer is called with `x`."""
+        # The tensor is held for the length of one pass, so that its id stays its own.
+        leader = self._seen.setdefault(id(x), (x, name))[1]
+        if self.leaders.setdefault(name, leader) != leader:
+            raise ValueError(f"{name} shares its input with {self.leaders[name]} in one batch and not in another")
+        if leader == name:
+            self.count_real(name, x)
+        self._calls.append((name, x.shape))
+        if self._calls == self._whole:
+            raise _AllSeenError
+
+    def count_real(self, name: str, x: Tensor) -> None:
+        """Takes in those of the inputs that are of real tokens."""
+        real = x if self.tokens is None else _real(x, self.tokens)
+        if real is None and name not in self._untold:
+            self._untold.add(name)
+            warnings.warn(
+                f"{name} gets inputs of shape {tuple(x.shape)}, and which of them are padding is not known: all count. "
+                "Give calibration windows without padding",
+                stacklevel=3,
+            )
+        self.count(name, x if real is None else real)
+
+    def count(self, name: str, x: Tensor) -> None:
+        """Takes in all of the inputs, (..., in)."""
+        self.leaders[name] = name
+        if name not in self.statistics:
+            self.statistics[name] = self._make(x.shape[-1])
+        self.statistics[name].update(x)
+
+
+def _real(x: Tensor, tokens: Tensor) -> Tensor | None:
+    """The inputs that are of real tokens, for (batch, tokens); None: it cannot be told."""
+    if x.shape[:2] == tokens.shape:
+        return x[tokens]
+    if x.ndim == 2 and len(x) == tokens.numel():  # OPT's MLP sees flat tokens
+        return x[tokens.flatten()]
+    if x.ndim == 4 and (len(x), x.shape[2]) == tokens.shape:  # of heads, as DeepSeek's kv_b_proj gets them
+        return x.transpose(1, 2)[tokens]
+    return None
+
+
+def _by_owner(layers: dict[str, nn.Module]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """The modules of experts, and the matrices of each that are among the layers."""
+    experts = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertWeight)}
+    owners = {id(layer.owner): layer.owner for layer in experts.values()}
+    return [
+        (owner, {name: _matrix(layer) for name, layer in experts.items() if layer.owner is owner})
+        for owner in owners.values()
+    ]
+
+
+def _by_parent(block: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """The modules that have layers as their children, and those layers' weights."""
+    found = [
+        (parent, {name: _matrix(layer) for name, layer in layers.items() if any(c is layer for c in parent.children())})
+        for parent in block.modules()
+    ]
+    return [(parent, weights) for parent, weights in found if weights]
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    return oriented(layer, layer.get_parameter("weight").detach())
+
+
+def _reduce(
+    make: Callable[[int], Gram | InputNorm], found: dict[str, tuple[str, Gram | InputNorm]], ranks: Ranks
+) -> dict[str, Gram | InputNorm]:
+    if ranks.size == 1:
+        return {name: statistic for name, (_, statistic) in found.items()}
+    # A rank without batches, or whose batches did not reach a layer (an expert), has nothing to say about it.
+    leaders: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    for part in ranks.gather({name: (lead, len(s.squared_norm)) for name, (lead, s) in found.items()}):
+        for name, (leader, size) in part.items():
+            if leaders.setdefault(name, leader) != leader:
+                raise ValueError(f"{name} shares its input with {leader} on one rank and not on another")
+            sizes[leader] = size
+    reduced: dict[str, Gram | InputNorm] = {}
+    for leader, size in sizes.items():
+        statistic = found[leader][1] if leader in found else make(size)
+        statistic.reduce(ranks)
+        reduced[leader] = statistic
+    return {name: reduced[leader] for name, leader in leaders.items()}

@@ -1,0 +1,188 @@
+"""Permuting the channels of a model so that N:M keeps more, without changing what it computes."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_callbacks.anatomy.blocks import find_blocks, naming, oriented, weight_shape
+from prune_callbacks.anatomy.coupling import Coupled, find_coupled
+from prune_callbacks.calibration.capture import Batch, run_block, run_model
+from prune_callbacks.calibration.prefetch import visited
+from prune_callbacks.calibration.statistics import collect
+from prune_callbacks.calibration.walking import (
+    calibration_inputs,
+    check_dense,
+    evaluating,
+    layer_progress,
+    next_inputs,
+    parsed_device,
+    refuse_compiled,
+    share_weights,
+)
+from prune_callbacks.pruners import Wanda
+from prune_callbacks.ranks import ALONE, Ranks
+from prune_callbacks.solvers.permutation import channel_permutation, kept_score
+from prune_callbacks.solvers.statistics import Statistic
+from prune_callbacks.sparsity import NM
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """
+    What permuting did for a layer: shares of its score `(|W_ij| ||X_j||)^2` that N:M keeps.
+
+    Attributes:
+        before: in the order that the input features were in.
+        after: in the new one; never smaller.
+    """
+
+    before: float
+    after: float
+
+
+@torch.no_grad()
+def permute_channels_(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    pattern: NM,
+    *,
+    blocks: str | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
+) -> dict[str, Permuted]:
+    """
+    Reorders input channels of a dense model in place so that N:M keeps more of the score (Pool & Yu 2021).
+
+    The model computes what it did, to the rounding of sums in another order: the channels of an MLP are reordered in
+    the columns of the layer that reads them and the rows of those that write them, and the features of an attention
+    head, the same way in all heads of a group of queries, in the columns of `o_proj` and the rows of `v_proj`. Inputs
+    that come from the residual stream stay as they are. Prune afterwards.
+
+    Args:
+        model: a `transformers` causal LM, or what has the coupled layers that `find_coupled` knows.
+        batches: token ids (batch, tokens), or mappings with `input_ids` and maybe `attention_mask`.
+        pattern: what the model will be pruned to.
+        blocks: name of the list of decoder blocks, where it cannot be found.
+        device: where blocks are run, one at a time; None: where the model is.
+        progress: show a progress bar.
+        ranks: processes that each have the same model and batches of their own.
+
+    Returns:
+        What it did, by the name of the layer that reads the channels.
+
+    Raises:
+        ValueError: the model has no coupled layers, a layer does not fit the pattern, or there is no batch.
+    """
+    if not isinstance(pattern, NM):
+        raise ValueError(f"permute_channels_ takes an N:M pattern such as NM(2, 4), got {pattern!r}")
+    found = find_blocks(model, blocks)
+    coupled = find_coupled(found)
+    for block_name, block in found:
+        refuse_compiled(block_name, block)
+    for group in coupled:
+        reader = model.get_submodule(group.reader)
+        with naming(group.reader):
+            check_dense(reader.get_parameter("weight"))
+            pattern.check_shape((weight_shape(reader)[0], _width(model, group)))
+    forced = ranks.attempt(lambda: None if device is None else parsed_device(device))
+    done: dict[str, Permuted] = {}
+    batches = batches if isinstance(batches, Tensor) else list(batches)
+    share_weights(model, ranks)
+    with (
+        evaluating(model),
+        layer_progress(len(coupled), progress and ranks.rank == 0) as (bar, task),
+        closing(visited(found, forced, ranks)) as visits,
+    ):
+        dense = [] if isinstance(batches, Tensor) else [_output_of(model, found[-1][1], b) for b in batches[:1]]
+        inputs = calibration_inputs(model, [block for _, block in found], batches, ranks)
+        for index, block_name, block, where in visits:
+            groups = [group for group in coupled if group.reader.startswith(f"{block_name}.")]
+            bar.update(task, description=f"permuting {block_name}")
+            readers = {group.reader: model.get_submodule(group.reader) for group in groups}
+            before = [run_block(index, block, batch, where) for batch in inputs[:1]]
+            statistics = collect(Wanda(pattern).statistic, index, block, readers, inputs, where, ranks)
+            for group in groups:
+                if group.reader in statistics:
+                    done[group.reader] = _permute(model, group, statistics[group.reader], pattern, ranks)
+                else:
+                    warnings.warn(f"{group.reader} stays as it is: its forward was never called", stacklevel=2)
+                bar.advance(task)
+            with naming(block_name):
+                _check_unchanged(before, [run_block(index, block, batch, where) for batch in inputs[:1]])
+            if index < len(found) - 1:
+                next_inputs(index, block, inputs, where, ranks)
+        # Blocks may be coupled with each other, which none of them shows by itself.
+        _check_unchanged(dense, [_output_of(model, found[-1][1], batch) for batch in batches[: len(dense)]])
+    return done
+
+
+def _output_of(model: nn.Module, block: nn.Module, batch: Batch) -> Tensor:
+    """What a block hands on in a pass of the whole model."""
+    seen: list[Any] = []
+    hook = block.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        run_model(model, batch)
+    finally:
+        hook.remove()
+    hidden = seen[-1][0] if isinstance(seen[-1], tuple) else seen[-1]
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def _check_unchanged(before: list[Tensor], after: list[Tensor]) -> None:
+    for old, new in zip(before, after, strict=True):
+        change = float((new - old).float().norm() / old.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
+        allowed = max(1e-3, 8 * torch.finfo(old.dtype).eps)
+        if not change <= allowed:
+            raise ValueError(
+                f"permuting changed what is computed, by {change:.1e} of its norm: something in it knows the "
+                "order of its channels. The model cannot be permuted; load it again"
+            )
+
+
+def _width(model: nn.Module, group: Coupled) -> int:
+    """Neighbouring features that may change places: those of a head, or all channels."""
+    return group.width if group.width > 1 else weight_shape(model.get_submodule(group.reader))[1]
+
+
+def _permute(model: nn.Module, group: Coupled, statistic: Statistic, pattern: NM, ranks: Ranks) -> Permuted:
+    reader = model.get_submodule(group.reader)
+    weight = oriented(reader, reader.get_parameter("weight").data)
+    scores = (weight.float() ** 2) * statistic.squared_norm.float()
+    width = _width(model, group)
+    written = weight_shape(model.get_submodule(group.values))[0] // width
+    # Heads that read the same values, and so must agree on their order, stand below each other.
+    stacked = scores.unflatten(1, (written, -1, width)).permute(1, 2, 0, 3).flatten(1, 2)
+    orders = ranks.attempt(lambda: [channel_permutation(part, pattern.n, pattern.m) for part in stacked])
+    orders = ranks.share(orders)  # decided once
+    rows = torch.cat([head * width + order.to(weight.device) for head, order in enumerate(orders)])
+    repeats = weight.shape[1] // (written * width)
+    heads = [(head * repeats + i, orders[head]) for head in range(written) for i in range(repeats)]
+    columns = torch.cat([head * width + order.to(weight.device) for head, order in heads])
+    weight.copy_(weight[:, columns])
+    for writer in group.writers if group.width == 1 else (group.values,):
+        _reorder_rows(model.get_submodule(writer), rows)
+    whole = max(float(scores.sum(dtype=torch.float64)), torch.finfo(torch.float32).tiny)
+    before, after = (kept_score(part, pattern.n, pattern.m) / whole for part in (scores, scores[:, columns]))
+    return Permuted(before, after)
+
+
+def _reorder_rows(layer: nn.Module, rows: Tensor) -> None:
+    weight = oriented(layer, layer.get_parameter("weight").data)
+    weight.copy_(weight[rows])
+    if isinstance(layer.bias, Tensor):
+        layer.bias.data.copy_(layer.bias.data[rows])
+
+
+def improvement(done: Mapping[str, Permuted]) -> str:
+    """One line for a person: how much of what N:M would lose is kept."""
+    before = sum(1 - gain.before for gain in done.values())
+    after = sum(1 - gain.after for gain in done.values())
+    saved = 1 - after / before if before else 0.0
+    return f"permuted the channels of {len(done)} layers: {saved:.1%} less of their score is lost"

@@ -1,0 +1,116 @@
+"""What the engine reports: one entry a layer, the masks, time and memory."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from prune_callbacks.pruners import Pruner
+from prune_callbacks.sparsity import MaskSet, Unstructured
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """
+    One pruned layer.
+
+    Attributes:
+        name: the parameter's name, as in the model's `state_dict`; of one that holds experts, with the expert's number.
+        shape: (out, in).
+        sparsity: fraction removed.
+        loss: squared error of the layer's output over the calibration tokens; None without a Gram.
+        relative_loss: `loss` over the squared norm of the dense layer's output, on the same inputs.
+        seconds: what the solver took.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    loss: float | None
+    relative_loss: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """
+    What `prune_sequentially` did.
+
+    Attributes:
+        masks: the keep masks, by parameter name; of one that holds experts, (experts, ...).
+        layers: one entry per pruned layer, in order.
+        skipped: layers that were asked for and left dense, with the reason.
+        seconds: wall time of the whole run.
+        peak_memory_bytes: the process's peak (on a CUDA device: peak of allocated device memory).
+        input_first: names of masks stored as (in, out), those of `Conv1D` layers.
+        by_magnitude: experts that too few calibration tokens reached, and how many did: pruned by Magnitude.
+        scales: of layers that were also rounded, by parameter name: (out, groups), float16; see `Grid`.
+    """
+
+    masks: MaskSet
+    layers: tuple[LayerReport, ...]
+    skipped: dict[str, str]
+    seconds: float
+    peak_memory_bytes: int
+    input_first: frozenset[str] = frozenset()
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    by_magnitude: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the targeted weights removed."""
+        return self.masks.sparsity()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that `torch.load(weights_only=True)` accepts; the masks at one bit per weight."""
+        return {
+            "masks": self.masks.state_dict(),
+            "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in self.layers],
+            "skipped": dict(self.skipped),
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "input_first": sorted(self.input_first),
+            "scales": dict(self.scales),
+            "by_magnitude": dict(self.by_magnitude),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "PruneReport":
+        """The inverse of `state_dict`."""
+        return cls(
+            masks=MaskSet.from_state_dict(state["masks"]),
+            layers=tuple(LayerReport(**layer | {"shape": tuple(layer["shape"])}) for layer in state["layers"]),
+            skipped=state["skipped"],
+            seconds=state["seconds"],
+            peak_memory_bytes=state["peak_memory_bytes"],
+            input_first=frozenset(state["input_first"]),
+            scales=state.get("scales", {}),  # absent from checkpoints of 0.1
+            by_magnitude=state.get("by_magnitude", {}),
+        )
+
+
+def warn_of_other_counts(pruners: Mapping[str, Pruner], layers: Sequence[LayerReport]) -> None:
+    """
+    Warns if layers lost other counts of weights than they were to lose, which misses the total.
+
+    Args:
+        pruners: of every layer, by the name in its report.
+        layers: what became of them.
+    """
+    others = []
+    for layer in layers:
+        pattern, size = pruners[layer.name].pattern, math.prod(layer.shape)
+        if isinstance(pattern, Unstructured):
+            wanted, removed = round(pattern.sparsity * size), round(layer.sparsity * size)
+            others += [(layer.name, wanted, removed)] if wanted != removed else []
+    if others:
+        name, wanted, removed = others[0]
+        warnings.warn(
+            f"{name} was allocated {wanted} zeros and {type(pruners[name]).__name__} made {removed}; {len(others)} of "
+            f"{len(layers)} layers differ, so the total is missed. A pruner that chooses row by row says so by an "
+            'attribute: pool = "row"',
+            stacklevel=3,
+        )

@@ -1,0 +1,1 @@
+"""Pages and pictures of one run or several. Only this room draws."""

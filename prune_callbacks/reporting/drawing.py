@@ -1,0 +1,243 @@
+"""What pictures of a run are made of: curves, bars, heat maps over blocks and layer kinds, corners of masks."""
+
+import base64
+import io
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from contextlib import ContextDecorator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from numpy import ndarray
+
+from prune_callbacks.storage.run_record import STAGES
+
+COLOURS = {"dense": "#4c78a8", "pruned": "#e45756", "recovered": "#54a24b"}
+CORNER = (64, 128)
+"""Rows and columns of a mask that are shown."""
+
+Curve = Sequence[Sequence[int | float | None]]
+
+plain_text: ContextDecorator = matplotlib.rc_context({"text.parse_math": False})
+"""Decorates what draws names of models and layers: dollar signs in them are no formulas."""
+
+
+def subplots(*shape: int, figsize: tuple[float | int, float | int], **settings: Any) -> tuple[Figure, Any]:
+    """
+    Returns a figure outside of pyplot, and its axes as `pyplot.subplots` would.
+
+    Pyplot chooses a backend for the whole process, a notebook's too, and keeps every figure until it is closed.
+    """
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(*shape, **settings)
+
+
+def save(figure: Figure, file: Path | io.BytesIO, dpi: int = 110) -> None:
+    """
+    Writes a figure of `subplots`, in the format of the file's name, or as a PNG.
+
+    Equivalent to `figure.savefig`, which draws everything twice where there is a layout to compute.
+    """
+    figure.dpi = dpi
+    layout = figure.get_layout_engine()
+    assert layout is not None
+    layout.execute(figure)
+    figure.set_layout_engine("none")
+    figure.savefig(file, dpi=dpi)
+
+
+def embedded(figure: Figure) -> str:
+    """Returns the figure as a PNG in a `data:` URI."""
+    file = io.BytesIO()
+    save(figure, file, dpi=130)
+    return _uri(file.getvalue())
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def draw_perplexity(axis: Axes, measured: dict[str, Any]) -> None:
+    """Bars of the stages that were measured."""
+    values = {stage: measured[stage] for stage in STAGES if measured[stage] is not None}
+    bars = axis.bar(list(values), list(values.values()), color=[COLOURS[stage] for stage in values])
+    axis.bar_label(bars, fmt="%.1f")
+    title_perplexity(axis, measured)
+
+
+def draw_rounds(axis: Axes, rounds: list[dict[str, Any]], label: str) -> None:
+    """Perplexity over sparsity."""
+    points = [(entry["sparsity"], entry["perplexity"]) for entry in rounds if entry["perplexity"] is not None]
+    if points:
+        # Of two points nothing is known in between.
+        axis.plot(*zip(*points, strict=True), marker="o", label=label, linestyle="-" if len(points) > 2 else ":")
+        axis.annotate(f"{points[-1][1]:.2f}", points[-1], textcoords="offset points", xytext=(6, 0), va="center")
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.set_xlabel("zeros in pruned layers")
+    axis.set_ylabel("perplexity")
+    axis.margins(x=0.12)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def title_perplexity(axis: Axes, measured: dict[str, Any]) -> None:
+    """Says what perplexity is of, with the context length."""
+    dataset = textwrap.fill(measured["dataset"] or "evaluation text", 30)
+    axis.set_title(f"perplexity\n{dataset}\nwindows of {measured['seq_len']} tokens", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_training(axis: Axes, curve: Curve, changes: Sequence[int]) -> None:
+    """The training loss; dotted lines where the masks change."""
+    axis.set_title("training loss with masks held" + (" (dotted: masks change)" if changes else ""))
+    axis.set_xlabel("optimizer step")
+    for step in changes:
+        axis.axvline(step, color="#bbbbbb", linestyle=":", linewidth=1)
+    if curve:
+        draw_curve(axis, curve, color="#4c78a8")
+    else:
+        axis.text(0.5, 0.5, "not trained yet", ha="center", va="center", transform=axis.transAxes)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_curve(axis: Axes, curve: Curve, **style: Any) -> None:
+    """Losses over steps, with gaps where the loss was no number."""
+    steps, losses = zip(*curve, strict=True)
+    axis.plot(steps, [np.nan if loss is None else loss for loss in losses], linewidth=1, **style)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def layer_grid(values: Mapping[str, float]) -> tuple[list[str], list[str], Float[ndarray, "blocks kinds"]]:
+    """
+    What is known of layers, by parameter name, as a grid over decoder blocks and kinds of layers.
+
+    "model.layers.3.mlp.up_proj.weight" is in row "3" and column "up_proj"; kinds that would share a name are told
+    apart by what they are part of ("attn.c_proj", "mlp.c_proj"). Layers that differ in a further number only (experts,
+    also those whose number comes last) share a cell, which holds their mean. A name without a number is in row "-".
+    NaN: there is no such layer.
+    """
+    cells: dict[tuple[int, str], list[float]] = {}
+    for name, value in values.items():
+        cells.setdefault(place(name), []).append(value)
+    blocks = sorted({block for block, _ in cells})
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    grid = np.full((len(blocks), len(kinds)), np.nan)
+    for (block, kind), found in cells.items():
+        grid[blocks.index(block), kinds.index(kind)] = np.mean(found)
+    return ["-" if block < 0 else str(block) for block in blocks], _short(kinds), grid
+
+
+def place(parameter: str) -> tuple[int, str]:
+    """A layer's block number (-1: there is none), and its path in the block, "*" for further numbers but a last one."""
+    path = parameter.removesuffix(".weight")
+    number = re.search(r"\.(\d+)\.", path)
+    if number is None:
+        return -1, path
+    return int(number.group(1)), re.sub(r"(?<=\.)\d+(?=\.)", "*", re.sub(r"\.\d+$", "", path[number.end() :]))
+
+
+def _short(kinds: list[str]) -> list[str]:
+    last = [kind.rsplit(".", 1)[-1] for kind in kinds]
+    return [short if last.count(short) == 1 else kind for kind, short in zip(kinds, last, strict=True)]
+
+
+def draw_layers(axis: Axes, losses: dict[str, float | None], sparsity: dict[str, float]) -> None:
+    """A heat map of what every layer lost or, if that is not known, of its sparsity."""
+    measured = {name: loss for name, loss in losses.items() if loss is not None}
+    values, title = (measured, "squared error of layer outputs, relative") if measured else (sparsity, "sparsity")
+    blocks, kinds, grid = layer_grid(values)
+    image = axis.imshow(grid, aspect="auto", cmap="viridis")
+    axis.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
+    every = max(1, len(blocks) // 10)
+    axis.set_yticks(range(0, len(blocks), every), blocks[::every])
+    axis.set_ylabel("decoder block")
+    axis.set_title(title)
+    axis.figure.colorbar(image, ax=axis)
+
+
+@plain_text
+def heat_map(values: Mapping[str, float], label: str, *, percent: bool) -> str:
+    """
+    A picture of `layer_grid` with its numbers written into the cells, unless they are too many.
+
+    Args:
+        values: by parameter name, at least one.
+        label: what they are.
+        percent: shares of 1, on a scale from 0 to 100 %; else errors, on a logarithmic scale where they differ much.
+    """
+    blocks, kinds, grid = layer_grid(values)
+    low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
+    spread = not percent and low > 0 and high > 20 * low
+    norm = LogNorm(low, high) if spread else Normalize(0, 1 if percent else max(high, 1e-12))
+    figure, axis = subplots(figsize=(max(5.0, min(14.0, 2.2 + 0.85 * len(kinds))), min(24.0, 1.7 + 0.3 * len(blocks))))
+    image = axis.imshow(grid, aspect="auto", cmap="Blues" if percent else "YlOrRd", norm=norm)
+    axis.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
+    every = -(-len(blocks) // 70)
+    axis.set_yticks(range(0, len(blocks), every), blocks[::every])
+    axis.set_ylabel("decoder block")
+    bar = figure.colorbar(image, ax=axis, label=label, format=PercentFormatter(1) if percent else "%g")
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    if len(blocks) <= 70 and len(kinds) <= 14:
+        for (row, column), value in np.ndenumerate(grid):
+            if np.isfinite(value):
+                text = f"{value:.1%}" if percent else f"{value:.2g}"
+                colour = "white" if norm(value) > 0.6 else "black"
+                axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    return embedded(figure)
+
+
+@plain_text
+def draw_sensitivity(increase: Mapping[str, float], dense: float, seq_len: int, path: Path) -> None:
+    """
+    A heat map over blocks and kinds of layers of how much perplexity rises, or bars if the names are blocks'.
+
+    Args:
+        increase: by the name of the layer or the block that was pruned alone.
+        dense: perplexity of the dense model.
+        seq_len: tokens per window.
+        path: the picture.
+    """
+    of_blocks = all(name.rpartition(".")[2].isdigit() for name in increase)
+    blocks, kinds, grid = layer_grid({name + ".block" * of_blocks: value for name, value in increase.items()})
+    size = max(5.0, 2.5 + 0.9 * len(kinds)), min(24.0, 2.0 + 0.3 * len(blocks))
+    figure, axis = subplots(figsize=size)
+    axis.set_yticks(range(len(blocks)), blocks)
+    if of_blocks:
+        axis.barh(range(len(blocks)), grid[:, 0], color="#e45756")
+        axis.invert_yaxis()
+        axis.set_xlabel("increase in perplexity")
+        axis.spines[["top", "right"]].set_visible(False)
+    else:
+        # A single layer out of all may cost a hundred times what the others do, and some cost less than nothing.
+        reach = max(float(np.nanmax(np.abs(grid))), 1e-12)
+        norm = SymLogNorm(reach / 100, vmin=-reach, vmax=reach)
+        image = axis.imshow(grid, aspect="auto", cmap="RdBu_r", norm=norm)
+        axis.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
+        for (row, column), value in np.ndenumerate(grid):
+            if np.isfinite(value):
+                colour = "white" if abs(norm(value) - 0.5) > 0.35 else "black"
+                axis.text(column, row, f"{value:+.2g}", ha="center", va="center", fontsize=8, color=colour)
+        ticks = [sign * reach * share for sign, share in ((-1, 1), (-1, 0.1), (0, 0), (1, 0.1), (1, 1))]
+        bar = figure.colorbar(image, ax=axis, label="increase in perplexity (logarithmic)", ticks=ticks, format="%+.2g")
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_ylabel("decoder block pruned alone" if of_blocks else "decoder block of the layer pruned alone")
+    axis.set_title(
+        f"how much perplexity rises when one is pruned\n(dense {dense:.2f}, windows of {seq_len} tokens)", fontsize=10
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, path)
+
+
+def draw_corner(keep: Bool[ndarray, "out in"]) -> str:
+    """The upper left corner of a mask, one pixel a weight: black is kept, white removed."""
+    file = io.BytesIO()
+    imsave(file, keep[: CORNER[0], : CORNER[1]], cmap="gray_r", vmin=0, vmax=1, format="png")
+    return _uri(file.getvalue())

@@ -1,0 +1,179 @@
+"""consolidate: from a checkpoint, of whatever strategy, to the plain model folder that every tool reads."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from rich.progress import Progress
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prune_callbacks.parallel.packed import count_removed
+from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.storage.checkpoints import Checkpoint, newest_checkpoint, open_checkpoint
+from prune_callbacks.writing import replaced_folder, write_json
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf", "*.pt")
+
+
+def consolidate(
+    checkpoint: str | Path,
+    template: str | Path,
+    dirpath: str | Path,
+    *,
+    prefix: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """
+    Writes `dirpath/model` (what `save_pretrained` writes), `dirpath/masks.safetensors` and `dirpath/report.json`.
+
+    Weights are read and written one file of `max_shard_size` at a time, so that is all the memory it takes. They are
+    the fp32 masters where the checkpoint has them. The zeros are counted on the way.
+
+    Args:
+        checkpoint: of one device, DDP, FSDP2 or DeepSpeed ZeRO; or a folder of such, of which the newest is taken.
+        template: folder with the model's configuration (and tokenizer), e.g. `model/` of the run that was trained, or
+            that of the model before training.
+        dirpath: where to; an existing `model/` there is replaced once the new one is complete.
+        prefix: what stands before the model's own names in the checkpoint, e.g. "student."; None: what fits.
+        dtype: of the written weights, e.g. "bfloat16"; None: the configuration's.
+        max_shard_size: how large one file of weights may be.
+        progress: show a progress bar.
+
+    Returns:
+        what `report.json` holds: the run's report as it was then, with sparsity and violations counted in the written
+        weights, of which nobody has measured the perplexity.
+
+    Raises:
+        ValueError: there is no checkpoint, or no configuration, or its weights are not those of that model.
+    """
+    if not (Path(template) / "config.json").is_file():
+        raise ValueError(
+            f"there is no config.json in {template}; name a folder with the model's configuration (template=), such as "
+            "model/ of the run that was trained, or the folder of the model before training"
+        )
+    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype is one of torch's, such as 'bfloat16', got {dtype!r}")
+    path = newest_checkpoint(checkpoint) or checkpoint
+    source = open_checkpoint(path)
+    config = AutoConfig.from_pretrained(template)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    config.dtype = getattr(torch, dtype) if dtype is not None else config.dtype or torch.float32
+    config.architectures = [type(skeleton).__name__]
+    places = _places(skeleton, source, prefix)
+    masks = _masks(source, places, skeleton)
+    with replaced_folder(Path(dirpath) / "model") as partial:
+        shutil.copytree(template, partial, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
+        config.save_pretrained(partial)
+        counted = _write(source, places, skeleton, config.dtype, masks, partial, max_shard_size, progress)
+    masks.save(Path(dirpath) / "masks.safetensors")
+    report = _report(source, counted) | {"stage": "consolidated", "checkpoint": str(path)}
+    write_json(Path(dirpath) / "report.json", report)
+    if progress:
+        print(
+            f"{path}, of optimizer step {source.step}, is now the model in {Path(dirpath) / 'model'}: "
+            f"{report['sparsity']['achieved']:.2%} zeros in {len(counted)} masked layers, "
+            f"{sum(report['violations'].values())} violations"
+        )
+    return report
+
+
+def _places(skeleton: nn.Module, source: Checkpoint, prefix: str | None) -> dict[str, str]:
+    """The checkpoint's name of every weight; of tied ones the first, which is what transformers saves."""
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in skeleton.state_dict(keep_vars=True).items():
+        aliases.setdefault(id(tensor), []).append(name)
+    known, groups = set(source.names()), list(aliases.values())
+    first = groups[0][0]
+    possible = {name.removesuffix(first) for name in known if name == first or name.endswith(f".{first}")}
+    candidates = sorted(possible) if prefix is None else [prefix]
+    fitting = [p for p in candidates if all(any(p + name in known for name in names) for names in groups)]
+    if len(fitting) > 1:
+        raise ValueError(f"the checkpoint holds several such models, under {fitting}; choose one with prefix=")
+    if not fitting:
+        begin = (candidates or [""])[0]
+        missing = [names[0] for names in groups if not any(begin + name in known for name in names)]
+        raise ValueError(
+            f"the checkpoint is of another model than the configuration: of {len(groups)} weights {len(missing)} are "
+            f"missing under {begin!r}, first {missing[0]}; it has {len(known)}, first {min(known, default='none')}"
+        )
+    return {names[0]: next(fitting[0] + name for name in names if fitting[0] + name in known) for names in groups}
+
+
+def _masks(source: Checkpoint, places: dict[str, str], skeleton: nn.Module) -> MaskSet:
+    """The masks in the checkpoint, under the names of the model (they may be those of a module around it)."""
+    states = [source.callbacks.get(name, {}) for name in ("MaskEnforcer", "IterativePrune", "OneShotPrune")]
+    found = next((MaskSet.from_state_dict(state["masks"]) for state in states if "masks" in state), None)
+    if found is None:
+        raise ValueError(
+            "the checkpoint holds no masks: it was written without MaskEnforcer, IterativePrune or OneShotPrune"
+        )
+    tensors = {name: t for name, t in skeleton.state_dict(keep_vars=True).items() if name in places}
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    theirs = found.matching({places[name]: tensor for name, tensor in tensors.items()})
+    state = found.state_dict()
+    return MaskSet.from_state_dict(
+        {part: {names[id(t)]: state[part][mask] for mask, t in theirs.items()} for part in ("bits", "shapes")}
+    )
+
+
+def _write(
+    source: Checkpoint,
+    places: dict[str, str],
+    skeleton: nn.Module,
+    dtype: torch.dtype,
+    masks: MaskSet,
+    folder: Path,
+    max_shard_size: str,
+    progress: bool,
+) -> dict[str, tuple[int, int, int]]:
+    """Writes the weights; returns of every masked one its zeros, its violations and its size."""
+    empty = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in skeleton.state_dict().items()
+        if name in places
+    }
+    plan = split_torch_state_dict_into_shards(
+        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    counted: dict[str, tuple[int, int, int]] = {}
+    with Progress(disable=not progress) as bar:
+        task = bar.add_task("writing the model", total=len(places))
+        for file, names in plan.filename_to_tensors.items():
+            weights: dict[str, Tensor] = {}
+            for name in names:
+                weight = source.read(places[name]).to(empty[name].dtype).contiguous()
+                if name in masks:
+                    removed = count_removed(weight, masks[name].flatten())
+                    counted[name] = (int((weight == 0).count_nonzero()), removed, weight.numel())
+                weights[name] = weight
+                bar.advance(task)
+            save_file(weights, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return counted
+
+
+def _report(source: Checkpoint, counted: dict[str, tuple[int, int, int]]) -> dict[str, Any]:
+    """What RunReport had noted by then, and what was counted now."""
+    record: dict[str, Any] = dict(source.callbacks.get("RunReport", {}).get("record", {}))
+    zeros, total = sum(zeros for zeros, _, _ in counted.values()), sum(size for _, _, size in counted.values())
+    layers = {name: zeros / size for name, (zeros, _, size) in counted.items()}
+    violations = {name: removed for name, (_, removed, _) in counted.items() if removed}
+    sparsity = record.get("sparsity", {}) | {"achieved": zeros / max(1, total), "layers": layers}
+    if violations:
+        warnings.warn(
+            f"{sum(violations.values())} pruned weights are not zero in the checkpoint, first in "
+            f"{next(iter(violations))}: the masks were not held",
+            stacklevel=3,
+        )
+    return record | {"optimizer_steps": source.step, "sparsity": sparsity, "violations": violations}

@@ -1,0 +1,95 @@
+"""Writing a sparse model and its masks into a folder that every tool can read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.writing import replaced_folder, whole_file
+
+
+def savable(model: nn.Module) -> PreTrainedModel:
+    """The model itself, or ValueError: not of `transformers`, so without a common format."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"only transformers models can be saved, got {type(model).__name__}; save its state_dict instead"
+        )
+    return model
+
+
+def save_sparse_model(
+    model: nn.Module,
+    masks: MaskSet,
+    dirpath: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """
+    Writes `dirpath/model` (plain `save_pretrained`, dense with zeros) and `dirpath/masks.safetensors`.
+
+    Of a model with adapters (peft) it is the base that is written, under its own names. What was there is replaced only
+    once the new files are complete.
+
+    Args:
+        model: of `transformers`.
+        masks: its masks.
+        dirpath: the folder.
+        tokenizer: saved beside the model.
+        state_dict: the model's, where it does not hold whole weights itself; None: its own.
+
+    Raises:
+        ValueError: the model cannot be saved; see `savable`.
+    """
+    model = savable(model)
+    folder = Path(dirpath)
+    with whole_file(folder / "masks.safetensors") as masks_file, replaced_folder(folder / "model") as partial:
+        model.save_pretrained(
+            partial, state_dict=_base_state_dict(model, model.state_dict() if state_dict is None else state_dict)
+        )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        masks.save(masks_file)
+
+
+def from_state(kind: type[PreTrainedModel], config: Any, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model on the CPU from a whole state dict; ValueError if it lacks a weight, or one does not fit."""
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "auto"
+    load = cast(Any, kind).from_pretrained
+    how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load(None, config=config, state_dict=dict(state), **how)
+    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise ValueError(f"{kind.__name__} of this configuration lacks or does not fit {wrong[0]}")
+    loaded: PreTrainedModel = model
+    for name, parameter in loaded.named_parameters():  # which may be of several dtypes
+        if name in state and parameter.dtype != state[name].dtype:
+            parameter.data = state[name].to(parameter.device)
+    return loaded
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raises ValueError for a model with adapters (peft) that are not merged."""
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    if adapted:
+        raise ValueError(
+            f"{len(adapted)} layers have adapters, first {adapted[0]}: merge them (LoRARecovery(masked=True), "
+            "merge_lora) or take them out (unload) first"
+        )
+
+
+def _base_state_dict(model: nn.Module, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of the model as it is without adapters: peft wraps a layer and keeps it as `base_layer`."""
+    wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    adapters = [f"{name}." for name in wrapped]
+    state: dict[str, Tensor] = {}
+    for key, value in whole.items():
+        wrapper = next((prefix for prefix in adapters if key.startswith(prefix)), None)
+        if wrapper is None:
+            state[key] = value
+        elif key.startswith(f"{wrapper}base_layer."):
+            state[wrapper + key.removeprefix(f"{wrapper}base_layer.")] = value
+    return state
