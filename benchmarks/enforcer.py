@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from prune_callbacks import CausalLM, MaskEnforcer, MaskSet
-from prune_callbacks.anatomy.blocks import find_blocks, find_targets
+from prune_callbacks.anatomy.blocks import find_blocks
+from prune_callbacks.anatomy.finding import find_targets
 from prune_callbacks.sparsity import keep_largest
 from prune_callbacks.tasks import smollm2_135m, tiny_llama
 
@@ -93,8 +94,8 @@ def strategy_of(name, cpu_deepspeed):
 
 def half_masks(model):
     masks = []
-    for name, layer in find_targets(find_blocks(model)).items():
-        scores = layer.weight.detach().abs()
+    for name, target in find_targets(find_blocks(model)).items():
+        scores = target.stored.abs()
         keep = keep_largest(scores.flatten(), scores.numel() // 2).view(scores.shape)
         masks.append(MaskSet({f"{name}.weight": keep}))
     return MaskSet.join(masks)

@@ -18,7 +18,7 @@ from .engine.permuting import permute_channels_
 from .engine.report import PruneReport
 from .engine.sequential import prune_sequentially
 from .measure import ZeroShot
-from .pruners import ALPS, GPTQ, MRP, Magnitude, Pruned, SparseGPT, SparseGPTQ, Structured, Wanda
+from .pruners import ALPS, GPTQ, MRP, RIA, Magnitude, Pruned, SparseGPT, SparseGPTQ, Structured, Wanda
 from .solvers import Gram, Grid, InputNorm
 from .sparsity import (
     NM,
@@ -42,6 +42,7 @@ __all__ = [
     "MRP",
     "NM",
     "OWL",
+    "RIA",
     "Block",
     "CausalLM",
     "Columns",

@@ -138,8 +138,8 @@ MUTANTS = (
     Mutant(
         "alps_returns_the_worse_of_two",
         "solvers/alps.py",
-        "rows = other.by_row((loss <= other.loss) & (undamped <= other.undamped()))[:, None]",
-        "rows = other.by_row((loss > other.loss) | (undamped > other.undamped()))[:, None]",
+        "better = (loss <= other.loss) & (undamped <= other.undamped())",
+        "better = (loss > other.loss) | (undamped > other.undamped())",
         "test_pruners.py::test_alps_is_never_above_mrp",
     ),
     Mutant(
@@ -180,9 +180,9 @@ MUTANTS = (
     # pruners
     Mutant(
         "wanda_norm_not_rooted",
-        "pruners/scored.py",
-        "widened(weight, known).abs() * known.squared_norm.sqrt()",
-        "widened(weight, known).abs() * known.squared_norm",
+        "pruners/wanda.py",
+        "widened(weight, statistic).abs() * statistic.squared_norm.sqrt()",
+        "widened(weight, statistic).abs() * statistic.squared_norm",
         "test_pruners.py",
     ),
     Mutant(
@@ -194,7 +194,7 @@ MUTANTS = (
     ),
     Mutant(
         "unseen_features_become_zero",
-        "pruners/quantizing.py",
+        "pruners/gptq.py",
         "solved[:, system.dead] = self.grid.rounded(sparse[:, system.dead], unseen)",
         "solved[:, system.dead] = 0",
         "test_quantization.py",
@@ -224,21 +224,21 @@ MUTANTS = (
     Mutant(
         "solved_weights_not_broadcast",
         "engine/solving.py",
-        'self.ranks.broadcast(layers[name].get_parameter("weight").data, owner)',
+        "self.ranks.broadcast(targets[name].stored, owner)",
         "pass",
         "test_parallel.py::test_two_ranks_prune_as_one_does",
     ),
     Mutant(
         "next_block_sees_the_dense_one",
         "engine/sequential.py",
-        """                run.prune(layers, statistics, lambda count: bar.advance(task, count))
+        """                run.prune(here, statistics, lambda count: bar.advance(task, count))
                 del statistics
-            if index < last and calibrated:
+            if index < plan.last and plan.calibrated:
                 next_inputs(index, block, inputs, where, ranks)
 """,
-        """                if index < last and calibrated:
+        """                if index < plan.last and plan.calibrated:
                     next_inputs(index, block, inputs, where, ranks)
-                run.prune(layers, statistics, lambda count: bar.advance(task, count))
+                run.prune(here, statistics, lambda count: bar.advance(task, count))
                 del statistics
 """,
         "test_blocks.py::test_sequential_pruning_equals_rerunning_the_whole_model",
@@ -246,15 +246,15 @@ MUTANTS = (
     Mutant(
         "rounds_do_not_transpose_conv1d",
         "engine/iterative.py",
-        "return _keep_in_each(pattern, scores.mT).mT.cpu() if input_first else _keep_in_each(pattern, scores).cpu()",
-        "return _keep_in_each(pattern, scores).cpu()",
+        "    with naming(name):\n        return weights.ranks",
+        "    input_first = False\n    with naming(name):\n        return weights.ranks",
         "test_iterative.py::test_shrinking_reads_conv1d_the_other_way_round",
     ),
     Mutant(
         "matrices_of_experts_transposed",
         "anatomy/experts.py",
-        'yield f"{attribute}.{index}", ExpertWeight(owner, attribute, index, stored)',
-        'yield f"{attribute}.{index}", ExpertWeight(owner, attribute, index, not stored)',
+        'yield ExpertTarget(f"{name}.{attribute}.{index}", owner, attribute, stored, index)',
+        'yield ExpertTarget(f"{name}.{attribute}.{index}", owner, attribute, not stored, index)',
         "test_experts.py::test_pruning_equals_rerunning_the_whole_model",
     ),
     Mutant(
@@ -404,15 +404,15 @@ MUTANTS = (
     Mutant(
         "streamed_block_run_before_it_is_pruned",
         "streaming/walk.py",
-        """        if layers:
-            record = self._prune(journal, index, inputs, advance)
+        """        if targets:
+            record = self._prune(journal, index, targets, inputs, advance)
         if runs:
             store_next(index, block, inputs, self.where, journal.hidden(index + 1))
 """,
         """        if runs:
             store_next(index, block, inputs, self.where, journal.hidden(index + 1))
-        if layers:
-            record = self._prune(journal, index, inputs, advance)
+        if targets:
+            record = self._prune(journal, index, targets, inputs, advance)
 """,
         "test_streaming.py::test_every_pruner_from_several_files",
     ),

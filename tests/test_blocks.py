@@ -5,7 +5,8 @@ import transformers as hf
 from torch import nn
 
 from prune_callbacks import NM, InputNorm, SparseGPT, Unstructured, Wanda, prune_sequentially
-from prune_callbacks.anatomy.blocks import find_blocks, find_language_model, find_targets
+from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
+from prune_callbacks.anatomy.finding import find_targets
 
 COMMON = {
     "vocab_size": 97,

@@ -9,7 +9,8 @@ from torch.nn.functional import linear
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from prune_callbacks import MaskSet
-from prune_callbacks.anatomy.blocks import find_blocks, find_targets
+from prune_callbacks.anatomy.blocks import find_blocks
+from prune_callbacks.anatomy.finding import find_targets
 from prune_callbacks.deploy.csr import (
     CSRLinear,
     break_even_sparsity,
@@ -27,7 +28,7 @@ IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 def sparse(tiny):
     """The tiny Llama with 80 % zeros in its blocks, in places drawn at random."""
     layers = find_targets(find_blocks(tiny))
-    masks = MaskSet({f"{name}.weight": torch.rand(layer.weight.shape) > 0.8 for name, layer in layers.items()})
+    masks = MaskSet({f"{name}.weight": torch.rand(target.shape) > 0.8 for name, target in layers.items()})
     masks.apply_(tiny.named_parameters())
     return tiny.eval()
 
@@ -96,7 +97,7 @@ def test_a_model_answers_the_same_and_comes_back_bit_for_bit(sparse):
     before, names, trained = bits(sparse), list(sparse.state_dict()), dict(sparse.named_parameters())
     trained = {name: p.requires_grad for name, p in trained.items()}
     calls = []
-    first = next(iter(find_targets(find_blocks(sparse)).values()))
+    first = next(iter(find_targets(find_blocks(sparse)).values())).module
     first.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         expected = sparse(IDS).logits

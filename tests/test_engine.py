@@ -18,6 +18,7 @@ from prune_callbacks import (
     prune_checkpoint,
     prune_sequentially,
 )
+from prune_callbacks.anatomy.targets import LayerTarget
 from prune_callbacks.calibration.capture import BlockInputs
 from prune_callbacks.calibration.statistics import collect
 from prune_callbacks.memory import peak_memory
@@ -89,13 +90,13 @@ def test_a_calibration_pass_ends_where_all_was_seen(rows, sizes, targets, produc
     torch.manual_seed(0)
     block, made = Repeating(rows), []
     block.second.register_forward_hook(lambda *_: made.append(1))
-    layers = {name: block.get_submodule(name) for name in targets}
+    layers = {name: LayerTarget.of(name, block.get_submodule(name)) for name in targets}
     inputs = [BlockInputs(torch.randn(size, 8), [((), {})], None) for size in sizes]
     grams = collect(lambda size, device: Gram(size, device), 0, block, layers, inputs, torch.device("cpu"))
     assert len(made) == products
     expected = {name: [] for name in targets}
     for name, layer in layers.items():
-        layer.register_forward_pre_hook(lambda _, args, name=name: expected[name].append(args[0]))
+        layer.module.register_forward_pre_hook(lambda _, args, name=name: expected[name].append(args[0]))
     for batch in inputs:
         block(batch.hidden)
     assert grams.keys() == expected.keys()
@@ -113,8 +114,9 @@ def test_a_real_error_behind_the_last_layer_is_not_swallowed():
 
     block = Failing(4)
     inputs = [BlockInputs(torch.randn(4, 8), [((), {})], None)]
+    second = {"second": LayerTarget.of("second", block.second)}
     with pytest.raises(RuntimeError, match="the cache is full"):
-        collect(Wanda(NM(2, 4)).statistic, 0, block, {"second": block.second}, inputs, torch.device("cpu"))
+        collect(Wanda(NM(2, 4)).statistic, 0, block, second, inputs, torch.device("cpu"))
     assert not block.second._forward_pre_hooks
 
 

@@ -38,8 +38,9 @@ from prune_callbacks import (
     Wanda,
     prune_sequentially,
 )
-from prune_callbacks.anatomy.blocks import find_blocks, find_targets, parameters_of
+from prune_callbacks.anatomy.blocks import find_blocks
 from prune_callbacks.anatomy.experts import routers
+from prune_callbacks.anatomy.finding import find_targets, parameters_of
 from prune_callbacks.calibration.products import WeightUses
 from prune_callbacks.deploy import load_compressed, save_compressed
 from prune_callbacks.deploy.conversion import find_two_four
@@ -261,7 +262,7 @@ def test_masks_of_experts(tmp_path, batches):
     masks.save(tmp_path / "masks.safetensors")
     assert MaskSet.load(tmp_path / "masks.safetensors") == masks
     assert (tmp_path / "masks.safetensors").stat().st_size < masks[name].numel() * 12  # packed, header and all
-    fused = parameters_of(find_targets(find_blocks(model), experts=True))
+    fused = parameters_of(find_targets(find_blocks(model), experts=True).values())
     assert MaskSet.from_nonzero(fused) == masks
     model.get_parameter(name).data[2, 5] = 1.0
     assert masks.violations(model.named_parameters()) == {name: int((~masks[name])[2, 5].sum())}

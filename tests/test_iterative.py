@@ -30,7 +30,8 @@ from prune_callbacks import (
     TokenDataModule,
     Unstructured,
 )
-from prune_callbacks.anatomy.blocks import find_blocks, find_targets
+from prune_callbacks.anatomy.blocks import find_blocks
+from prune_callbacks.anatomy.finding import find_targets
 from prune_callbacks.engine.iterative import shrink_masks
 from prune_callbacks.parallel.plain import PlainAccess
 from prune_callbacks.tasks import TextFile, tiny_llama
@@ -388,14 +389,14 @@ def test_shrinking_reads_conv1d_the_other_way_round():
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=16))
     layers = find_targets(find_blocks(model))
-    whole = MaskSet({f"{n}.weight": torch.ones(m.weight.shape) > 0 for n, m in layers.items()})
+    whole = MaskSet({f"{n}.weight": torch.ones(t.stored.shape) > 0 for n, t in layers.items()})
     conv1d = [f"{name}.weight" for name in layers]
     masks = shrink_masks(
         PlainAccess(model, whole), conv1d, 0.5, Magnitude(Unstructured(0.5, per="row")), "layer", conv1d
     )
-    assert {n: m.shape for n, m in masks.items()} == {f"{n}.weight": m.weight.shape for n, m in layers.items()}
-    for name, layer in layers.items():  # rows are outputs: columns of a Conv1D's weight
-        assert bool((masks[f"{name}.weight"].sum(0) == layer.weight.shape[0] // 2).all())
+    assert {n: m.shape for n, m in masks.items()} == {f"{n}.weight": t.stored.shape for n, t in layers.items()}
+    for name, target in layers.items():  # rows are outputs: columns of a Conv1D's weight
+        assert bool((masks[f"{name}.weight"].sum(0) == target.stored.shape[0] // 2).all())
 
 
 def test_the_rewind_file_lies_with_the_logs(tmp_path):

@@ -64,13 +64,13 @@ def test_rows_solved_some_at_a_time_end_where_all_do(correlated, monkeypatch, he
     def choose(scores, start):
         return pattern.keep(scores)  # over all rows, in parts or not
 
-    whole, keep = mrp_sm(weight, system, choose, block_size, heights)
+    whole, keep, *_ = mrp_sm(weight, system, choose, block_size, heights)
     monkeypatch.setattr("prune_callbacks.solvers.mrp.AT_ONCE", 8 * 96)
     seen = []
     monkeypatch.setattr(
         "prune_callbacks.solvers.mrp.MaskedLeastSquares", lambda *a: seen.append(a[2]) or MaskedLeastSquares(*a)
     )
-    parts, kept = mrp_sm(weight, system, choose, block_size, heights)
+    parts, kept, *_ = mrp_sm(weight, system, choose, block_size, heights)
     assert seen == ([[8], [8], [8], [6]] if len(heights) == 1 else [[7], [8], [6, 2], [7]])
     assert torch.equal(kept, keep)
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
@@ -216,7 +216,7 @@ def test_mask_m_tries_every_subset(correlated, m):
     inverse = torch.linalg.inv(oracles.damped(x, 0.01))
     system = damp(x.T @ x, 0.01)
     for n in (1, m // 2, m - 1):
-        keep = mask_m(weight, system.inverse_blocks(m), NM(n, m))
+        keep = mask_m(weight, system.inverse_blocks(m), n)
         assert (keep.unflatten(1, (-1, m)).sum(-1) == n).all()
         for r, g in itertools.product(range(7), range(24 // m)):
             block = slice(g * m, g * m + m)
@@ -231,9 +231,9 @@ def test_mask_m_tries_every_subset(correlated, m):
 def test_mask_m_in_chunks_of_rows_is_the_same(correlated, monkeypatch):
     x, weight = correlated(24), torch.randn(50, 24, dtype=torch.float64)
     blocks = damp(x.T @ x, 0.01).inverse_blocks(4)
-    whole = mask_m(weight, blocks, NM(2, 4))
+    whole = mask_m(weight, blocks, 2)
     monkeypatch.setattr("prune_callbacks.solvers.mrp.CHUNK", 24 * 7)
-    assert torch.equal(mask_m(weight, blocks, NM(2, 4)), whole)
+    assert torch.equal(mask_m(weight, blocks, 2), whole)
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4), NM(1, 4)], ids=str)

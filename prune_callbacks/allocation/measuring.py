@@ -2,23 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prune_callbacks.allocation.rules import Allocation, layer_sizes, with_counts, with_pattern
-from prune_callbacks.anatomy.blocks import oriented, parameter_name, weight_shape
-from prune_callbacks.anatomy.experts import ExpertWeight, inside, not_seen
+from prune_callbacks.allocation.rules import Allocation, layer_sizes, with_counts
+from prune_callbacks.anatomy.naming import inside
+from prune_callbacks.anatomy.targets import Target
 from prune_callbacks.calibration.capture import BlockInputs
+from prune_callbacks.calibration.inputs import next_inputs
 from prune_callbacks.calibration.prefetch import visited
 from prune_callbacks.calibration.statistics import collect
-from prune_callbacks.calibration.walking import next_inputs
 from prune_callbacks.pruners import Pruner
+from prune_callbacks.pruners.questions import pool, takes_pattern, with_pattern
 from prune_callbacks.ranks import Ranks
 from prune_callbacks.solvers.statistics import Statistic
-from prune_callbacks.sparsity import Pattern, Unstructured
+from prune_callbacks.sparsity import Pattern
+from prune_callbacks.sparsity.questions import removes_single_weights, with_exact_total
 
 
 def check_allocation(allocation: Allocation, pruner: Pruner) -> None:
@@ -28,7 +30,7 @@ def check_allocation(allocation: Allocation, pruner: Pruner) -> None:
             f"allocation is None or one such as OWL(), LagrangianAllocation() or SensitivityAllocation(...), got "
             f"{allocation!r}"
         )
-    if "pattern" not in {known.name for known in fields(pruner)}:  # type: ignore[arg-type]
+    if not takes_pattern(pruner):
         raise ValueError(f"{type(pruner).__name__} takes its masks as they are; allocate where they are chosen")
     allocation.check(pruner.pattern)
 
@@ -37,7 +39,7 @@ def allocate(
     allocation: Allocation,
     pruner: Pruner,
     blocks: Sequence[tuple[str, nn.Module]],
-    layers: Mapping[str, nn.Module],
+    targets: Mapping[str, Target],
     inputs: Sequence[BlockInputs],
     device: torch.device | None,
     ranks: Ranks,
@@ -49,32 +51,30 @@ def allocate(
         allocation: decides.
         pruner: of all layers; its pattern has the sparsity that all together must have.
         blocks: of the model.
-        layers: to be pruned, by name.
+        targets: to be pruned, by name.
         inputs: of the first block; not changed.
         device: where blocks are run; None: where they are.
         ranks: each has inputs of its own; rank 0 decides.
     """
-    shapes = {name: weight_shape(layer) for name, layer in layers.items()}
+    shapes = {name: target.shape for name, target in targets.items()}
     passed = allocation.statistic(1) is not None
     if passed:
-        values = _measured(allocation, pruner, blocks, layers, inputs, device, ranks)
+        values = _measured(allocation, pruner, blocks, targets, inputs, device, ranks)
     else:
-        values = allocation.measure(pruner, _weights(layers), {})
-    pattern = pruner.pattern
-    if isinstance(pattern, Unstructured) and (pattern.per or getattr(pruner, "pool", "tensor")) == "row":
-        pattern = replace(pattern, per="even")  # rows of equal counts would miss the total
+        values = allocation.measure(pruner, _weights(targets), {})
+    pattern = with_exact_total(pruner.pattern, pool(pruner))
     unreached = {name: shape for name, shape in shapes.items() if passed and name not in values}
     measured = {name: shape for name, shape in shapes.items() if name not in unreached}
     chosen = ranks.share(ranks.attempt(lambda: allocation.choose(values, measured, pattern)))
     chosen |= _as_it_is(pattern, layer_sizes(unreached), sum(layer_sizes(measured).values()))
-    return {name: with_pattern(pruner, chosen[name]) for name in layers}
+    return {name: with_pattern(pruner, chosen[name]) for name in targets}
 
 
 def _measured(
     allocation: Allocation,
     pruner: Pruner,
     blocks: Sequence[tuple[str, nn.Module]],
-    layers: Mapping[str, nn.Module],
+    targets: Mapping[str, Target],
     inputs: Sequence[BlockInputs],
     device: torch.device | None,
     ranks: Ranks,
@@ -84,9 +84,9 @@ def _measured(
     values: dict[str, Any] = {}
     with closing(visited(blocks, device, ranks)) as visits:
         for index, block_name, block, where in visits:
-            mine = {name: layer for name, layer in layers.items() if inside(name, block_name)}
+            mine = {name: target for name, target in targets.items() if inside(name, block_name)}
             statistics = _seen(mine, collect(allocation.statistic, index, block, mine, shown, where, ranks))
-            weights = _weights({name: layer for name, layer in mine.items() if name in statistics})
+            weights = _weights({name: target for name, target in mine.items() if name in statistics})
             values |= ranks.share(ranks.attempt(lambda w=weights, s=statistics: allocation.measure(pruner, w, s)))  # type: ignore[misc]
             del weights, statistics  # with them this block would stay on the device beside the next two
             if index < len(blocks) - 1:
@@ -94,7 +94,7 @@ def _measured(
     return values
 
 
-def _seen(layers: Mapping[str, nn.Module], statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
+def _seen(targets: Mapping[str, Target], statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
     """
     The statistics of the layers that a token reached.
 
@@ -103,26 +103,26 @@ def _seen(layers: Mapping[str, nn.Module], statistics: Mapping[str, Statistic]) 
     Raises:
         ValueError: nothing was seen of another layer, or of all experts in a tensor.
     """
-    experts = {name for name, layer in layers.items() if isinstance(layer, ExpertWeight)}
+    experts = {name for name, target in targets.items() if target.shares_parameter}
     seen = {name: found for name, found in statistics.items() if found.tokens or name not in experts}
-    reached = {parameter_name(name, layers[name]) for name in seen}
-    for name in sorted(layers.keys() - seen.keys()):
-        if name not in experts or parameter_name(name, layers[name]) not in reached:
+    reached = {targets[name].parameter_name for name in seen}
+    for name in sorted(targets.keys() - seen.keys()):
+        if name not in experts or targets[name].parameter_name not in reached:
             raise ValueError(
-                f"{name}: {not_seen(layers[name])} during calibration, so no sparsity can be allocated to it; leave it "
+                f"{name}: {targets[name].unseen} during calibration, so no sparsity can be allocated to it; leave it "
                 "out of `targets`"
             )
     return seen
 
 
-def _weights(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """As (out, in), where the layers are now."""
-    return {name: oriented(layer, layer.get_parameter("weight").detach()) for name, layer in layers.items()}
+def _weights(targets: Mapping[str, Target]) -> dict[str, Tensor]:
+    """Returns the matrices, (out, in), where they are now."""
+    return {name: target.matrix() for name, target in targets.items()}
 
 
 def _as_it_is(pattern: Pattern, sizes: Mapping[str, int], others: int) -> dict[str, Pattern]:
     """The pattern for layers besides `others` weights; of `Unstructured` with counts that keep the total exact."""
-    if not isinstance(pattern, Unstructured):
+    if not removes_single_weights(pattern):
         return dict.fromkeys(sizes, pattern)
     removed, before = {}, others
     for name, size in sizes.items():

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from prune_callbacks.allocation.counts import by_losses, by_outliers, by_sensitivity, check_reach, mix_of_groups
-from prune_callbacks.anatomy.blocks import naming
-from prune_callbacks.anatomy.experts import inside
+from prune_callbacks.anatomy.naming import inside, naming
 from prune_callbacks.pruners import Pruner
+from prune_callbacks.pruners.questions import with_pattern
 from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.solvers.linalg import quadratic_form
 from prune_callbacks.solvers.statistics import Statistic
-from prune_callbacks.sparsity import NM, Pattern, Unstructured
+from prune_callbacks.sparsity import NM, Pattern
+from prune_callbacks.sparsity.questions import at_sparsity, kept_of_group, removes_single_weights
 
 Values = Mapping[str, Any]
 """What was measured of every layer."""
@@ -131,7 +132,7 @@ class LagrangianAllocation:
 
     def check(self, pattern: Pattern) -> None:
         """Takes `Unstructured` and `NM`."""
-        if not isinstance(pattern, NM):
+        if kept_of_group(pattern) is None:
             _check_unstructured("LagrangianAllocation", pattern)
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
@@ -148,10 +149,12 @@ class LagrangianAllocation:
         """See `by_losses` and `mix_of_groups`."""
         sizes = layer_sizes(shapes)
         values = {name: [(s, self._importance(name) * loss) for s, loss in values[name]] for name in values}
-        if isinstance(pattern, NM):
-            losses = {name: {round((1 - s) * pattern.m): loss for s, loss in curve} for name, curve in values.items()}
-            mixed = mix_of_groups(losses, sizes, pattern.m, pattern.sparsity)
-            return {name: NM(n, pattern.m) for name, n in mixed.items()}
+        group = kept_of_group(pattern)
+        if group is not None:
+            m = group[1]
+            losses = {name: {round((1 - s) * m): loss for s, loss in curve} for name, curve in values.items()}
+            mixed = mix_of_groups(losses, sizes, m, pattern.sparsity)
+            return {name: NM(n, m) for name, n in mixed.items()}
         return with_counts(by_losses(values, sizes, pattern.sparsity), sizes, pattern)
 
     def _importance(self, name: str) -> float:
@@ -166,12 +169,13 @@ class LagrangianAllocation:
         return max(0.0, pattern.sparsity - self.reach), min(0.95, pattern.sparsity + self.reach)
 
     def _patterns(self, pattern: Pattern) -> list[Pattern]:
-        if isinstance(pattern, NM):
-            return [NM(n, pattern.m) for n in range(1, pattern.m)]
+        group = kept_of_group(pattern)
+        if group is not None:
+            return [NM(n, group[1]) for n in range(1, group[1])]
         (low, high), target = self._bounds(pattern), pattern.sparsity
         below = torch.linspace(low, target, self.points + 1, dtype=torch.float64)[:-1].tolist()
         above = torch.linspace(target, high, self.points + 1, dtype=torch.float64).tolist()
-        return [replace(pattern, sparsity=s) for s in sorted({*below, *above})]  # type: ignore[type-var]
+        return [at_sparsity(pattern, s) for s in sorted({*below, *above})]
 
     def _curve(self, pruner: Pruner, name: str, weight: Tensor, statistic: Statistic) -> list[tuple[float, float]]:
         assert isinstance(statistic, Gram)
@@ -251,12 +255,6 @@ def _measured(path: str | Path) -> dict[str, Any]:
     return results
 
 
-def with_pattern(pruner: Pruner, pattern: Pattern) -> Pruner:
-    """The pruner with another pattern."""
-    changed: Pruner = replace(pruner, pattern=pattern)  # type: ignore[type-var]
-    return changed
-
-
 def layer_sizes(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
     """Weights of every layer."""
     return {name: rows * columns for name, (rows, columns) in shapes.items()}
@@ -264,9 +262,12 @@ def layer_sizes(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
 
 def with_counts(removed: Mapping[str, int], sizes: Mapping[str, int], pattern: Pattern) -> dict[str, Pattern]:
     """The pattern for every layer, with the sparsity that removes so many of its weights."""
-    return {name: replace(pattern, sparsity=count / sizes[name]) for name, count in removed.items()}  # type: ignore[type-var]
+    return {name: at_sparsity(pattern, count / sizes[name]) for name, count in removed.items()}
 
 
 def _check_unstructured(name: str, pattern: Pattern) -> None:
-    if not isinstance(pattern, Unstructured):
-        raise ValueError(f"{name} spreads the sparsity of Unstructured over layers and cannot spread {pattern}")
+    if not removes_single_weights(pattern):
+        raise ValueError(
+            f"{name} spreads the sparsity of Unstructured over layers and cannot spread {pattern}: its weights do not "
+            "go one by one"
+        )

@@ -1,15 +1,11 @@
 """Which layers of a decoder block are coupled: what one removes of its input, others need not compute."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
 
-from prune_callbacks.anatomy.blocks import PRUNABLE, weight_shape
-from prune_callbacks.anatomy.resized import serves_heads
-from prune_callbacks.pruners import Structured
+from prune_callbacks.anatomy.targets import LINEAR, LayerTarget, Target
 
 MLPS = (
     (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma
@@ -74,7 +70,7 @@ def find_coupled(blocks: Sequence[tuple[str, nn.Module]]) -> list[Coupled]:
 
 
 def coupled_targets(
-    blocks: Sequence[tuple[str, nn.Module]], targets: Mapping[str, nn.Module]
+    blocks: Sequence[tuple[str, nn.Module]], targets: Mapping[str, Target]
 ) -> tuple[list[Coupled], dict[str, str]]:
     """
     The coupled layers among the targets, and the targets that are in none, with the reason.
@@ -107,62 +103,23 @@ def coupled_targets(
     return chosen, reasons
 
 
-def planned_removal(
-    model: nn.Module, coupled: Sequence[Coupled], layers: Mapping[str, nn.Module], pruner: Structured
-) -> dict[str, int]:
-    """
-    How many units go from every pool, by reader: the pruner's number, or fewer heads where the model cannot have those.
-
-    Warns, once for all layers that are alike, where that is less than was asked for.
-    """
-    alike: dict[tuple[int, int, int, bool], list[Coupled]] = {}
-    for group in coupled:
-        units = weight_shape(layers[group.reader])[1] // group.width // group.pools
-        alike.setdefault((units, group.width, group.pools, group.grouped), []).append(group)
-    plan: dict[str, int] = {}
-    for (units, width, pools, grouped), groups in alike.items():
-        asked = removed = pruner.removed(units)
-        if width > 1 and isinstance(model, PreTrainedModel):
-            while removed and not serves_heads(
-                model, groups[0].writers[0], _left(units - removed, pools, grouped), width
-            ):
-                removed -= 1
-        if removed < asked or asked == 0:
-            what = "channels" if width == 1 else f"heads of {width} features that may go together"
-            why = (
-                "rounds to none"
-                if asked == 0
-                else f"would leave a number of heads that {type(model).__name__} cannot have"
-            )
-            warnings.warn(
-                f"{pruner.pattern} of {units} {what} {why}: {removed} go in {len(groups)} layers, first "
-                f"{groups[0].reader}",
-                stacklevel=3,
-            )
-        plan |= {group.reader: removed for group in groups}
-    return plan
-
-
-def _left(units: int, pools: int, grouped: bool) -> tuple[int, int]:
-    """Heads of queries, and of keys and values."""
-    return units * pools, pools if grouped else units
-
-
 def _of(name: str, owner: nn.Module) -> list[Coupled]:
-    layers = {child: layer for child, layer in owner.named_children() if isinstance(layer, PRUNABLE)}
+    layers = {
+        n: LayerTarget.of(f"{name}.{n}", child) for n, child in owner.named_children() if isinstance(child, LINEAR)
+    }
     found = []
     for writers, reader in MLPS:
         if {*writers, reader} <= layers.keys():
-            if _knows_units(owner, {*writers, reader}, {weight_shape(layers[reader])[1]}):
+            if _knows_units(owner, {*writers, reader}, {layers[reader].shape[1]}):
                 continue
             names = tuple(f"{name}.{writer}" for writer in writers)
             found.append(Coupled(f"{name}.{reader}", names, names[-1], width=1, pools=1))
     heads = getattr(owner, "head_dim", None)
     if {"q_proj", "k_proj", "v_proj", READS_HEADS} <= layers.keys() and isinstance(heads, int):
-        queries, values = weight_shape(layers["q_proj"])[0] // heads, weight_shape(layers["v_proj"])[0] // heads
+        queries, values = layers["q_proj"].shape[0] // heads, layers["v_proj"].shape[0] // heads
         sizes = {queries, queries * heads, values * heads} - {heads}
         known = _knows_units(owner, {"q_proj", "k_proj", "v_proj", READS_HEADS}, sizes)
-        if weight_shape(layers[READS_HEADS])[1] == queries * heads and not known:
+        if layers[READS_HEADS].shape[1] == queries * heads and not known:
             grouped = queries != values
             together = ["q_proj"] if grouped else ["q_proj", "k_proj", "v_proj"]
             names = tuple(f"{name}.{writer}" for writer in together)

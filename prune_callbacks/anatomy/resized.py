@@ -1,11 +1,18 @@
 """Configurations of models with fewer channels and heads, and whether `transformers` accepts them."""
 
 import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import PreTrainedModel
+
+from prune_callbacks.anatomy.coupling import Coupled
+from prune_callbacks.anatomy.targets import Target
+from prune_callbacks.sparsity import Pattern
 
 CHANNELS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 """What a configuration calls the number of channels of its MLPs."""
@@ -55,3 +62,47 @@ def serves_heads(model: PreTrainedModel, layer: str, heads: tuple[int, int], wid
     except ValueError:
         return False
     return smaller.get_submodule(layer).get_parameter("weight").shape[0] == heads[0] * width
+
+
+def planned_removal(
+    model: nn.Module,
+    coupled: Sequence[Coupled],
+    targets: Mapping[str, Target],
+    pattern: Pattern,
+    asked_of: Callable[[int], int],
+) -> dict[str, int]:
+    """
+    How many units go from every pool, by reader: the pruner's number, or fewer heads where the model cannot have those.
+
+    Warns, once for all layers that are alike, where that is less than was asked for.
+    """
+    alike: dict[tuple[int, int, int, bool], list[Coupled]] = {}
+    for group in coupled:
+        units = targets[group.reader].shape[1] // group.width // group.pools
+        alike.setdefault((units, group.width, group.pools, group.grouped), []).append(group)
+    plan: dict[str, int] = {}
+    for (units, width, pools, grouped), groups in alike.items():
+        asked = removed = asked_of(units)
+        if width > 1 and isinstance(model, PreTrainedModel):
+            while removed and not serves_heads(
+                model, groups[0].writers[0], _left(units - removed, pools, grouped), width
+            ):
+                removed -= 1
+        if removed < asked or asked == 0:
+            what = "channels" if width == 1 else f"heads of {width} features that may go together"
+            why = (
+                "rounds to none"
+                if asked == 0
+                else f"would leave a number of heads that {type(model).__name__} cannot have"
+            )
+            warnings.warn(
+                f"{pattern} of {units} {what} {why}: {removed} go in {len(groups)} layers, first {groups[0].reader}",
+                stacklevel=3,
+            )
+        plan |= {group.reader: removed for group in groups}
+    return plan
+
+
+def _left(units: int, pools: int, grouped: bool) -> tuple[int, int]:
+    """Heads of queries, and of keys and values."""
+    return units * pools, pools if grouped else units

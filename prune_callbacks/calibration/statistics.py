@@ -1,14 +1,13 @@
 """What reaches the layers of a block, streamed into statistics."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor, nn
 
-from prune_callbacks.anatomy.blocks import oriented
-from prune_callbacks.anatomy.experts import ExpertWeight
+from prune_callbacks.anatomy.targets import Target
 from prune_callbacks.calibration.capture import BlockInputs, run_block
 from prune_callbacks.calibration.products import watched, watched_experts
 from prune_callbacks.ranks import ALONE, Ranks
@@ -23,7 +22,7 @@ def collect(
     statistic: Callable[[int, torch.device], Gram | InputNorm | None],
     index: int,
     block: nn.Module,
-    layers: dict[str, nn.Module],
+    targets: Mapping[str, Target],
     inputs: list[BlockInputs],
     where: torch.device,
     ranks: Ranks = ALONE,
@@ -41,7 +40,7 @@ def collect(
         statistic: makes an empty one, as `Pruner.statistic`.
         index: of the block.
         block: is run on the inputs.
-        layers: of the block, by full name.
+        targets: of the block, by full name.
         inputs: of the block.
         where: the device on which the block is run.
         ranks: each has inputs of its own; the statistics are summed over them.
@@ -52,7 +51,7 @@ def collect(
         assert made is not None
         return made
 
-    found = ranks.attempt(lambda: _observe(make, index, block, layers, inputs, where))
+    found = ranks.attempt(lambda: _observe(make, index, block, targets, inputs, where))
     return _reduce(make, found, ranks)
 
 
@@ -60,22 +59,23 @@ def _observe(
     make: Callable[[int], Gram | InputNorm],
     index: int,
     block: nn.Module,
-    layers: dict[str, nn.Module],
+    targets: Mapping[str, Target],
     inputs: list[BlockInputs],
     where: torch.device,
 ) -> dict[str, tuple[str, Gram | InputNorm]]:
     """For every layer the first of those that get the same tensor, and its statistic."""
-    observer = _Observer(make, layers)
+    called = {name: target for name, target in targets.items() if not target.shares_parameter}
+    experts = {name: target for name, target in targets.items() if target.shares_parameter}
+    observer = _Observer(make, sorted(targets))
     with ExitStack() as stack:
-        for name, layer in layers.items():
-            if not isinstance(layer, ExpertWeight):
-                hook = layer.register_forward_pre_hook(lambda _, args, name=name: observer.observe(name, args[0]))
-                stack.callback(hook.remove)
-        for owner, weights in _by_owner(layers):
+        for name, target in called.items():
+            hook = target.module.register_forward_pre_hook(lambda _, args, name=name: observer.observe(name, args[0]))
+            stack.callback(hook.remove)
+        for owner, weights in _by_owner(experts):
             label = next(iter(weights)).rsplit(".", 2)[0]
             stack.enter_context(watched_experts(label, owner, weights, observer.count, lambda: observer.tokens))
         observer.run(index, block, inputs, where)
-    uncalled = {n: m for n, m in layers.items() if n not in observer.leaders and not isinstance(m, ExpertWeight)}
+    uncalled = {name: target for name, target in called.items() if name not in observer.leaders}
     if uncalled:  # Mamba's mixer multiplies with dt_proj.weight itself; only then is a second look worth its time
         with ExitStack() as stack:
             for parent, weights in _by_parent(block, uncalled):
@@ -94,12 +94,12 @@ class _Observer:
         tokens: which of the running batch's tokens are no padding, (batch, tokens); None: all.
     """
 
-    def __init__(self, make: Callable[[int], Gram | InputNorm], layers: dict[str, nn.Module]) -> None:
+    def __init__(self, make: Callable[[int], Gram | InputNorm], names: list[str]) -> None:
         self.statistics: dict[str, Gram | InputNorm] = {}
         self.leaders: dict[str, str] = {}
         self.tokens: Tensor | None = None
         self._make = make
-        self._names = sorted(layers)
+        self._names = names
         self._seen: dict[int, tuple[Tensor, str]] = {}
         self._calls: list[tuple[str, torch.Size]] = []
         # Those of a whole pass, if another may end with the last of them.
@@ -161,27 +161,22 @@ def _real(x: Tensor, tokens: Tensor) -> Tensor | None:
     return None
 
 
-def _by_owner(layers: dict[str, nn.Module]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
-    """The modules of experts, and the matrices of each that are among the layers."""
-    experts = {name: layer for name, layer in layers.items() if isinstance(layer, ExpertWeight)}
-    owners = {id(layer.owner): layer.owner for layer in experts.values()}
+def _by_owner(experts: Mapping[str, Target]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """Returns the modules of experts, and the matrices of each that are among the targets."""
+    owners = {id(target.module): target.module for target in experts.values()}
     return [
-        (owner, {name: _matrix(layer) for name, layer in experts.items() if layer.owner is owner})
+        (owner, {name: target.matrix() for name, target in experts.items() if target.module is owner})
         for owner in owners.values()
     ]
 
 
-def _by_parent(block: nn.Module, layers: dict[str, nn.Module]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
-    """The modules that have layers as their children, and those layers' weights."""
+def _by_parent(block: nn.Module, targets: Mapping[str, Target]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """Returns the modules that have targets as their children, and those targets' matrices."""
     found = [
-        (parent, {name: _matrix(layer) for name, layer in layers.items() if any(c is layer for c in parent.children())})
+        (parent, {n: t.matrix() for n, t in targets.items() if any(c is t.module for c in parent.children())})
         for parent in block.modules()
     ]
     return [(parent, weights) for parent, weights in found if weights]
-
-
-def _matrix(layer: nn.Module) -> Tensor:
-    return oriented(layer, layer.get_parameter("weight").detach())
 
 
 def _reduce(

@@ -9,26 +9,19 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
 
-from prune_callbacks.anatomy.blocks import (
-    SPARSE,
-    find_blocks,
-    find_language_model,
-    find_targets,
-    naming,
-    parameter_name,
-    parameters_of,
-    stored_input_first,
-    weight_shape,
-)
-from prune_callbacks.anatomy.experts import dense_in_mixtures, shape_of, told_dense
+from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
+from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
+from prune_callbacks.anatomy.finding import SPARSE, find_targets, parameters_of
+from prune_callbacks.anatomy.naming import naming
+from prune_callbacks.anatomy.targets import Target
 from prune_callbacks.callbacks.iterative_settings import check_restored, settings_of
 from prune_callbacks.callbacks.lightning_internals import random_state, restore_random_state
 from prune_callbacks.callbacks.lineup import Lineup, PrunesInRounds
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
 from prune_callbacks.engine.iterative import Scope, check_shrinkable, shrink_masks
+from prune_callbacks.parallel.shapes import whole_shape
 from prune_callbacks.parallel.strategies import masks_of_zeros, param_access, refuse_unserved, world
 from prune_callbacks.pruners import Magnitude
 from prune_callbacks.sparsity import MaskSet, Schedule, Unstructured
@@ -108,15 +101,15 @@ class IterativePrune(PrunesInRounds):
         layers = self._layers(pl_module)
         if self.targets is None:
             blocks = find_blocks(find_language_model(pl_module), self.blocks)
-            for told in told_dense(*dense_in_mixtures(blocks, layers)):
-                rank_zero_warn(f"IterativePrune: {told}")
-        for name, layer in layers.items():
+            for text in describe_dense(*dense_in_mixtures(blocks, layers)):
+                rank_zero_warn(f"IterativePrune: {text}")
+        for name, target in layers.items():
             with naming(name):
-                self.pruner.pattern.check_shape(weight_shape(layer))
-        shapes = {name: parameter.shape for name, parameter in parameters_of(layers).items()}
+                self.pruner.pattern.check_shape(target.shape)
+        shapes = {name: parameter.shape for name, parameter in parameters_of(layers.values()).items()}
         self._names = list(shapes)
         self.masks = MaskSet.all_kept(shapes)
-        self._input_first = [parameter_name(name, m) for name, m in layers.items() if stored_input_first(m)]
+        self._input_first = [target.parameter_name for target in layers.values() if target.input_first]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:
@@ -213,7 +206,7 @@ class IterativePrune(PrunesInRounds):
         given = self._enforcer(trainer).given
         if isinstance(given, MaskSet):
             return given
-        zeros = masks_of_zeros(trainer, parameters_of(self._layers(trainer.lightning_module)))
+        zeros = masks_of_zeros(trainer, parameters_of(self._layers(trainer.lightning_module).values()))
         if zeros.sparsity() < SPARSE:
             return MaskSet({})
         rank_zero_info(f"IterativePrune begins with the zeros that the model has: {zeros.sparsity():.2%}")
@@ -250,14 +243,14 @@ class IterativePrune(PrunesInRounds):
         if self._file is not None and state_dict["rewind_file"] is not None:
             self._file.load_state_dict(state_dict["rewind_file"])
 
-    def _layers(self, pl_module: LightningModule) -> dict[str, nn.Module]:
+    def _layers(self, pl_module: LightningModule) -> dict[str, Target]:
         layers = find_targets(find_blocks(find_language_model(pl_module), self.blocks), self.targets, experts=True)
-        counts = Counter(parameter_name(name, layer) for name, layer in layers.items() if hasattr(layer, "fused"))
-        for name, parameter in parameters_of(layers).items():
-            if name in counts and counts[name] < shape_of(parameter)[0]:
+        counts = Counter(target.parameter_name for target in layers.values() if target.shares_parameter)
+        for name, parameter in parameters_of(layers.values()).items():
+            if name in counts and counts[name] < whole_shape(parameter)[0]:
                 raise ValueError(
                     f"IterativePrune prunes all experts of {name} or none, and the targets choose {counts[name]} of "
-                    f"{shape_of(parameter)[0]}; choose all, e.g. with targets={name!r}"
+                    f"{whole_shape(parameter)[0]}; choose all, e.g. with targets={name!r}"
                 )
         return layers
 

@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from transformers import PreTrainedModel
 
-from prune_callbacks.anatomy.blocks import SPARSE, find_blocks, find_language_model, find_targets, sparse_experts
+from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
+from prune_callbacks.anatomy.finding import SPARSE, find_targets, sparse_experts
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
@@ -146,7 +147,7 @@ class LoRARecovery(Callback):
             return [name.removesuffix(".weight") for name in one_shot.report.masks if name not in experts]
         blocks = find_blocks(model)
         layers = find_targets(blocks)
-        weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
+        weights = {name: target.parameter for name, target in layers.items()}
         sparse = [name for name, zeros in MaskSet.from_nonzero(weights).layer_sparsity().items() if zeros >= SPARSE]
         _leave(list(sparse_experts(blocks)), only=not sparse)
         if not sparse:

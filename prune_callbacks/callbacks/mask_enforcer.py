@@ -8,14 +8,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prune_callbacks.anatomy.blocks import (
-    SPARSE,
-    find_blocks,
-    find_language_model,
-    find_targets,
-    matrices,
-    parameters_of,
-)
+from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
+from prune_callbacks.anatomy.finding import SPARSE, find_targets, matrices, parameters_of
 from prune_callbacks.callbacks.lightning_internals import logs_now
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.lost_process import LostProcessWatch
@@ -138,7 +132,7 @@ class MaskEnforcer(Callback):
         layers = find_targets(blocks, experts=True)
         zeros = masks_of_zeros(trainer, matrices(blocks))
         # What stays dense by default (routers, experts of an unknown kind) may have been pruned by somebody.
-        known, sparsity = parameters_of(layers), zeros.layer_sparsity()
+        known, sparsity = parameters_of(layers.values()), zeros.layer_sparsity()
         held = [name for name in zeros if name in known or sparsity[name] >= SPARSE]
         masks = MaskSet.join(MaskSet({name: zeros[name]}) for name in held)
         if masks.sparsity() == 0:

@@ -9,7 +9,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
 
-from prune_callbacks.anatomy.blocks import find_blocks, find_language_model, find_targets
+from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
+from prune_callbacks.anatomy.finding import find_targets
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.lineup import Lineup

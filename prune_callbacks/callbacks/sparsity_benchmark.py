@@ -13,7 +13,9 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
 
-from prune_callbacks.anatomy.blocks import find_blocks, find_language_model, find_targets, sparse_experts, weight_shape
+from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
+from prune_callbacks.anatomy.finding import find_targets, sparse_experts
+from prune_callbacks.anatomy.targets import Target
 from prune_callbacks.deploy.conversion import Conversion, is_converted
 from prune_callbacks.deploy.csr import CSRReport, convert_to_csr_
 from prune_callbacks.deploy.latency import BASE, layer_sweep, model_sweep, with_compiled
@@ -97,7 +99,7 @@ class SparsityBenchmark(Callback):
         self.record = {}
         if next(pl_module.parameters(), None) is not None:
             # A wrong name is to be known now, not when the fit is over.
-            self._names(find_language_model(pl_module))
+            self._targets(find_language_model(pl_module))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -147,7 +149,7 @@ class SparsityBenchmark(Callback):
             revert_(dense)
         if device.type == "cpu" or next(dense.parameters()).dtype == torch.float32:
             dense.to(torch.float32 if device.type == "cpu" else torch.bfloat16)
-        weights = {f"{name}.weight": dense.get_submodule(name).weight for name in self._names(dense)}
+        weights = {f"{name}.weight": dense.get_submodule(name).weight for name in self._targets(dense)}
         masks = MaskSet.from_nonzero(weights)  # type: ignore[arg-type]
         models: dict[str, nn.Module] = {BASE: dense}
         record: dict[str, Any] = {"zeros": masks.sparsity(), "left_out": {}}
@@ -193,8 +195,8 @@ class SparsityBenchmark(Callback):
         """For every shape of layer one from the middle of the model, in all variants that changed it."""
         dense = models[BASE]
         shapes: dict[tuple[int, int], list[str]] = {}
-        for name in self._names(dense):
-            shapes.setdefault(weight_shape(dense.get_submodule(name)), []).append(name)
+        for name, target in self._targets(dense).items():
+            shapes.setdefault(target.shape, []).append(name)
         chosen: dict[str, dict[str, nn.Module]] = {}
         for (out, inputs), names in shapes.items():
             kinds = ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
@@ -204,8 +206,8 @@ class SparsityBenchmark(Callback):
             }
         return chosen
 
-    def _names(self, model: nn.Module) -> list[str]:
-        return list(find_targets(find_blocks(model, self.blocks), self.targets))
+    def _targets(self, model: nn.Module) -> dict[str, Target]:
+        return find_targets(find_blocks(model, self.blocks), self.targets)
 
 
 def _changed(layer: nn.Module, dense: nn.Module) -> bool:

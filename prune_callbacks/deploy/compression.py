@@ -13,12 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
-from prune_callbacks.anatomy.blocks import find_language_model, naming, stored_input_first
+from prune_callbacks.anatomy.adapters import refuse_adapters
+from prune_callbacks.anatomy.blocks import find_language_model
+from prune_callbacks.anatomy.naming import naming
 from prune_callbacks.deploy.packing import pack_codes, pack_kept, pack_nm, unpack_codes, unpack_kept, unpack_nm
 from prune_callbacks.solvers.gptq import Grid
 from prune_callbacks.sparsity import NM, MaskSet, Pattern
-from prune_callbacks.storage.model_folder import from_state, refuse_adapters, savable
+from prune_callbacks.storage.model_folder import from_state, savable
 from prune_callbacks.writing import filled_folder
 
 FILE = "compressed.safetensors"
@@ -138,7 +141,7 @@ def save_compressed(
         if name in masks:
             layer = whole.get_submodule(name.rpartition(".")[0])
             with naming(name):
-                input_first = stored_input_first(layer) or (tensor.ndim == 3 and getattr(layer, "is_transposed", False))
+                input_first = isinstance(layer, Conv1D) or (tensor.ndim == 3 and getattr(layer, "is_transposed", False))
                 weight, keep = _as_matrix(tensor.cpu(), input_first), _as_matrix(masks[name], input_first)
                 parts, entry = _pack(weight, keep, pattern, (scales or {}).get(name), grid)
             tensors |= {f"{name}.{role}": part.contiguous() for role, part in parts.items()}

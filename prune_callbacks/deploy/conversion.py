@@ -11,7 +11,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor
 
-from prune_callbacks.anatomy.blocks import find_blocks, find_targets, sparse_experts
+from prune_callbacks.anatomy.blocks import find_blocks
+from prune_callbacks.anatomy.finding import find_targets, sparse_experts
 from prune_callbacks.deploy.backends import Backend, why_not_two_four
 
 CHECK_TOKENS = (64, 13)
@@ -99,8 +100,9 @@ def find_two_four(model: nn.Module, targets: Sequence[str] | str | None, blocks:
     layers: dict[str, nn.Linear] = {}
     skipped: dict[str, str] = {}
     dense: dict[str, str] = {}
-    for name, layer in found.items():
-        others = [other for other in owners[id(layer.weight)] if other != name]
+    for name, target in found.items():
+        layer = target.module
+        others = [other for other in owners[id(target.parameter)] if other != name]
         if not isinstance(layer, nn.Linear):
             skipped[name] = f"a {type(layer).__name__} stores its weight as (in, out); 2:4 kernels want nn.Linear"
         elif type(layer) is not nn.Linear:
@@ -118,7 +120,7 @@ def find_two_four(model: nn.Module, targets: Sequence[str] | str | None, blocks:
             f"nothing to convert, none of the {len(found)} layers is 2:4: {_grouped(dense | experts)}. Prune the model "
             "with NM(2, 4) first, or name the layers that are with targets"
         )
-    first = next(iter(found.values())).get_parameter("weight")
+    first = next(iter(found.values())).parameter
     return TwoFour(layers, skipped | dense | experts, first.device)
 
 

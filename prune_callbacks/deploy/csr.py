@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prune_callbacks.anatomy.blocks import find_blocks, find_targets, sparse_experts
+from prune_callbacks.anatomy.blocks import find_blocks
+from prune_callbacks.anatomy.finding import find_targets, sparse_experts
 from prune_callbacks.writing import whole_file
 
 METADATA = "prune_callbacks.csr"
@@ -112,9 +113,9 @@ def convert_to_csr_(
             all are skipped.
     """
     layers = {
-        name: layer
-        for name, layer in find_targets(find_blocks(model, blocks), targets).items()
-        if not isinstance(layer, CSRLinear)
+        name: target.module
+        for name, target in find_targets(find_blocks(model, blocks), targets).items()
+        if not isinstance(target.module, CSRLinear)
     }
     experts = dict.fromkeys(sparse_experts(find_blocks(model, blocks), targets), EXPERTS)
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))

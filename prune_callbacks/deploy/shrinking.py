@@ -9,10 +9,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prune_callbacks.anatomy.blocks import find_blocks, find_language_model, oriented
+from prune_callbacks.anatomy.adapters import refuse_adapters
+from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
 from prune_callbacks.anatomy.coupling import Coupled, find_coupled
 from prune_callbacks.anatomy.resized import smaller_configuration
-from prune_callbacks.storage.model_folder import from_state, refuse_adapters, savable
+from prune_callbacks.anatomy.targets import LayerTarget
+from prune_callbacks.storage.model_folder import from_state, savable
 
 
 @torch.no_grad()
@@ -65,12 +67,11 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], blocks: str | None = N
 
 def _kept_units(model: nn.Module, group: Coupled, masks: Mapping[str, Tensor]) -> Bool[Tensor, " units"]:
     """The units of which the reader reads anything."""
-    reader = model.get_submodule(group.reader)
-    weight = oriented(reader, reader.get_parameter("weight"))
-    name = f"{group.reader}.weight"
+    reader = LayerTarget.of(group.reader, model.get_submodule(group.reader))
+    weight, name = reader.matrix(), reader.parameter_name
     if name not in masks:
         return torch.ones(weight.shape[1] // group.width, dtype=torch.bool)
-    read = oriented(reader, masks[name]).any(0)
+    read = reader.oriented(masks[name]).any(0)
     if bool(weight[:, ~read.to(weight.device)].any()):
         raise ValueError(f"{group.reader} has weights that are not zero in columns that its mask removes")
     units: Tensor = read.unflatten(0, (-1, group.width)).any(1)
@@ -101,10 +102,10 @@ def _heads(group: Coupled, units: Tensor) -> tuple[int, int]:
 
 def _slice(state: dict[str, Tensor], model: nn.Module, layer: str, features: Tensor, *, columns: bool) -> None:
     """Leaves only these input features, or output rows and their biases, of a layer."""
-    module = model.get_submodule(layer)
-    weight = oriented(module, state[f"{layer}.weight"])
+    target = LayerTarget.of(layer, model.get_submodule(layer))
+    weight = target.oriented(state[f"{layer}.weight"])
     kept = features.to(weight.device)
-    state[f"{layer}.weight"] = oriented(module, weight[:, kept] if columns else weight[kept]).contiguous()
+    state[f"{layer}.weight"] = target.oriented(weight[:, kept] if columns else weight[kept]).contiguous()
     if not columns and f"{layer}.bias" in state:
         state[f"{layer}.bias"] = state[f"{layer}.bias"][kept]
 

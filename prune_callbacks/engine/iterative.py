@@ -1,16 +1,19 @@
 """Choosing which of the weights that are left go next, over all layers or layer by layer."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from prune_callbacks.anatomy.blocks import naming
-from prune_callbacks.pruners import Magnitude
+from prune_callbacks.anatomy.naming import naming
+from prune_callbacks.pruners import Pruner
+from prune_callbacks.pruners.questions import pool, scores_of_weights
+from prune_callbacks.pruners.scored import ScorePruner
 from prune_callbacks.ranks import Ranks
-from prune_callbacks.sparsity import NM, MaskSet, Pattern, Unstructured, keep_largest_of_all
+from prune_callbacks.sparsity import MaskSet, Pattern, keep_largest_of_all
+from prune_callbacks.sparsity.questions import at_sparsity, removes_single_weights
 
 Scope = Literal["global", "layer"]
 
@@ -36,7 +39,7 @@ def shrink_masks(
     weights: SharedWeights,
     names: Collection[str],
     sparsity: float,
-    pruner: Magnitude,
+    pruner: ScorePruner,
     scope: Scope,
     input_first: Collection[str] = (),
 ) -> MaskSet:
@@ -60,32 +63,33 @@ def shrink_masks(
         kept = total - round(sparsity * total)
         chosen = weights.joined(keep_largest_of_all(_OwnScores(weights, names, pruner), kept, weights.ranks))
     else:
-        pattern = replace(pruner.pattern, sparsity=sparsity)  # type: ignore[type-var]
+        pattern = at_sparsity(pruner.pattern, sparsity)
         chosen = MaskSet.join(
             MaskSet({name: _keep_in_layer(weights, name, pruner, pattern, name in input_first)}) for name in names
         )
     return weights.masks & chosen
 
 
-def _keep_in_layer(weights: SharedWeights, name: str, pruner: Magnitude, pattern: Pattern, input_first: bool) -> Tensor:
+def _keep_in_layer(
+    weights: SharedWeights, name: str, pruner: ScorePruner, pattern: Pattern, input_first: bool
+) -> Tensor:
     # In the sum over a structure what is gone has zero; of single weights it goes below survivors that happen to be so.
-    lowest = -torch.inf if isinstance(pattern, Unstructured) else 0.0
+    lowest = -torch.inf if removes_single_weights(pattern) else 0.0
     weight = weights.read(name)
 
     def choose() -> Tensor:
         removed = ~weights.masks[name].to(weight.device)
-        scores = pruner.scores(weight).masked_fill(removed, lowest)
-        return _keep_in_each(pattern, scores.mT).mT.cpu() if input_first else _keep_in_each(pattern, scores).cpu()
+        stored = [weight, removed] if weight.ndim == 3 else [weight[None], removed[None]]  # of experts: one by one
+        matrices, gone = (tensor.mT if input_first else tensor for tensor in stored)
+        kept = [
+            pattern.keep(pruner.scores(matrix).masked_fill(without, lowest))
+            for matrix, without in zip(matrices, gone, strict=True)
+        ]
+        keep = torch.stack([mask.T if input_first else mask for mask in kept])
+        return (keep if weight.ndim == 3 else keep[0]).cpu()
 
     with naming(name):
         return weights.ranks.share(weights.ranks.attempt(choose))
-
-
-def _keep_in_each(pattern: Pattern, scores: Tensor) -> Tensor:
-    """The mask of a layer; of several experts in one tensor, (experts, out, in), each by itself."""
-    if scores.ndim == 3:
-        return torch.stack([pattern.keep(matrix) for matrix in scores])
-    return pattern.keep(scores)
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class _OwnScores(Mapping[str, Tensor]):
 
     weights: SharedWeights
     names: Collection[str]
-    pruner: Magnitude
+    pruner: ScorePruner
 
     def __getitem__(self, name: str) -> Tensor:
         return self.pruner.scores(self.weights.own(name)).masked_fill(~self.weights.own_keep(name), -torch.inf)
@@ -106,28 +110,53 @@ class _OwnScores(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def check_shrinkable(pruner: Magnitude, scope: str, target: float) -> None:
+def check_shrinkable(pruner: Pruner, scope: str, target: float) -> None:
     """Raises ValueError unless the pruner can follow a schedule to `target` in this scope."""
-    if not isinstance(pruner, Magnitude):
+    if scores_of_weights(pruner) is None:
         raise ValueError(
-            f"IterativePrune chooses among the weights as they are trained, by Magnitude; got {pruner!r}. "
-            "Use OneShotPrune for a pruner that needs calibration or changes the weights"
+            "IterativePrune chooses among the weights as they are trained, by Magnitude or another score that needs no "
+            f"calibration; got {pruner!r}. Use OneShotPrune for a pruner that needs calibration or changes the weights"
         )
     pattern = pruner.pattern
     if scope not in ("global", "layer"):
         raise ValueError(f'IterativePrune: scope must be "global" or "layer", got {scope!r}')
-    if isinstance(pattern, NM):
+    try:
+        at_sparsity(pattern, target)
+    except ValueError as error:
         raise ValueError(
             f"IterativePrune: {pattern} has one sparsity and cannot follow a schedule; use OneShotPrune for it, or "
             "Unstructured, Block, Rows or Columns"
-        )
-    if scope == "global" and not (isinstance(pattern, Unstructured) and pattern.per is None):
+        ) from error
+    if scope == "global" and not _is_one_pool(pruner):
         raise ValueError(
             f"IterativePrune: {pattern} is a structure inside one layer, and scope='global' compares single weights of "
             "all layers; use scope='layer'"
+        )
+    if scope == "global" and not _is_elementwise(pruner):
+        raise ValueError(
+            f"IterativePrune: the score of {pruner!r} depends on a layer's other weights, and scope='global' compares "
+            "single weights of all layers; use scope='layer'"
         )
     if pattern.sparsity != target:
         raise ValueError(
             f"IterativePrune: the schedule ends at {target} and the pattern says {pattern.sparsity}; give both the "
             "same, or leave out pruner="
         )
+
+
+def _is_one_pool(pruner: Pruner) -> bool:
+    """Returns whether single weights go, and the pattern does not say from which pool."""
+    pattern = pruner.pattern
+    return removes_single_weights(pattern) and getattr(pattern, "per", None) is None and pool(pruner) == "layer"
+
+
+def _is_elementwise(pruner: Pruner) -> bool:
+    """Returns whether a weight's score is the same whatever weights stand beside it: tried on drawn numbers."""
+    scores = scores_of_weights(pruner)
+    assert scores is not None
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    try:
+        part = scores(weight.flatten()[3:11])
+    except (IndexError, RuntimeError, ValueError):  # it wants a matrix
+        return False
+    return torch.equal(scores(weight).flatten()[3:11], part)

@@ -9,26 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_callbacks.anatomy.blocks import find_blocks, naming, oriented, weight_shape
+from prune_callbacks.anatomy.blocks import find_blocks
 from prune_callbacks.anatomy.coupling import Coupled, find_coupled
+from prune_callbacks.anatomy.naming import naming
+from prune_callbacks.anatomy.targets import LayerTarget
 from prune_callbacks.calibration.capture import Batch, run_block, run_model
+from prune_callbacks.calibration.inputs import calibration_inputs, evaluating, next_inputs
 from prune_callbacks.calibration.prefetch import visited
 from prune_callbacks.calibration.statistics import collect
-from prune_callbacks.calibration.walking import (
-    calibration_inputs,
-    check_dense,
-    evaluating,
-    layer_progress,
-    next_inputs,
-    parsed_device,
-    refuse_compiled,
-    share_weights,
-)
+from prune_callbacks.engine.plan import check_prunable, parsed_device, refuse_compiled
+from prune_callbacks.engine.progress import layer_progress
+from prune_callbacks.engine.sharing import share_weights
 from prune_callbacks.pruners import Wanda
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.solvers.permutation import channel_permutation, kept_score
 from prune_callbacks.solvers.statistics import Statistic
 from prune_callbacks.sparsity import NM
+from prune_callbacks.sparsity.questions import kept_of_group
 
 
 @dataclass(frozen=True)
@@ -79,17 +76,16 @@ def permute_channels_(
     Raises:
         ValueError: the model has no coupled layers, a layer does not fit the pattern, or there is no batch.
     """
-    if not isinstance(pattern, NM):
+    if kept_of_group(pattern) is None:
         raise ValueError(f"permute_channels_ takes an N:M pattern such as NM(2, 4), got {pattern!r}")
     found = find_blocks(model, blocks)
     coupled = find_coupled(found)
     for block_name, block in found:
         refuse_compiled(block_name, block)
     for group in coupled:
-        reader = model.get_submodule(group.reader)
+        check_prunable(_target(model, group.reader), pattern)
         with naming(group.reader):
-            check_dense(reader.get_parameter("weight"))
-            pattern.check_shape((weight_shape(reader)[0], _width(model, group)))
+            pattern.check_shape((_target(model, group.reader).shape[0], _width(model, group)))
     forced = ranks.attempt(lambda: None if device is None else parsed_device(device))
     done: dict[str, Permuted] = {}
     batches = batches if isinstance(batches, Tensor) else list(batches)
@@ -104,7 +100,7 @@ def permute_channels_(
         for index, block_name, block, where in visits:
             groups = [group for group in coupled if group.reader.startswith(f"{block_name}.")]
             bar.update(task, description=f"permuting {block_name}")
-            readers = {group.reader: model.get_submodule(group.reader) for group in groups}
+            readers = {group.reader: _target(model, group.reader) for group in groups}
             before = [run_block(index, block, batch, where) for batch in inputs[:1]]
             statistics = collect(Wanda(pattern).statistic, index, block, readers, inputs, where, ranks)
             for group in groups:
@@ -148,15 +144,14 @@ def _check_unchanged(before: list[Tensor], after: list[Tensor]) -> None:
 
 def _width(model: nn.Module, group: Coupled) -> int:
     """Neighbouring features that may change places: those of a head, or all channels."""
-    return group.width if group.width > 1 else weight_shape(model.get_submodule(group.reader))[1]
+    return group.width if group.width > 1 else _target(model, group.reader).shape[1]
 
 
 def _permute(model: nn.Module, group: Coupled, statistic: Statistic, pattern: NM, ranks: Ranks) -> Permuted:
-    reader = model.get_submodule(group.reader)
-    weight = oriented(reader, reader.get_parameter("weight").data)
+    weight = _target(model, group.reader).matrix()
     scores = (weight.float() ** 2) * statistic.squared_norm.float()
     width = _width(model, group)
-    written = weight_shape(model.get_submodule(group.values))[0] // width
+    written = _target(model, group.values).shape[0] // width
     # Heads that read the same values, and so must agree on their order, stand below each other.
     stacked = scores.unflatten(1, (written, -1, width)).permute(1, 2, 0, 3).flatten(1, 2)
     orders = ranks.attempt(lambda: [channel_permutation(part, pattern.n, pattern.m) for part in stacked])
@@ -167,17 +162,21 @@ def _permute(model: nn.Module, group: Coupled, statistic: Statistic, pattern: NM
     columns = torch.cat([head * width + order.to(weight.device) for head, order in heads])
     weight.copy_(weight[:, columns])
     for writer in group.writers if group.width == 1 else (group.values,):
-        _reorder_rows(model.get_submodule(writer), rows)
+        _reorder_rows(_target(model, writer), rows)
     whole = max(float(scores.sum(dtype=torch.float64)), torch.finfo(torch.float32).tiny)
     before, after = (kept_score(part, pattern.n, pattern.m) / whole for part in (scores, scores[:, columns]))
     return Permuted(before, after)
 
 
-def _reorder_rows(layer: nn.Module, rows: Tensor) -> None:
-    weight = oriented(layer, layer.get_parameter("weight").data)
-    weight.copy_(weight[rows])
-    if isinstance(layer.bias, Tensor):
-        layer.bias.data.copy_(layer.bias.data[rows])
+def _target(model: nn.Module, name: str) -> LayerTarget:
+    return LayerTarget.of(name, model.get_submodule(name))
+
+
+def _reorder_rows(target: LayerTarget, rows: Tensor) -> None:
+    target.assign_(target.matrix()[rows])
+    bias = target.module.bias
+    if isinstance(bias, Tensor):
+        bias.data.copy_(bias.data[rows])
 
 
 def improvement(done: Mapping[str, Permuted]) -> str:

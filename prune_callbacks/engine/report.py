@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from prune_callbacks.pruners import Pruner
-from prune_callbacks.sparsity import MaskSet, Unstructured
+from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.sparsity.questions import removes_single_weights
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class PruneReport:
         )
 
 
-def warn_of_other_counts(pruners: Mapping[str, Pruner], layers: Sequence[LayerReport]) -> None:
+def warn_of_missed_counts(pruners: Mapping[str, Pruner], layers: Sequence[LayerReport]) -> None:
     """
     Warns if layers lost other counts of weights than they were to lose, which misses the total.
 
@@ -103,7 +104,7 @@ def warn_of_other_counts(pruners: Mapping[str, Pruner], layers: Sequence[LayerRe
     others = []
     for layer in layers:
         pattern, size = pruners[layer.name].pattern, math.prod(layer.shape)
-        if isinstance(pattern, Unstructured):
+        if removes_single_weights(pattern):
             wanted, removed = round(pattern.sparsity * size), round(layer.sparsity * size)
             others += [(layer.name, wanted, removed)] if wanted != removed else []
     if others:

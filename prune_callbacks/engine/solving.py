@@ -1,100 +1,70 @@
-"""One block at a time: its layers' statistics from what reaches them, and the layers pruned by them."""
+"""Solves the targets of one block, on one rank or many, and gathers what became of them."""
 
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from prune_callbacks.anatomy.blocks import (
-    naming,
-    oriented,
-    parameter_name,
-    stored_input_first,
-    stored_name,
-    weight_shape,
-)
-from prune_callbacks.anatomy.coupling import Coupled
-from prune_callbacks.anatomy.experts import ExpertWeight, dense_in_mixtures, not_seen, told_dense
+from prune_callbacks.anatomy.naming import naming
+from prune_callbacks.anatomy.targets import Target
+from prune_callbacks.engine.plan import Plan
 from prune_callbacks.engine.report import LayerReport
-from prune_callbacks.pruners import JointPruner, Magnitude, Pruned, Pruner, Structured, check_weight
+from prune_callbacks.pruners import Magnitude, Pruned, Pruner, check_weight
+from prune_callbacks.pruners.questions import coupled, joint, needs_calibration
 from prune_callbacks.ranks import Ranks
 from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.solvers.linalg import quadratic_form
 from prune_callbacks.sparsity import MaskSet
 
-
-def takes_experts(pruner: Pruner) -> bool:
-    """Whether a pruner takes fused experts: coupled units and grids are known for linear layers only."""
-    return not isinstance(pruner, Structured) and not hasattr(pruner, "grid")
+Statistics = dict[str, Gram | InputNorm]
 
 
 class BlockPruning:
     """
-    The two steps taken for every block, on one rank or many, and the results gathered so far.
+    Prunes block after block by their statistics, and holds the results gathered so far.
 
     Args:
-        pruner: of the layers.
-        ranks: each solves its share of the layers.
-        coupled: for `Structured`: which layers go together.
-        removed: and how many units from every pool, by reader.
+        plan: what is pruned, and by what.
+        ranks: each solves its share of the targets.
         min_expert_tokens: an expert that fewer tokens reach is pruned by Magnitude.
     """
 
-    def __init__(
-        self,
-        pruner: Pruner,
-        ranks: Ranks,
-        coupled: Sequence[Coupled] = (),
-        removed: Mapping[str, int] | None = None,
-        min_expert_tokens: int = 0,
-    ) -> None:
-        self.pruner = pruner
+    def __init__(self, plan: Plan, ranks: Ranks, min_expert_tokens: int = 0) -> None:
+        self.plan = plan
         self.min_expert_tokens = min_expert_tokens
         self.ranks = ranks
-        self.coupled = {group.reader: group for group in coupled}
-        self.removed = removed or {}
-        self.pruners: dict[str, Pruner] = {}  # of layers with a pattern of their own
+        self.pruners: dict[str, Pruner] = {}  # of targets with a pattern of their own
         self.masks: list[MaskSet] = []
         self.layers: list[LayerReport] = []
-        self.skipped: dict[str, str] = {}
+        self.skipped: dict[str, str] = dict(plan.skipped)
         self.by_magnitude: dict[str, int] = {}
         self.scales: dict[str, Tensor] = {}
         self.input_first: set[str] = set()
         self.few_tokens = False
 
-    def note_dense(self, blocks: Sequence[tuple[str, nn.Module]], chosen: Mapping[str, nn.Module]) -> None:
+    def prune(self, targets: dict[str, Target], statistics: Statistics, advance: Callable[[int], None]) -> None:
         """
-        Names what stays dense in mixtures of experts: routers, and experts in one tensor that are not targets.
+        Prunes targets in place, each on one rank, or notes why not.
 
-        Raises:
-            ValueError: experts are packed.
+        Args:
+            targets: of one block, by name.
+            statistics: of their inputs, by name.
+            advance: called with how many targets are done since the last call.
         """
-        fused, deciding = dense_in_mixtures(blocks, chosen)
-        self.skipped |= fused | deciding
-        for told in told_dense(fused, deciding):
-            warnings.warn(told, stacklevel=3)
-
-    def prune(
-        self,
-        layers: dict[str, nn.Module],
-        statistics: dict[str, Gram | InputNorm],
-        advance: Callable[[int], None],
-    ) -> None:
-        """Prunes the layers in place, each on one rank, or notes why not; calls `advance` with how many are done."""
-        statistics = self._without_few(layers, statistics)
-        groups = [[c.reader, *c.writers] for reader, c in self.coupled.items() if reader in layers]
-        groups = groups or _sharing_an_input(layers, statistics, self._pruner_of)
+        statistics = self._without_few(targets, statistics)
+        groups = [[c.reader, *c.writers] for reader, c in self.plan.coupled.items() if reader in targets]
+        groups = groups or _sharing_an_input(targets, statistics, self._pruner_of)
         owners = _shared_out(
-            [_cost([layers[n] for n in names], statistics.get(names[0])) for names in groups], self.ranks
+            [_cost([targets[n] for n in names], statistics.get(names[0])) for names in groups], self.ranks
         )
 
         def solve() -> dict[str, _Outcome]:
             outcomes: dict[str, _Outcome] = {}
             for names, owner in zip(groups, owners, strict=True):
                 if owner == self.ranks.rank:
-                    outcomes |= self._solve({name: layers[name] for name in names}, statistics.get(names[0]))
+                    outcomes |= self._solve({name: targets[name] for name in names}, statistics.get(names[0]))
                     advance(len(names))
             return outcomes
 
@@ -102,27 +72,17 @@ class BlockPruning:
         advance(sum(len(part) for part in parts) - len(parts[self.ranks.rank]))
         for names, owner in zip(groups, owners, strict=True):
             for name in names:
-                self.ranks.broadcast(layers[name].get_parameter("weight").data, owner)
-        everything = {name: outcome for part in parts for name, outcome in part.items()}
-        experts: dict[str, dict[str, MaskSet]] = {}
-        for name, layer in layers.items():
-            masks = self._note(stored_name(name, layer), layer, everything[name])
-            if masks is not None and isinstance(layer, ExpertWeight):
-                experts.setdefault(parameter_name(name, layer), {})[name] = masks
-            elif masks is not None:
-                self.masks.append(masks)
-        self.masks += [_joined(fused, layers, parts) for fused, parts in experts.items()]
+                self.ranks.broadcast(targets[name].stored, owner)
+        self._note(targets, {name: outcome for part in parts for name, outcome in part.items()})
 
-    def _without_few(
-        self, layers: dict[str, nn.Module], statistics: dict[str, Gram | InputNorm]
-    ) -> dict[str, Gram | InputNorm]:
-        """Leaves experts that hardly a token reached to Magnitude, naming them; the statistics of all others."""
+    def _without_few(self, targets: dict[str, Target], statistics: Statistics) -> Statistics:
+        """Leaves experts that hardly a token reached to Magnitude, naming them; returns all others' statistics."""
         few: dict[str, dict[str, int]] = {}
-        seen = {parameter_name(name, layers[name]) for name in statistics if name in layers}
-        for name, layer in layers.items():
-            # Of no expert of the tensor anything was seen: that is no matter of tokens, and told when it is solved.
-            fused = parameter_name(name, layer)
-            if isinstance(layer, ExpertWeight) and fused in seen and self._pruner_of(name).statistic(1) is not None:
+        seen = {targets[name].parameter_name for name in statistics if name in targets}
+        for name, target in targets.items():
+            # If nothing was seen of any expert of the tensor, tokens are not the reason: reported when it is solved.
+            fused = target.parameter_name
+            if target.shares_parameter and fused in seen and needs_calibration(self._pruner_of(name)):
                 tokens = statistics[name].tokens if name in statistics else 0
                 if tokens < self.min_expert_tokens:
                     few.setdefault(fused, {})[name] = tokens
@@ -141,96 +101,104 @@ class BlockPruning:
         return {name: s for name, s in statistics.items() if s.tokens or name not in self.by_magnitude}
 
     def _pruner_of(self, name: str) -> Pruner:
-        return self.pruners.get(name, self.pruner)
+        return self.pruners.get(name, self.plan.pruner)
 
-    def _note(self, name: str, layer: nn.Module, outcome: "_Outcome") -> MaskSet | None:
-        if isinstance(outcome, str):
-            self.skipped[name] = outcome
-            return None
-        report, masks, scale = outcome
-        if scale is not None:
-            self.scales[name] = scale.cpu()
-        self.layers.append(report)
-        if stored_input_first(layer):
-            self.input_first.add(name.rpartition(".")[0] if isinstance(layer, ExpertWeight) else name)
-        return masks
+    def _note(self, targets: Mapping[str, Target], outcomes: Mapping[str, "_Outcome"]) -> None:
+        """Takes in what became of a block's targets, in their order; masks of one tensor's experts become one."""
+        experts: dict[str, dict[str, Tensor]] = {}
+        for name, target in targets.items():
+            outcome = outcomes[name]
+            if isinstance(outcome, str):
+                self.skipped[target.stored_name] = outcome
+                continue
+            report, masks, scale = outcome
+            if scale is not None:
+                self.scales[target.stored_name] = scale.cpu()
+            self.layers.append(report)
+            if target.input_first:
+                self.input_first.add(target.parameter_name)
+            if target.shares_parameter:
+                experts.setdefault(target.parameter_name, {})[name] = masks[target.stored_name]
+            else:
+                self.masks.append(masks)
+        self.masks += [_fused_mask(fused, targets, keeps) for fused, keeps in experts.items()]
 
-    def _solve(self, layers: dict[str, nn.Module], statistic: Gram | InputNorm | None) -> dict[str, "_Outcome"]:
-        """Prunes layers that share their input in place, or says why not."""
-        leader, first = next(iter(layers.items()))
+    def _solve(self, targets: dict[str, Target], statistic: Gram | InputNorm | None) -> dict[str, "_Outcome"]:
+        """Prunes targets that share their input in place, or says why not."""
+        leader, first = next(iter(targets.items()))
         pruner = self._pruner_of(leader)
-        if statistic is None and pruner.statistic(1) is not None:
-            reason = f"{not_seen(first)} during calibration, so nothing is known about its inputs"
+        if statistic is None and needs_calibration(pruner):
+            reason = f"{first.unseen} during calibration, so nothing is known about its inputs"
             warnings.warn(f"{leader} stays dense: {reason}. Leave it out of `targets` to silence this.", stacklevel=3)
-            return dict.fromkeys(layers, reason)
+            return dict.fromkeys(targets, reason)
         known = statistic if leader not in self.by_magnitude else None
-        if known is not None and known.tokens < weight_shape(first)[1] and not self.few_tokens:
+        if known is not None and known.tokens < first.shape[1] and not self.few_tokens:
             self.few_tokens = True
             warnings.warn(
-                f"{known.tokens} calibration tokens for the {weight_shape(first)[1]} input features of {leader}: "
+                f"{known.tokens} calibration tokens for the {first.shape[1]} input features of {leader}: "
                 "too few to tell features apart, and slow to solve for. Use several times as many tokens as features",
                 stacklevel=3,
             )
         begin = time.perf_counter()
-        weights = [oriented(layer, layer.get_parameter("weight").detach()) for layer in layers.values()]
-        for name, weight in zip(layers, weights, strict=True):
+        weights = [target.matrix() for target in targets.values()]
+        for name, weight in zip(targets, weights, strict=True):
             with naming(name):
                 check_weight(weight, pruner.pattern)
-        with naming(", ".join(layers)):
-            if isinstance(pruner, Structured):
-                group, removed = self.coupled[leader], self.removed[leader]
-                results = pruner.prune_units(weights[0], weights[1:], statistic, group.width, group.pools, removed)
-            elif isinstance(pruner, JointPruner):
-                results = pruner.prune_together(weights, statistic)
-            else:
-                results = [pruner.prune(weight, statistic) for weight in weights]
+        with naming(", ".join(targets)):
+            results = self._results(leader, pruner, weights, statistic)
+            relative = [_relative_loss(w, pruned, statistic) for w, pruned in zip(weights, results, strict=True)]
         seconds = time.perf_counter() - begin
         rows = sum(len(weight) for weight in weights)
         return {
-            name: _replace(name, layer, weight, pruned, statistic, seconds * len(weight) / rows)
-            for (name, layer), weight, pruned in zip(layers.items(), weights, results, strict=True)
+            target.name: _assign(target, pruned, loss, seconds * len(pruned.weight) / rows)
+            for target, pruned, loss in zip(targets.values(), results, relative, strict=True)
         }
+
+    def _results(
+        self, leader: str, pruner: Pruner, weights: Sequence[Tensor], statistic: Gram | InputNorm | None
+    ) -> list[Pruned]:
+        """Calls the pruner in the way it offers: on coupled units, on layers with one input, or layer by layer."""
+        by_units, together = coupled(pruner), joint(pruner)
+        if by_units is not None:
+            group, removed = self.plan.coupled[leader], self.plan.removed[leader]
+            pruned: list[Pruned] = by_units.prune_units(
+                weights[0], weights[1:], statistic, group.width, group.pools, removed
+            )
+            return pruned
+        if together is not None:
+            return together.prune_together(weights, statistic)
+        return [pruner.prune(weight, statistic) for weight in weights]
 
 
 _Outcome = tuple[LayerReport, MaskSet, Tensor | None] | str
-"""What became of a layer, with its scales if it was rounded, or why it was skipped."""
+"""What became of a target, with its scales if it was rounded, or why it was skipped."""
 
 
-def _replace(
-    name: str,
-    layer: nn.Module,
-    weight: Tensor,
-    pruned: Pruned,
-    statistic: Gram | InputNorm | None,
-    seconds: float,
-) -> _Outcome:
-    stored, parameter = stored_name(name, layer), layer.get_parameter("weight")
-    relative = _relative_loss(weight, pruned, statistic)
-    parameter.data.copy_(oriented(layer, pruned.weight))
-    masks = MaskSet({stored: oriented(layer, pruned.keep)})
-    report = LayerReport(stored, weight_shape(layer), masks.sparsity(), pruned.loss, relative, seconds)
+def _assign(target: Target, pruned: Pruned, relative: float | None, seconds: float) -> _Outcome:
+    target.assign_(pruned.weight)
+    masks = MaskSet({target.stored_name: target.oriented(pruned.keep)})
+    report = LayerReport(target.stored_name, target.shape, masks.sparsity(), pruned.loss, relative, seconds)
     return report, masks, pruned.scale
 
 
-def _joined(fused: str, layers: Mapping[str, nn.Module], parts: Mapping[str, MaskSet]) -> MaskSet:
-    """The mask of a tensor of experts from those of its experts; of one that is not among them all is kept."""
-    first = layers[next(iter(parts))]
-    assert isinstance(first, ExpertWeight)
-    keep = torch.ones(first.fused.shape, dtype=torch.bool)
-    for name, masks in parts.items():
-        keep[int(name.rpartition(".")[2])] = masks[name]
+def _fused_mask(fused: str, targets: Mapping[str, Target], keeps: Mapping[str, Tensor]) -> MaskSet:
+    """Joins the masks of experts to that of their tensor; an expert that is no target is kept whole."""
+    first = targets[next(iter(keeps))]
+    keep = torch.ones(first.parameter.shape, dtype=torch.bool)
+    for name, mask in keeps.items():
+        keep[int(name.rpartition(".")[2])] = mask
     return MaskSet({fused: keep})
 
 
-def _cost(layers: Sequence[nn.Module], statistic: Gram | InputNorm | None) -> float:
-    """How long solving takes, in no unit: a factorisation and a product with every row, or one look at the weights."""
-    shapes = [weight_shape(layer) for layer in layers]
+def _cost(targets: Sequence[Target], statistic: Gram | InputNorm | None) -> float:
+    """Estimates how long solving takes, in no unit: a factorisation and a product per row, or a look at the weights."""
+    shapes = [target.shape for target in targets]
     rows, size = sum(out for out, _ in shapes), shapes[0][1]
     return float(size**2 * (size / 3 + rows) if isinstance(statistic, Gram) else size * rows)
 
 
 def _shared_out(costs: Sequence[float], ranks: Ranks) -> list[int]:
-    """The rank for every cost: the largest first, to whoever has least to do."""
+    """Returns the rank for every cost: the largest first, to whoever has least to do."""
     loads, owners = [0.0] * ranks.size, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owners[i] = loads.index(min(loads))
@@ -239,19 +207,19 @@ def _shared_out(costs: Sequence[float], ranks: Ranks) -> list[int]:
 
 
 def _sharing_an_input(
-    layers: dict[str, nn.Module], statistics: dict[str, Gram | InputNorm], pruner_of: Callable[[str], Pruner]
+    targets: dict[str, Target], statistics: Statistics, pruner_of: Callable[[str], Pruner]
 ) -> list[list[str]]:
-    """The layers in order, those together that a joint pruner can solve for together."""
+    """Returns the targets in order, grouped where a joint pruner can solve for them together."""
     groups: dict[object, list[str]] = {}
-    for name, layer in layers.items():
-        weight, statistic, pruner = layer.get_parameter("weight"), statistics.get(name), pruner_of(name)
-        joint = statistic is not None and isinstance(pruner, JointPruner)
+    for name, target in targets.items():
+        weight, statistic, pruner = target.parameter, statistics.get(name), pruner_of(name)
         together = (id(statistic), weight.dtype, weight.device, repr(pruner.pattern))
-        groups.setdefault(together if joint else name, []).append(name)
+        groups.setdefault(together if statistic is not None and joint(pruner) else name, []).append(name)
     return list(groups.values())
 
 
 def _relative_loss(weight: Tensor, pruned: Pruned, statistic: Gram | InputNorm | None) -> float | None:
+    """Divides the loss by the squared norm of the dense output, at the cost of half a product `W G`."""
     if pruned.loss is None or not isinstance(statistic, Gram):
         return None
     output = quadratic_form(weight.to(statistic.matrix), statistic.matrix)

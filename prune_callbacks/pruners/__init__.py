@@ -1,19 +1,27 @@
-"""Pruners: score, pattern and solver, as frozen values behind one Protocol."""
+"""Pruners: score, pattern and solver, as frozen values behind one Protocol; one method a file."""
 
-from prune_callbacks.pruners.compensating import ALPS, MRP, SparseGPT
+from prune_callbacks.pruners.alps import ALPS
+from prune_callbacks.pruners.gptq import GPTQ
+from prune_callbacks.pruners.magnitude import Magnitude
+from prune_callbacks.pruners.mrp import MRP
 from prune_callbacks.pruners.protocol import JointPruner, Pruned, Pruner, check_pruner, check_weight
-from prune_callbacks.pruners.quantizing import GPTQ, SparseGPTQ
-from prune_callbacks.pruners.scored import Magnitude, Wanda
+from prune_callbacks.pruners.ria import RIA
+from prune_callbacks.pruners.scored import Scored
+from prune_callbacks.pruners.sparsegpt import SparseGPT
+from prune_callbacks.pruners.sparsegptq import SparseGPTQ
 from prune_callbacks.pruners.structured import Structured
+from prune_callbacks.pruners.wanda import Wanda
 
 __all__ = [
     "ALPS",
     "GPTQ",
     "MRP",
+    "RIA",
     "JointPruner",
     "Magnitude",
     "Pruned",
     "Pruner",
+    "Scored",
     "SparseGPT",
     "SparseGPTQ",
     "Structured",

@@ -1,77 +1,86 @@
-"""Layers that share their input are solved for together, one below the other."""
+"""Layers that share their input are solved for together, stacked: what pruners with a Gram have in common."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from prune_callbacks.pruners.protocol import (
-    JointPruner,
-    Pruned,
-    Pruner,
-    as_pruned,
-    check_statistic,
-    check_weight,
-    widened,
-)
+from prune_callbacks.pruners.protocol import Pruned, Pruner, as_pruned, check_statistic, check_weight, widened
 from prune_callbacks.solvers.linalg import DampedGram, damp
+from prune_callbacks.solvers.solved import Solved
 from prune_callbacks.solvers.sparsegpt import Choose
 from prune_callbacks.solvers.statistics import Gram, Statistic
-from prune_callbacks.sparsity import NM, Block, Pattern
+from prune_callbacks.sparsity import Pattern
+from prune_callbacks.sparsity.questions import column_group, kept_of_group, removes_rows, removes_single_weights
 
-Solve = Callable[[Tensor, DampedGram, Choose, list[int]], tuple[Tensor, ...]]
+Solve = Callable[[Tensor, DampedGram, Choose, list[int]], Solved]
 
 
-@runtime_checkable
-class Compensating(JointPruner, Protocol):
-    """A joint pruner whose work is one call of a solver with a damped Gram."""
+class Compensating(ABC):
+    """
+    A pruner whose work is one call of a solver with a damped Gram: survivors make up for what is removed.
 
-    @property
-    def damping(self) -> float: ...
+    Attributes:
+        pattern: what to remove.
+        damping: added to the Gram's diagonal, as a fraction of its mean.
+    """
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], system: DampedGram, keep_best: Choose, heights: list[int]
-    ) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+    pattern: Pattern
+    damping: float
+
+    @abstractmethod
+    def solve(self, weight: Float[Tensor, "out in"], system: DampedGram, choose: Choose, heights: list[int]) -> Solved:
         """
-        The pruned weights and their mask.
+        Prunes layers that share their input, stacked.
 
         Args:
             weight: of the layers, one below the other.
             system: their damped Gram.
-            keep_best: chooses the mask of a slice of columns, every layer's by itself.
+            choose: the mask of a slice of columns, every layer's by itself.
             heights: the rows of every layer.
         """
-        ...
+
+    def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
+        """Makes an empty Gram of the layer's inputs."""
+        return Gram(in_features, device)
+
+    def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
+        """See `Pruner`."""
+        return self.prune_together([weight], statistic)[0]
+
+    def prune_together(self, weights: Sequence[Float[Tensor, "_ in"]], statistic: Statistic | None) -> list[Pruned]:
+        """See `JointPruner`."""
+        return solve_together(self, weights, statistic, self.damping, self.solve)
 
 
-def compensated(pruner: Compensating, weights: Sequence[Tensor], statistic: Statistic | None) -> list[Pruned]:
-    """What a pruner's solver makes of layers with one Gram; every layer's mask is its own."""
-    return solved_together(pruner, weights, statistic, pruner.damping, pruner.solve)
-
-
-def solved_together(
+def solve_together(
     pruner: Pruner, weights: Sequence[Tensor], statistic: Statistic | None, damping: float, solve: Solve
 ) -> list[Pruned]:
     """
-    What `solve` makes of layers with one Gram, which is damped and factorised once.
+    Solves for layers with one Gram, which is damped and factorised once.
 
     Args:
-        pruner: in whose name the layers are checked, and whose pattern they get.
+        pruner: checks the layers, and has the pattern.
         weights: of the layers.
         statistic: their Gram.
         damping: a fraction of its mean diagonal.
-        solve: see `Compensating.solve`; may return scales behind weights and mask.
+        solve: see `Compensating.solve`.
     """
     gram = check_layers(pruner, weights, statistic)
     stacked, heights = torch.cat([widened(weight, gram) for weight in weights]), [len(weight) for weight in weights]
     system = damp(gram.matrix.to(stacked), damping)
-    results = solve(stacked, system, chooser(pruner.pattern, heights), heights)
+    solved = solve(stacked, system, chooser(pruner.pattern, heights), heights)
     del stacked, system  # both are large
-    parts = zip(weights, *(result.split(heights) for result in results), strict=True)
-    return [as_pruned(dense, solved, keep, gram, *scale) for dense, solved, keep, *scale in parts]
+    parts = zip(solved.weight.split(heights), solved.keep.split(heights), strict=True)
+    losses = [None] * len(weights) if solved.loss is None else solved.loss.tolist()
+    scales = [None] * len(weights) if solved.scale is None else solved.scale.split(heights)
+    return [
+        as_pruned(dense, weight, keep, gram, scale, loss)
+        for dense, (weight, keep), scale, loss in zip(weights, parts, scales, losses, strict=True)
+    ]
 
 
 def check_layers(pruner: Pruner, weights: Sequence[Tensor], statistic: Statistic | None) -> Gram:
@@ -106,23 +115,36 @@ def check_settings(name: str, pattern: Pattern, block_size: int | None, damping:
         raise ValueError(f"{name}: block_size is a whole number of columns (None: all of them), got {block_size!r}")
     if block_size < 1:
         raise ValueError(f"{name}: block_size is a number of columns and must be at least 1, got {block_size}")
-    if block_size < _unit(pattern):
+    if block_size < column_group(pattern):
         raise ValueError(
-            f"{name}: block_size must hold the {_unit(pattern)} columns that {pattern} decides together, "
+            f"{name}: block_size must hold the {column_group(pattern)} columns that {pattern} decides together, "
             f"got {block_size}"
         )
 
 
-def _unit(pattern: Pattern) -> int:
-    """Columns whose mask is decided together."""
-    return pattern.m if isinstance(pattern, NM) else pattern.size if isinstance(pattern, Block) else 1
+def check_single_weights(name: str, pattern: Pattern, remedy: str) -> None:
+    """Raises ValueError for a pattern whose weights do not go one by one: the sweep over the columns chooses so."""
+    if not removes_single_weights(pattern) and kept_of_group(pattern) is None:
+        raise ValueError(
+            f"{name} chooses single weights while it sweeps over the columns and cannot prune {pattern}; it takes "
+            f"Unstructured and NM. {remedy}"
+        )
 
 
-def step_of(pattern: Pattern, width: int) -> int:
-    """Columns whose mask SparseGPT chooses together: a group of N:M, else a whole block."""
-    return pattern.m if isinstance(pattern, NM) else width
+def check_survivors(name: str, pattern: Pattern) -> None:
+    """Raises ValueError for a pattern that may leave nothing of a row to compensate with."""
+    if removes_rows(pattern):
+        raise ValueError(
+            f"{name} compensates a row's removed weights with the row's own survivors and cannot prune {pattern}: "
+            "nothing survives in a removed row. Use Wanda or Magnitude for Rows."
+        )
 
 
-def whole_units(block_size: int, pattern: Pattern) -> int:
-    """The block size rounded down to whole groups or blocks of the pattern."""
-    return block_size - block_size % _unit(pattern)
+def sweep_step(pattern: Pattern, width: int) -> int:
+    """Returns how many columns SparseGPT masks together: a group of N:M, else a whole block of `width`."""
+    return width if kept_of_group(pattern) is None else column_group(pattern)
+
+
+def whole_groups(block_size: int, pattern: Pattern) -> int:
+    """Returns the block size rounded down to whole groups or blocks of the pattern."""
+    return block_size - block_size % column_group(pattern)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -32,10 +32,6 @@ class Pruned:
     scale: Float[Tensor, "out groups"] | None = None
 
 
-Pool = Literal["row", "tensor"]
-"""Among which weights `Unstructured(per=None)` chooses: those of a row, or of the whole layer."""
-
-
 @runtime_checkable
 class Pruner(Protocol):
     """
@@ -46,8 +42,7 @@ class Pruner(Protocol):
     fit, a weight with NaN or inf, or a statistic of the wrong kind or size, and NumericalError if the Gram cannot be
     factorised.
 
-    A pruner that chooses row by row says so by an attribute `pool = "row"`; one without it chooses from the whole
-    layer. Allocations need to know: equal counts in all rows make a layer's total exact to one weight a row only.
+    A pruner may answer further questions, by attributes that have a default; see `prune_callbacks.pruners.questions`.
     """
 
     @property
@@ -97,9 +92,27 @@ def check_pruner(name: str, pruner: object, example: str = "Wanda(Unstructured(0
 
 
 def as_pruned(
-    dense: Tensor, solved: Tensor, keep: Tensor, statistic: Statistic | None, scale: Tensor | None = None
+    dense: Tensor,
+    solved: Tensor,
+    keep: Tensor,
+    statistic: Statistic | None,
+    scale: Tensor | None = None,
+    loss: float | None = None,
 ) -> Pruned:
-    """The result for a layer: where it is, zeros made exact, finite in its dtype, with its loss under a Gram."""
+    """
+    Makes the result for a layer: on its device and in its dtype, zeros exact, with its loss under a Gram.
+
+    Args:
+        dense: the weight that was pruned.
+        solved: the new weight, in the dtype that was computed in.
+        keep: its mask.
+        statistic: of the layer's inputs.
+        scale: see `Pruned`.
+        loss: as the solver knows it, of `solved`; where that is rounded to another dtype it is computed anew.
+
+    Raises:
+        NumericalError: the new weights hold NaN or inf.
+    """
     keep = keep.to(dense.device)
     weight = solved.to(dense) * keep.to(dense.dtype) + 0  # the last turns -0 into 0
     if not all_finite(weight):
@@ -107,11 +120,11 @@ def as_pruned(
             f"the pruned weights hold NaN or inf in {weight.dtype}. Use a larger damping, more calibration tokens, or "
             "a dtype with a wider range"
         )
-    loss = None
-    if isinstance(statistic, Gram):
+    if isinstance(statistic, Gram) and (loss is None or weight.dtype != solved.dtype):
         change = weight.to(statistic.matrix) - dense.to(statistic.matrix)
-        # Not below zero, which rounding can do where the loss is zero.
-        loss = max(0.0, quadratic_form(change, statistic.matrix))
+        loss = quadratic_form(change, statistic.matrix)
+    # Not below zero, which rounding can do where the loss is zero.
+    loss = None if loss is None else max(0.0, loss)
     return Pruned(weight, keep, loss, None if scale is None else scale.to(dense.device).half())
 
 

@@ -1,14 +1,16 @@
-"""Magnitude and Wanda: a score and a pattern, no weight is changed."""
+"""Pruners that are a score and a pattern; no weight is changed."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from inspect import Parameter, signature
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from prune_callbacks.pruners.protocol import (
-    Pool,
     Pruned,
     as_pruned,
     check_pattern,
@@ -16,58 +18,121 @@ from prune_callbacks.pruners.protocol import (
     check_weight,
     widened,
 )
-from prune_callbacks.solvers.statistics import InputNorm, Statistic
-from prune_callbacks.sparsity import Pattern, Unstructured
+from prune_callbacks.solvers.statistics import Statistic
+from prune_callbacks.sparsity import Pattern
+from prune_callbacks.sparsity.questions import Pool, in_pool
+
+MakeStatistic = Callable[[int, torch.device | str | None], Statistic | None]
+Score = Callable[..., Float[Tensor, "out in"]]
 
 
-@dataclass(frozen=True)
-class Magnitude:
-    """Removes the smallest weights, by `|W|` (Zhu & Gupta 2017). The pool is the layer. Needs no calibration."""
+class ScorePruner(ABC):
+    """
+    A pruner that removes what scores least.
+
+    Attributes:
+        pattern: what to remove; a structure's score is the sum over it.
+        pool: among which weights `Unstructured(per=None)` chooses: "row" or "layer".
+    """
 
     pattern: Pattern
+    pool: Pool = "layer"
 
     def __post_init__(self) -> None:
-        check_pattern("Magnitude", self.pattern)
+        check_pattern(type(self).__name__, self.pattern)
 
-    def statistic(self, in_features: int, device: torch.device | str | None = None) -> None:
-        """None: magnitudes need no calibration."""
-        return
+    @abstractmethod
+    def statistic(self, in_features: int, device: torch.device | str | None = None) -> Any:
+        """Makes an empty statistic of the layer's inputs; None if scores need none."""
 
-    def scores(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """`|W|`, in float32 or float64; of any part of a weight, too."""
-        return widened(weight, None).abs()
+    @abstractmethod
+    def scores(self, weight: Float[Tensor, "..."], statistic: Statistic | None = None) -> Float[Tensor, "..."]:
+        """Computes how much each weight matters, in float32 or float64; higher is more."""
 
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None = None) -> Pruned:
-        """Equivalent to sorting `|W|` and zeroing the smallest; see `Pruner`."""
+        """Equivalent to sorting the scores of each pool and zeroing the smallest; see `Pruner`."""
         check_weight(weight, self.pattern)
-        keep = self.pattern.keep(self.scores(weight))
+        if self.statistic(1) is not None:
+            check_statistic(type(self).__name__, weight, statistic)
+        keep = in_pool(self.pattern, self.pool).keep(self.scores(weight, statistic))
         return as_pruned(weight, weight, keep, statistic)
 
 
-@dataclass(frozen=True)
-class Wanda:
-    """
-    Removes by `|W_ij| * ||X_j||_2`, within each output row (Sun et al. 2024). No weight is changed.
+def _no_statistic(in_features: int, device: torch.device | str | None = None) -> None:
+    """None: the scores need no calibration."""
 
-    A pattern of rows, columns or blocks sums this score over the structure.
+
+@dataclass(frozen=True, repr=False)
+class Scored(ScorePruner):
+    """
+    Makes a pruner of a score function.
+
+    It works wherever the package's pruners do: one-shot, with an allocation, streamed, in a sweep, and, if the score
+    needs no statistic, in `IterativePrune`.
+
+    >>> from prune_callbacks import InputNorm, Unstructured
+    >>> def wanda(weight, inputs):
+    ...     return weight.abs() * inputs.squared_norm.sqrt()
+    >>> Scored(Unstructured(0.5), score=wanda, statistic=InputNorm, pool="row")
+    Scored(Unstructured(sparsity=0.5, per=None), score=wanda, statistic=InputNorm, pool='row')
+
+    Args:
+        pattern: what to remove.
+        score: called with the weight, (out, in), in float32 or float64, and the filled statistic (None without one; it
+            may be left out of a function of one argument). Returns scores of the weight's shape, no NaN.
+        statistic: makes an empty statistic from (in_features, device), such as `InputNorm` or `Gram`; None: the score
+            needs none.
+        pool: among which weights `Unstructured(per=None)` chooses: "row" or "layer".
+
+    Raises:
+        ValueError: `score` is no function of one or two arguments, or `pool` is another word.
     """
 
     pattern: Pattern
-    pool: ClassVar[Pool] = "row"
+    score: Score = field(kw_only=True)
+    statistic: MakeStatistic = field(default=_no_statistic, kw_only=True)  # type: ignore[assignment]
+    pool: Pool = field(default="layer", kw_only=True)
 
     def __post_init__(self) -> None:
-        check_pattern("Wanda", self.pattern)
+        super().__post_init__()
+        if self.statistic is None:
+            object.__setattr__(self, "statistic", _no_statistic)
+        if self.pool not in ("row", "layer"):
+            raise ValueError(f'Scored: pool must be "row" or "layer", got {self.pool!r}')
+        if not callable(self.score) or not callable(self.statistic):
+            raise ValueError(
+                f"Scored: score is a function of (weight, statistic) and statistic a class such as InputNorm or None, "
+                f"got {self.score!r} and {self.statistic!r}"
+            )
+        if self.statistic is not _no_statistic and self._arguments() < 2:
+            raise ValueError(
+                f"Scored: {_name(self.score)} takes one argument and would not see the {_name(self.statistic)}; write "
+                "it as a function of (weight, statistic)"
+            )
 
-    def statistic(self, in_features: int, device: torch.device | str | None = None) -> InputNorm:
-        """The norms of the input features."""
-        return InputNorm(in_features, device)
+    def scores(self, weight: Float[Tensor, "..."], statistic: Statistic | None = None) -> Float[Tensor, "..."]:
+        """Calls `score` on the weight, widened to float32 or float64, and checks the shape of what it returns."""
+        working = widened(weight, statistic)
+        scores = self.score(working) if self._arguments() < 2 else self.score(working, statistic)
+        if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+            found = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
+            raise ValueError(
+                f"{_name(self.score)} must return a score for every weight, shape {tuple(weight.shape)}, got {found}"
+            )
+        return scores
 
-    def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
-        """Equivalent to sorting each row's scores and zeroing the smallest; see `Pruner`."""
-        check_weight(weight, self.pattern)
-        known = check_statistic("Wanda", weight, statistic)
-        pattern = self.pattern
-        if isinstance(pattern, Unstructured) and pattern.per is None:
-            pattern = replace(pattern, per=self.pool)
-        keep = pattern.keep(widened(weight, known).abs() * known.squared_norm.sqrt())
-        return as_pruned(weight, weight, keep, known)
+    def _arguments(self) -> int:
+        """How many positional arguments `score` takes, at most two."""
+        kinds = [parameter.kind for parameter in signature(self.score).parameters.values()]
+        if Parameter.VAR_POSITIONAL in kinds:
+            return 2
+        return sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+
+    def __repr__(self) -> str:
+        # Without addresses, which differ between processes: files of results are compared by it.
+        made = None if self.statistic is _no_statistic else _name(self.statistic)
+        return f"Scored({self.pattern!r}, score={_name(self.score)}, statistic={made}, pool={self.pool!r})"
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", repr(function))).rpartition("<locals>.")[2]

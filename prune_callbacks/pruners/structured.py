@@ -14,6 +14,7 @@ from prune_callbacks.solvers.linalg import damp
 from prune_callbacks.solvers.statistics import Gram, Statistic
 from prune_callbacks.solvers.structured import cheapest_units, least_squares_on
 from prune_callbacks.sparsity import Columns
+from prune_callbacks.sparsity.questions import removes_columns
 from prune_callbacks.sparsity.selection import keep_largest
 
 
@@ -40,7 +41,7 @@ class Structured:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, Columns):
+        if not removes_columns(self.pattern):
             raise ValueError(f"Structured takes Columns, such as Columns(0.25), got {self.pattern!r}")
         if self.score not in ("loss", "wanda"):
             raise ValueError(f'Structured: score must be "loss" or "wanda", got {self.score!r}')

@@ -4,4 +4,5 @@ import sys
 
 from prune_callbacks.reporting.comparison import main
 
-sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":  # the module may be imported too
+    sys.exit(main(sys.argv[1:]))

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from prune_callbacks.solvers.least_squares import MaskedLeastSquares
 from prune_callbacks.solvers.linalg import DampedGram, ridge_inverse
 from prune_callbacks.solvers.mrp import eq_14
+from prune_callbacks.solvers.solved import Solved
 from prune_callbacks.solvers.sparsegpt import Choose
 from prune_callbacks.solvers.split import product_dtype
 
@@ -27,7 +28,7 @@ def alps(
     system: DampedGram,
     keep_best: Choose,
     heights: Sequence[int] | None = None,
-) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+) -> Solved:
     """
     Prunes and compensates one layer, or several that share their input, stacked.
 
@@ -59,13 +60,15 @@ def alps(
     solution.solve()
     found, loss, undamped = solution.weight, solution.loss, solution.undamped()
     if bool(((loss <= least) & (undamped <= least - 1.2 * penalty)).all()):
-        return found, keep
+        return Solved(found, keep, undamped)
     del solution  # several arrays of the weights' size, and another such is coming
     other = MaskedLeastSquares(dense, system, heights)
     other.restrict(first)
     other.solve()
-    rows = other.by_row((loss <= other.loss) & (undamped <= other.undamped()))[:, None]
-    return torch.where(rows, found, other.weight), torch.where(rows, keep, first)
+    better = (loss <= other.loss) & (undamped <= other.undamped())
+    rows = other.by_row(better)[:, None]
+    losses = torch.where(better, undamped, other.undamped())
+    return Solved(torch.where(rows, found, other.weight), torch.where(rows, keep, first), losses)
 
 
 def _search(

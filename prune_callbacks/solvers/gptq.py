@@ -1,12 +1,14 @@
 """GPTQ (Frantar et al. 2022): rounding to a grid in SparseGPT's sweep, every error pushed onto the columns to come."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int8
+from jaxtyping import Float, Int8
 from torch import Tensor
 
 from prune_callbacks.solvers.linalg import DampedGram
+from prune_callbacks.solvers.solved import Solved
 from prune_callbacks.solvers.sparsegpt import Choose, masked, sweep, sweep_block
 
 CLIPS = torch.linspace(1.0, 0.5, 26)
@@ -129,7 +131,8 @@ def gptq(
     block_size: int,
     grid: Grid,
     unseen: Float[Tensor, "out in"] | None = None,
-) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"], Float[Tensor, "out groups"]]:
+    heights: Sequence[int] | None = None,
+) -> Solved:
     """
     Rounds what `choose` keeps and removes the rest, in one sweep.
 
@@ -149,9 +152,10 @@ def gptq(
         grid: what is rounded to.
         unseen: weights that give the scales to groups whose features are all dead; None: such weights become 0, and no
             scale matters.
+        heights: the numbers of rows of the layers that are stacked in `weight`; None: it is one layer.
 
     Returns:
-        The new weights, the mask, and the scales, in the weight's dtype.
+        The result, whose `loss` is that against `weight`, and whose scales are in the weight's dtype.
     """
     scales: list[Tensor] = []
     width = grid.width(weight.shape[1])
@@ -173,5 +177,5 @@ def gptq(
             scales.append(grid.fit(foreseen.T, cost))
         return grid.rounded(ahead[0], scales[-1]).mul_(kept)
 
-    solved, keep = sweep(weight, system, mask, step, block_size, settle)
-    return solved, keep, torch.stack(scales, 1)
+    solved = sweep(weight, system, mask, step, block_size, settle, heights)
+    return solved._replace(scale=torch.stack(scales, 1))

@@ -175,6 +175,13 @@ class MaskedLeastSquares:
         """The loss without the damping's part, `(weight - dense) G (weight - dense)^T`."""
         return self.loss - self.penalty()
 
+    def undamped_of_rows(self) -> Float[Tensor, " out"]:
+        """The loss of every row without the damping's part, as `undamped`."""
+        change = self.weight - self.dense
+        energy: Tensor = torch.linalg.vecdot(change, self.gradient)
+        penalty: Tensor = torch.linalg.vecdot(change, change)
+        return -energy - self.system.ridge * penalty
+
     def penalty(self) -> Float[Tensor, " layers"]:
         """The damping's part of the loss."""
         change = self.weight - self.dense

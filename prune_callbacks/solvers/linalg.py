@@ -126,11 +126,17 @@ def ridge_inverse(matrix: Float[Tensor, "in in"], added: Float[Tensor, " in"]) -
 
 def quadratic_form(rows: Float[Tensor, "rows in"], gram: Float[Tensor, "in in"]) -> float:
     """
-    `sum over rows of r G r^T`: what the rows, weights or a change of them, make of the inputs, squared.
+    Computes `sum over rows of r G r^T`, the squared norm of what rows of weights make of the inputs.
 
-    The rows' sums are added up in float64.
+    G is symmetric: products with what lies left of its diagonal are not made. Sums are added up in float64.
     """
-    return float(torch.linalg.vecdot(rows @ gram, rows).sum(dtype=torch.float64))
+    total, size = torch.zeros((), dtype=torch.float64, device=rows.device), len(gram)
+    for a in range(0, size, step := max(64, -(-size // 8))):
+        strip = rows[:, a : a + step]
+        image = strip @ gram[a : a + step, a:]
+        total += 2 * torch.linalg.vecdot(image, rows[:, a:]).sum(dtype=torch.float64)
+        total -= torch.linalg.vecdot(image[:, : strip.shape[1]], strip).sum(dtype=torch.float64)
+    return float(total)
 
 
 def all_finite(x: Tensor) -> bool:

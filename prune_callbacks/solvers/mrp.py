@@ -15,11 +15,8 @@ from torch import Tensor
 
 from prune_callbacks.solvers.least_squares import MaskedLeastSquares
 from prune_callbacks.solvers.linalg import DampedGram
+from prune_callbacks.solvers.solved import Solved, sum_by_layer
 from prune_callbacks.solvers.sparsegpt import Choose, sweep
-from prune_callbacks.sparsity import NM
-
-Solved = tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]
-"""The new weights and the mask, both (out, in)."""
 
 CHUNK = 2**24
 """How many weights `mask_m` scores at once; it holds a few numbers for each."""
@@ -63,7 +60,8 @@ def mrp_sm(
 def mrp_mm(
     weight: Float[Tensor, "out in"],
     system: DampedGram,
-    pattern: NM,
+    n: int,
+    m: int,
     block_size: int | None,
     heights: Sequence[int] | None = None,
 ) -> Solved:
@@ -71,31 +69,38 @@ def mrp_mm(
     Mask M, compensation M.
 
     Equivalent to `mrp_sm` with the mask of least `w_P [(H^-1)_PP]^-1 w_P^T` (eq. 12) in every group of m, P being
-    what is removed of the group.
+    what is removed of the group. `n` of every `m` columns are kept.
     """
-    inverse = system.inverse_blocks(pattern.m)
+    inverse = system.inverse_blocks(m)
 
     def choose(current: Tensor, start: int) -> Tensor:
-        a = start // pattern.m
-        return mask_m(current, inverse[a : a + current.shape[1] // pattern.m], pattern)
+        a = start // m
+        return mask_m(current, inverse[a : a + current.shape[1] // m], n)
 
     return _in_blocks(weight, system, choose, block_size, heights)
 
 
-def mrp_ms(weight: Float[Tensor, "out in"], system: DampedGram, pattern: NM, block_size: int) -> Solved:
+def mrp_ms(
+    weight: Float[Tensor, "out in"],
+    system: DampedGram,
+    n: int,
+    m: int,
+    block_size: int,
+    heights: Sequence[int] | None = None,
+) -> Solved:
     """
     Mask M, compensation S.
 
     Equivalent to SparseGPT with the mask of least eq. 12 in every group when the sweep reaches it, the inverse being
-    that of H over the columns not yet passed: `U_gg^T U_gg` for the group's square of SparseGPT's factor.
+    that of H over the columns not yet passed: `U_gg^T U_gg` for the group's square of SparseGPT's factor. `n` of every
+    `m` columns are kept.
     """
 
     def choose(current: Tensor, start: int) -> Tensor:
-        end = start + pattern.m
-        factor = system.inverse_factor[start:end, start:end]
-        return mask_m(current, (factor.T @ factor)[None], pattern)
+        factor = system.inverse_factor[start : start + m, start : start + m]
+        return mask_m(current, (factor.T @ factor)[None], n)
 
-    return sweep(weight, system, choose, pattern.m, block_size)
+    return sweep(weight, system, choose, m, block_size, heights=heights)
 
 
 def eq_14(current: Float[Tensor, "out columns"], system: DampedGram, start: int = 0) -> Float[Tensor, "out columns"]:
@@ -104,7 +109,7 @@ def eq_14(current: Float[Tensor, "out columns"], system: DampedGram, start: int 
 
 
 def mask_m(
-    weight: Float[Tensor, "out columns"], inverse: Float[Tensor, "groups m m"], pattern: NM
+    weight: Float[Tensor, "out columns"], inverse: Float[Tensor, "groups m m"], n: int
 ) -> Bool[Tensor, "out columns"]:
     """
     The subset of every group of m whose removal has the least loss `w_P [(H^-1)_PP]^-1 w_P^T`.
@@ -115,10 +120,10 @@ def mask_m(
     Args:
         weight: (out, groups * m).
         inverse: the squares of `H^-1` that belong to the groups.
-        pattern: which n of m.
+        n: how many of a group are kept.
     """
-    m = pattern.m
-    removed, kept_table = (table.to(weight.device) for table in _subsets(pattern.n, m))
+    m = inverse.shape[-1]
+    removed, kept_table = (table.to(weight.device) for table in _subsets(n, m))
     keep = torch.empty_like(weight, dtype=torch.bool)
     for rows, kept in zip(weight.split(step := max(1, CHUNK // weight.shape[1])), keep.split(step), strict=True):
         by_group = rows.T.unflatten(0, (-1, m)).contiguous()  # (groups, m, rows)
@@ -160,14 +165,15 @@ def _in_blocks(
         for solution, kept in zip(solutions if b < columns else (), masks, strict=False):
             solution.restrict(kept)
             solution.approach(2.5 * solution.tolerance)
-    solved = []
+    solved, losses = [], []
     for kept in masks:  # each is let go before the next one is solved
         solution = solutions.pop(0)
         solution.restrict(kept)
         solution.solve()
         solved.append(solution.weight)
+        losses.append(solution.undamped_of_rows())
         del solution
-    return torch.cat(solved), keep
+    return Solved(torch.cat(solved), keep, sum_by_layer(torch.cat(losses), heights))
 
 
 def _parts(heights: Sequence[int], most: int) -> list[list[int]]:

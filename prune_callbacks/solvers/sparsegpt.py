@@ -1,12 +1,13 @@
 """SparseGPT (Frantar & Alistarh 2023): one sweep over the columns, pruning and compensating as it goes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prune_callbacks.solvers.linalg import DampedGram
+from prune_callbacks.solvers.solved import Solved, sum_by_layer
 
 Choose = Callable[[Float[Tensor, "out columns"], int], Bool[Tensor, "out columns"]]
 """The mask of a slice of columns, from its scores or current weights and the number of its first column."""
@@ -20,8 +21,13 @@ Weights beyond the block that is swept are as they were before it.
 
 
 def sparsegpt(
-    weight: Float[Tensor, "out in"], system: DampedGram, keep_best: Choose, step: int, block_size: int
-) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+    weight: Float[Tensor, "out in"],
+    system: DampedGram,
+    keep_best: Choose,
+    step: int,
+    block_size: int,
+    heights: Sequence[int] | None = None,
+) -> Solved:
     """
     Prunes and compensates one layer.
 
@@ -35,16 +41,14 @@ def sparsegpt(
         keep_best: `Pattern.keep`.
         step: columns whose mask is chosen together.
         block_size: columns that are updated together; a multiple of `step`.
-
-    Returns:
-        The new weights, shape (out, in), and the mask; the arguments are left as they are.
+        heights: the numbers of rows of the layers that are stacked in `weight`; None: it is one layer.
     """
     diagonal = system.inverse_factor.diagonal()
 
     def choose(current: Tensor, start: int) -> Tensor:
         return keep_best((current / diagonal[start : start + current.shape[1]]).square(), start)
 
-    return sweep(weight, system, choose, step, block_size)
+    return sweep(weight, system, choose, step, block_size, heights=heights)
 
 
 def masked(j: int, ahead: Float[Tensor, "columns out"], kept: Bool[Tensor, " out"]) -> Float[Tensor, " out"]:
@@ -59,23 +63,30 @@ def sweep(
     step: int,
     block_size: int,
     settle: Settle = masked,
-) -> tuple[Float[Tensor, "out in"], Bool[Tensor, "out in"]]:
+    heights: Sequence[int] | None = None,
+) -> Solved:
     """
     Settles one column after another, by what `choose` says of every `step` columns when the sweep reaches them.
 
     Equivalent to the loop over columns that updates all columns on the right at once. Here the columns right of a
     block of `block_size` are updated together, as one matrix product.
+
+    The loss costs no product: with the errors `E_j = (w_j - settled_j) / U_jj` the change of the weights is `-E U`, and
+    `U H U^T = I`, so that `d H d^T = |E|^2`. Less the damping's part that is `d G d^T`.
     """
     factor = system.inverse_factor
     # Transposed, so that a column of the weight is contiguous in memory.
     columns = weight.T.clone(memory_format=torch.contiguous_format)
     columns[system.dead] = 0
+    before, cost = columns.clone(), columns.new_zeros(columns.shape[1])
     keep = torch.zeros_like(columns, dtype=torch.bool)
     for a in range(0, len(columns), block_size):
         b = min(a + block_size, len(columns))
         errors = sweep_block(columns[a:], factor[a:b, a:b], keep[a:b], choose, step, settle, a)
         columns[b:].addmm_(factor[a:b, b:].T, errors, alpha=-1)
-    return columns.T.contiguous(), keep.T.contiguous()
+        cost += torch.linalg.vecdot(errors, errors, dim=0)
+    cost -= system.ridge * before.sub_(columns).square_().sum(0)
+    return Solved(columns.T.contiguous(), keep.T.contiguous(), sum_by_layer(cost, heights))
 
 
 def sweep_block(

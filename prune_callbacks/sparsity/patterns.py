@@ -6,8 +6,8 @@ A pattern owns its sparsity, the fraction of weights removed. Weights, scores an
 """
 
 import itertools
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,6 +25,8 @@ class Pattern(Protocol):
     count, ties broken toward the lowest index (the first of equal scores is kept), ValueError on NaN.
     `start` is for solvers that choose masks a slice of columns at a time: it is the slice's first column in
     the whole layer, and the counts of consecutive slices add up to the count of the whole layer.
+
+    A pattern may answer further questions, by attributes that have a default; see `prune_callbacks.sparsity.questions`.
     """
 
     @property
@@ -68,6 +70,8 @@ class Unstructured:
     sparsity: float
     per: Literal["row", "even", "tensor"] | None = None
 
+    unit: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         _check_sparsity("Unstructured", self.sparsity)
         if self.per not in ("row", "even", "tensor", None):
@@ -84,6 +88,14 @@ class Unstructured:
         if self.per == "even":
             return _keep_evenly(scores, removed)
         return keep_largest(scores.flatten(), scores.numel() - removed).view(scores.shape)
+
+    def in_pool(self, pool: Literal["row", "layer"]) -> "Unstructured":
+        """The pattern with `per` set as a pruner of this pool means it; itself if `per` is given."""
+        return replace(self, per="row") if self.per is None and pool == "row" else self
+
+    def with_exact_total(self, pool: Literal["row", "layer"]) -> "Unstructured":
+        """The pattern whose total over a layer is exact to one weight: equal counts in all rows would miss it."""
+        return replace(self, per="even") if self.in_pool(pool).per == "row" else self
 
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Every shape will do."""
@@ -134,6 +146,20 @@ class NM:
         """Fraction removed, `1 - n / m`."""
         return 1 - self.n / self.m
 
+    @property
+    def column_group(self) -> int:
+        """`m`."""
+        return self.m
+
+    @property
+    def kept_of_group(self) -> tuple[int, int]:
+        """`(n, m)`."""
+        return self.n, self.m
+
+    def at(self, sparsity: float) -> "NM":
+        """Raises ValueError: there is no other sparsity."""
+        raise ValueError(f"{self} has one sparsity and cannot have {sparsity}")
+
     def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
         """The mask of the n largest scores of every group of m; see `Pattern`."""
         refuse_nan(scores)
@@ -174,6 +200,11 @@ class Block:
         if self.size < 1:
             raise ValueError(f"Block: size is the side of a square block and must be at least 1, got {self.size}")
 
+    @property
+    def column_group(self) -> int:
+        """`size`."""
+        return self.size
+
     def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
         """The mask of the blocks with the largest summed scores; see `Pattern`."""
         refuse_nan(scores)
@@ -213,6 +244,8 @@ class Rows:
 
     sparsity: float
 
+    removes_rows: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         _check_sparsity("Rows", self.sparsity)
 
@@ -237,6 +270,8 @@ class Columns:
     """Whole input features: `round(sparsity * in)` columns are removed, by summed score."""
 
     sparsity: float
+
+    removes_columns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_sparsity("Columns", self.sparsity)

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prune_callbacks.anatomy.adapters import base_state_dict
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.writing import replaced_folder, whole_file
 
@@ -47,7 +48,7 @@ def save_sparse_model(
     folder = Path(dirpath)
     with whole_file(folder / "masks.safetensors") as masks_file, replaced_folder(folder / "model") as partial:
         model.save_pretrained(
-            partial, state_dict=_base_state_dict(model, model.state_dict() if state_dict is None else state_dict)
+            partial, state_dict=base_state_dict(model, model.state_dict() if state_dict is None else state_dict)
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -69,27 +70,3 @@ def from_state(kind: type[PreTrainedModel], config: Any, state: Mapping[str, Ten
         if name in state and parameter.dtype != state[name].dtype:
             parameter.data = state[name].to(parameter.device)
     return loaded
-
-
-def refuse_adapters(model: nn.Module) -> None:
-    """Raises ValueError for a model with adapters (peft) that are not merged."""
-    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
-    if adapted:
-        raise ValueError(
-            f"{len(adapted)} layers have adapters, first {adapted[0]}: merge them (LoRARecovery(masked=True), "
-            "merge_lora) or take them out (unload) first"
-        )
-
-
-def _base_state_dict(model: nn.Module, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of the model as it is without adapters: peft wraps a layer and keeps it as `base_layer`."""
-    wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
-    adapters = [f"{name}." for name in wrapped]
-    state: dict[str, Tensor] = {}
-    for key, value in whole.items():
-        wrapper = next((prefix for prefix in adapters if key.startswith(prefix)), None)
-        if wrapper is None:
-            state[key] = value
-        elif key.startswith(f"{wrapper}base_layer."):
-            state[wrapper + key.removeprefix(f"{wrapper}base_layer.")] = value
-    return state

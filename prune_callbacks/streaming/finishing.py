@@ -86,7 +86,7 @@ def _report(journal: Journal, walk: BlockWalk) -> dict[str, Any]:
     layers = [layer for record in journal.records for layer in record["layers"]]
     parameters = {name: counts for record in journal.records for name, counts in record["parameters"].items()}
     removed, weights = (sum(counts[i] for counts in parameters.values()) for i in (0, 1))
-    skipped = dict(walk.skipped)
+    skipped = dict(walk.plan.skipped)
     for record in journal.records:
         skipped |= record["skipped"]
     # run_folder has a table of absent values, but importing it brings matplotlib into the memory that is saved here.
@@ -99,9 +99,9 @@ def _report(journal: Journal, walk: BlockWalk) -> dict[str, Any]:
         **dict.fromkeys(("allocation", "schedule", "strategy", "precision", "adapter")),
         **{key: [] for key in ("rounds", "changes", "training_loss")},
         **{key: {} for key in ("corpora", "zero_shot")},
-        "pruner": repr(walk.pruner),
+        "pruner": repr(walk.plan.pruner),
         "sparsity": {
-            "target": walk.pruner.pattern.sparsity,
+            "target": walk.plan.pruner.pattern.sparsity,
             "achieved": removed / max(1, weights),
             "layers": {name: gone / size for name, (gone, size) in parameters.items()},
         },

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from prune_callbacks.calibration.capture import Batch
-from prune_callbacks.calibration.walking import parsed_device
-from prune_callbacks.pruners import Pruner, Structured, check_pruner
+from prune_callbacks.engine.plan import make_plan
+from prune_callbacks.pruners import Pruner, check_pruner
+from prune_callbacks.pruners.questions import coupled, needs_calibration
 from prune_callbacks.recorded_warnings import HeardWarnings
 from prune_callbacks.streaming.finishing import check_space, finish
 from prune_callbacks.streaming.inputs import described_batches
@@ -74,21 +75,24 @@ def prune_checkpoint(
     check_pruner("prune_checkpoint", pruner)
     source, target = Path(source), Path(target)
     _check_folders(source, target)
-    if isinstance(pruner, Structured):
+    if coupled(pruner):
         raise ValueError(
-            "Structured removes units from layers of all blocks at once, which takes the whole model: load it and use "
-            "prune_sequentially"
+            f"{type(pruner).__name__} removes units from layers of all blocks at once, which takes the whole model: "
+            "load it and use prune_sequentially"
         )
     with HeardWarnings() as heard:
         given = _given_batches(pruner, batches)
         checkpoint = Checkpoint(source)
         model = build_skeleton(checkpoint.config, model_dtype(checkpoint, dtype))
-        where = parsed_device(device or "cpu")
-        walk = BlockWalk(checkpoint, model, pruner, given, targets, blocks, where, min_expert_tokens)
+        device = device or "cpu"
+        plan = make_plan(
+            "prune_checkpoint", model, pruner, given, targets=targets, blocks=blocks, device=device, unread=True
+        )
+        walk = BlockWalk(checkpoint, model, plan, given, min_expert_tokens)
         setting = {
             "source": checkpoint.fingerprint(),
             "pruner": repr(pruner),
-            "targets": list(walk.layers),
+            "targets": list(plan.targets),
             "min_expert_tokens": min_expert_tokens,
             "dtype": str(model.dtype),
             "device": walk.where.type,
@@ -112,7 +116,7 @@ def _given_batches(pruner: Pruner, batches: Iterable[Batch] | None) -> list[Batc
     """The calibration batches, of which a pruner that needs none gets none."""
     if isinstance(batches, Tensor):
         raise ValueError(f"batches must be several batches, got one tensor of shape {tuple(batches.shape)}; split it")
-    if pruner.statistic(1) is None:
+    if not needs_calibration(pruner):
         return []
     if batches is None:
         raise ValueError(f"{type(pruner).__name__} needs calibration batches, got None")

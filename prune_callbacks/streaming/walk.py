@@ -4,22 +4,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prune_callbacks.anatomy.blocks import find_blocks, find_targets, naming, parameters_of, weight_shape
-from prune_callbacks.anatomy.experts import inside
+from prune_callbacks.anatomy.finding import parameters_of
+from prune_callbacks.anatomy.targets import Target
 from prune_callbacks.calibration.capture import Batch, check_batch
 from prune_callbacks.calibration.prefetch import Ahead, loading_ahead
 from prune_callbacks.calibration.statistics import collect
-from prune_callbacks.calibration.walking import layer_progress
-from prune_callbacks.engine.solving import BlockPruning, takes_experts
+from prune_callbacks.engine.plan import Plan
+from prune_callbacks.engine.progress import layer_progress
+from prune_callbacks.engine.solving import BlockPruning
 from prune_callbacks.memory import peak_memory, reset_peak_memory
-from prune_callbacks.pruners import Pruner
 from prune_callbacks.ranks import ALONE
 from prune_callbacks.recorded_warnings import HeardWarnings
 from prune_callbacks.sparsity import MaskSet
@@ -41,51 +41,34 @@ class BlockWalk:
     Args:
         checkpoint: is read.
         model: its skeleton.
-        pruner: of the layers.
+        plan: what is pruned, by what, and on which device.
         batches: calibration batches; none for a pruner that needs none.
-        targets: patterns of layer names; None for all.
-        blocks: name of the list of blocks; None: found by structure.
-        where: the device of the block that has values.
         min_expert_tokens: an expert that fewer tokens reach is pruned by Magnitude.
 
     Attributes:
-        layers: to prune, by name.
         shards: which files the weights go into.
-        skipped: what cannot be pruned, with the reason.
 
     Raises:
-        ValueError: targets, shapes or the checkpoint do not fit.
+        ValueError: the batches or the checkpoint do not fit.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         model: PreTrainedModel,
-        pruner: Pruner,
+        plan: Plan,
         batches: Sequence[Batch],
-        targets: Sequence[str] | str | None,
-        blocks: str | None,
-        where: torch.device,
         min_expert_tokens: int,
     ) -> None:
-        self.checkpoint, self.model, self.pruner, self.batches, self.where = checkpoint, model, pruner, batches, where
+        assert plan.device is not None
+        self.checkpoint, self.model, self.plan, self.batches, self.where = checkpoint, model, plan, batches, plan.device
         self.min_expert_tokens = min_expert_tokens
-        self.calibrated = pruner.statistic(1) is not None
-        self.blocks = find_blocks(model, blocks)
+        self.blocks = plan.blocks
         refuse_shared(model, self.blocks)
-        self.layers = find_targets(self.blocks, targets, experts=takes_experts(pruner))
-        for name, layer in self.layers.items():
-            with naming(name):
-                pruner.pattern.check_shape(weight_shape(layer))
         self.shards = Shards(model, [name for name, _ in self.blocks], find_places(model, checkpoint))
         for batch in batches:
             check_batch(model, batch)
-        self.last = max(i for i in range(len(self.blocks)) if self._inside(i))
         self.few_tokens = False
-        notes = BlockPruning(pruner, ALONE)
-        if targets is None:
-            notes.note_dense(self.blocks, self.layers)
-        self.skipped = notes.skipped
 
     def run(self, journal: Journal, progress: bool, heard: HeardWarnings) -> None:
         """All blocks that are not finished; every record holds all that was warned of so far."""
@@ -95,10 +78,10 @@ class BlockWalk:
             heard.put_before(last["warnings"])
             self.few_tokens = last["few_tokens"]
         reset_peak_memory(self.where)
-        with layer_progress(len(self.layers), progress) as (bar, task):
-            bar.update(task, completed=sum(len(self._inside(index)) for index in range(begin)))
+        with layer_progress(len(self.plan.targets), progress) as (bar, task):
+            bar.update(task, completed=sum(len(self.plan.in_block(index)) for index in range(begin)))
             inputs: list[StoredInputs] = []
-            if self.calibrated and begin <= self.last:
+            if self.plan.calibrated and begin <= self.plan.last:
                 bar.update(task, description="embedding the calibration windows")
                 inputs = self._inputs(journal, begin)
             with loading_ahead(self.where) as ahead:
@@ -109,10 +92,6 @@ class BlockWalk:
                     seconds = time.perf_counter() - started
                     more = {"seconds": seconds, "peak_memory_bytes": peak_memory(self.where)}
                     journal.commit(record | more | {"warnings": list(heard.texts), "few_tokens": self.few_tokens})
-
-    def _inside(self, index: int) -> dict[str, nn.Module]:
-        """The layers to prune of a block."""
-        return {name: layer for name, layer in self.layers.items() if inside(name, self.blocks[index][0])}
 
     def _inputs(self, journal: Journal, index: int) -> list[StoredInputs]:
         """The inputs of a block, whose hidden states are in its folder already, or it is the first one."""
@@ -178,17 +157,17 @@ class BlockWalk:
         advance: Advance,
     ) -> dict[str, Any]:
         """Prunes a block, runs it for the next one, and writes its weights."""
-        layers, names = self._inside(index), self.shards.of_block[index]
+        targets, names = self.plan.in_block(index), self.shards.of_block[index]
         shard = journal.model / self.shards.file(index)
-        runs = self.calibrated and index < self.last
+        runs = self.plan.calibrated and index < self.plan.last
         nothing: tuple[str, ...] = ("skipped", "by_magnitude", "violations", "parameters")
         record: dict[str, Any] = {"layers": []} | {key: {} for key in nothing}
         prefix, block = self.blocks[index]
         self._load(index, ahead)
-        if layers or runs:
+        if targets or runs:
             block.to(self.where)
-        if layers:
-            record = self._prune(journal, index, inputs, advance)
+        if targets:
+            record = self._prune(journal, index, targets, inputs, advance)
         if runs:
             store_next(index, block, inputs, self.where, journal.hidden(index + 1))
         state = block.state_dict()
@@ -197,21 +176,26 @@ class BlockWalk:
         self._unload(index)
         return record | {"files": sizes(shard, journal.masks(index), journal.scales(index))}
 
-    def _prune(self, journal: Journal, index: int, inputs: Sequence[StoredInputs], advance: Advance) -> dict[str, Any]:
-        layers, (_, block) = self._inside(index), self.blocks[index]
-        run = BlockPruning(self.pruner, ALONE, min_expert_tokens=self.min_expert_tokens)
+    def _prune(
+        self,
+        journal: Journal,
+        index: int,
+        targets: dict[str, Target],
+        inputs: Sequence[StoredInputs],
+        advance: Advance,
+    ) -> dict[str, Any]:
+        run = BlockPruning(replace(self.plan, skipped={}), ALONE, self.min_expert_tokens)
         run.few_tokens = self.few_tokens
-        statistics = (
-            collect(self.pruner.statistic, index, block, layers, list(inputs), self.where) if self.calibrated else {}
-        )
-        run.prune(layers, statistics, advance)
+        make, block = self.plan.pruner.statistic, self.blocks[index][1]
+        statistics = collect(make, index, block, targets, list(inputs), self.where) if self.plan.calibrated else {}
+        run.prune(targets, statistics, advance)
         self.few_tokens = run.few_tokens
         masks = MaskSet.join(run.masks)
         tensors, shapes = masks_in_pieces(masks)
         write_tensors(journal.masks(index), tensors, shapes)
         if run.scales:
             write_tensors(journal.scales(index), {name: whole(scale) for name, scale in run.scales.items()})
-        weights = parameters_of(layers)
+        weights = parameters_of(targets.values())
         return {
             "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in run.layers],
             "skipped": run.skipped,
@@ -226,7 +210,7 @@ class BlockWalk:
         weights = ahead.take() if ahead is not None else None
         if weights is None:
             weights = self._read(index)
-        if ahead is not None and index < self.last:  # those behind are written as they are
+        if ahead is not None and index < self.plan.last:  # those behind are written as they are
             ahead.begin(lambda: self._read(index + 1))
         fill(block, {name.removeprefix(f"{prefix}."): weight for name, weight in weights.items()})
 

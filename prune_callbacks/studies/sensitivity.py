@@ -1,6 +1,5 @@
 """How much perplexity rises when one layer, or one block, is pruned and all others stay dense."""
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from jaxtyping import Int
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from prune_callbacks.anatomy.blocks import find_blocks, find_targets, naming, oriented, parameter_name, weight_shape
-from prune_callbacks.anatomy.experts import ExpertWeight, dense_in_mixtures, inside, not_seen, told_dense
+from prune_callbacks.anatomy.naming import naming
+from prune_callbacks.anatomy.targets import Target
 from prune_callbacks.calibration.capture import (
     Batch,
     BlockInputs,
@@ -22,11 +21,13 @@ from prune_callbacks.calibration.capture import (
     run_block,
     to_device,
 )
+from prune_callbacks.calibration.inputs import evaluating, next_inputs
 from prune_callbacks.calibration.statistics import collect
-from prune_callbacks.calibration.walking import check_dense, evaluating, layer_progress, next_inputs, refuse_compiled
-from prune_callbacks.engine.solving import takes_experts
+from prune_callbacks.engine.plan import make_plan
+from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.measure.perplexity import perplexity
-from prune_callbacks.pruners import Magnitude, Pruner, Structured, check_pruner
+from prune_callbacks.pruners import Magnitude, Pruner
+from prune_callbacks.pruners.questions import coupled
 from prune_callbacks.ranks import ALONE
 from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.solvers.linalg import quadratic_form
@@ -118,31 +119,23 @@ def sensitivity(
     """
     if unit not in ("layer", "block"):
         raise ValueError(f'unit must be "layer" or "block", got {unit!r}')
-    check_pruner("sensitivity", pruner)
-    if isinstance(pruner, Structured):
-        raise ValueError("Structured removes coupled layers' units together; there is no single layer to prune by it")
-    found = find_blocks(model, blocks)
-    chosen = find_targets(found, targets, experts=takes_experts(pruner))
-    for told in told_dense(*dense_in_mixtures(found, chosen)) if targets is None else ():
-        warnings.warn(told, stacklevel=2)
-    for name, block in found:
-        refuse_compiled(name, block)
-    for name, layer in chosen.items():
-        with naming(name):
-            check_dense(layer.get_parameter("weight"))
-            pruner.pattern.check_shape(weight_shape(layer))
+    if coupled(pruner):
+        raise ValueError(
+            f"{type(pruner).__name__} removes coupled layers' units together; there is no single layer to prune by it"
+        )
+    plan = make_plan("sensitivity", model, pruner, batches, targets=targets, blocks=blocks)
     described = {"pruner": repr(pruner), "unit": unit, "windows": list(windows.shape)} | dict(setting or {})
-    if any(isinstance(layer, ExpertWeight) for layer in chosen.values()):
-        described["min_expert_tokens"] = min_expert_tokens  # files from before experts were measured are of another
+    if any(target.shares_parameter for target in plan.targets.values()):
+        described["min_expert_tokens"] = min_expert_tokens
     results: dict[str, Any] = {"setting": described, "cells": {}} if path is None else open_results(path, described)
-    modules = [block for _, block in found]
-    with evaluating(model), layer_progress(len(chosen), progress) as (bar, task):
+    modules = [block for _, block in plan.blocks]
+    with evaluating(model), layer_progress(len(plan.targets), progress) as (bar, task):
         if "dense" not in results:
             results["dense"] = perplexity(model, windows, batch_size=batch_size, progress=False)
         inputs = capture_inputs(model, modules, batches)
         shown = capture_inputs(model, modules, windows.split(batch_size))
-        for index, (block_name, block) in enumerate(found):
-            layers = {n: m for n, m in chosen.items() if inside(n, block_name)}
+        for index, (block_name, block) in enumerate(plan.blocks):
+            layers = plan.in_block(index)
             units = {block_name: layers} if unit == "block" and layers else _units(layers)
             left = {name: members for name, members in units.items() if not _complete(results["cells"].get(name, {}))}
             bar.update(task, description=f"sensitivity of {block_name}", advance=len(layers) if not left else 0)
@@ -158,18 +151,18 @@ def sensitivity(
                 if path is not None:
                     write_json(path, results)
                 bar.advance(task, len(members))
-            for batches_here in (inputs, shown) if index < len(found) - 1 else ():
+            for batches_here in (inputs, shown) if index < len(modules) - 1 else ():
                 next_inputs(index, block, batches_here, where, ALONE)
     cells = {name: cell for name, cell in results["cells"].items() if _complete(cell)}
     columns = ({name: cell[key] for name, cell in cells.items()} for key in MEASURED)
     return Sensitivity(unit, results["dense"], *columns)
 
 
-def _units(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
+def _units(layers: Mapping[str, Target]) -> dict[str, dict[str, Target]]:
     """Every layer by itself, but all experts of a tensor together."""
-    units: dict[str, dict[str, nn.Module]] = {}
+    units: dict[str, dict[str, Target]] = {}
     for name, layer in layers.items():
-        unit = parameter_name(name, layer) if isinstance(layer, ExpertWeight) else name
+        unit = layer.parameter_name if layer.shares_parameter else name
         units.setdefault(unit, {})[name] = layer
     return units
 
@@ -193,34 +186,31 @@ def _shift(index: int, block: nn.Module, inputs: Sequence[BlockInputs], dense: S
 
 @contextmanager
 def _pruned(
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, Target],
     statistics: Mapping[str, Gram | InputNorm],
     pruner: Pruner,
     min_expert_tokens: int,
 ) -> Iterator[float]:
     """The layers pruned for a while; their relative loss, summed."""
-    dense = {name: layer.get_parameter("weight").data.clone() for name, layer in layers.items()}
+    dense = {name: layer.matrix().clone() for name, layer in layers.items()}
     loss = 0.0
     try:
-        reached = {parameter_name(name, layer) for name, layer in layers.items() if name in statistics}
+        reached = {layer.parameter_name for name, layer in layers.items() if name in statistics}
         for name, layer in layers.items():
-            if parameter_name(name, layer) not in reached:
-                raise ValueError(f"{name}: {not_seen(layer)} during calibration; leave it out of `targets`")
-            statistic, kept = statistics.get(name), layer.get_parameter("weight").data
+            if layer.parameter_name not in reached:
+                raise ValueError(f"{name}: {layer.unseen} during calibration; leave it out of `targets`")
+            statistic, weight = statistics.get(name), layer.matrix()
             assert statistic is None or isinstance(statistic, Gram)
-            weight = oriented(layer, kept)
-            few = isinstance(layer, ExpertWeight) and (
-                statistic is None or statistic.tokens < max(min_expert_tokens, 1)
-            )
+            few = layer.shares_parameter and (statistic is None or statistic.tokens < max(min_expert_tokens, 1))
             with naming(name):
                 pruned = Magnitude(pruner.pattern).prune(weight, None) if few else pruner.prune(weight, statistic)
             if statistic is not None:
                 loss += _relative_loss(weight, pruned.weight, statistic.matrix)
-            kept.copy_(oriented(layer, pruned.weight))
+            layer.assign_(pruned.weight)
         yield loss
     finally:
         for name, layer in layers.items():
-            layer.get_parameter("weight").data.copy_(dense[name])
+            layer.assign_(dense[name])
 
 
 def _relative_loss(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:

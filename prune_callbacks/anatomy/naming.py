@@ -1,0 +1,23 @@
+"""Dotted names of modules, and errors that name a layer."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def inside(name: str, module: str) -> bool:
+    """Returns whether a dotted name is a module's, or of something in it."""
+    return f"{name}.".startswith(f"{module}.")
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Prefixes the errors and warnings of the block with the layer's name."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    except ValueError as error:
+        raise type(error)(f"layer {layer}: {error}") from error
+    for warning in caught:
+        warnings.warn(f"layer {layer}: {warning.message}", warning.category, stacklevel=4)

@@ -1,0 +1,196 @@
+"""Plan: everything that is checked or decided before work begins."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from prune_callbacks.allocation.measuring import check_allocation
+from prune_callbacks.allocation.rules import Allocation
+from prune_callbacks.anatomy.blocks import find_blocks
+from prune_callbacks.anatomy.coupling import Coupled, coupled_targets
+from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
+from prune_callbacks.anatomy.finding import find_targets
+from prune_callbacks.anatomy.naming import inside, naming
+from prune_callbacks.anatomy.resized import planned_removal
+from prune_callbacks.anatomy.targets import Target
+from prune_callbacks.calibration.capture import Batch
+from prune_callbacks.pruners import Pruner, check_pruner
+from prune_callbacks.pruners.questions import coupled, needs_calibration, rounds
+from prune_callbacks.ranks import ALONE, Ranks
+from prune_callbacks.sparsity import Pattern
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What will be pruned, where and by what; made once, by `make_plan`.
+
+    Attributes:
+        blocks: the decoder blocks, (name, module), in order.
+        pruner: of the targets.
+        targets: what is pruned, by full name, in the model's order.
+        skipped: what stays dense, with the reason.
+        coupled: which targets lose the same units, by the reader's name; of a pruner that removes units.
+        removed: how many units every pool of a reader loses, by the reader's name; likewise.
+        allocation: gives every target a pattern of its own; None: all have the pruner's.
+        device: where blocks are moved, one at a time; None: they stay.
+    """
+
+    blocks: Sequence[tuple[str, nn.Module]]
+    pruner: Pruner
+    targets: Mapping[str, Target]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    coupled: Mapping[str, Coupled] = field(default_factory=dict)
+    removed: Mapping[str, int] = field(default_factory=dict)
+    allocation: Allocation | None = None
+    device: torch.device | None = None
+
+    @property
+    def last(self) -> int:
+        """The number of the last block that holds a target."""
+        return max(i for i in range(len(self.blocks)) if self.in_block(i))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the pruner needs statistics."""
+        return needs_calibration(self.pruner)
+
+    @property
+    def observed(self) -> bool:
+        """Whether anything needs the calibration batches: the pruner, or the allocation."""
+        return self.calibrated or (self.allocation is not None and self.allocation.statistic(1) is not None)
+
+    def in_block(self, index: int) -> dict[str, Target]:
+        """Returns the targets of a block."""
+        return {name: target for name, target in self.targets.items() if inside(name, self.blocks[index][0])}
+
+    def calibrated_in_block(self, index: int) -> dict[str, Target]:
+        """Returns the targets of a block whose inputs are needed: of coupled ones the readers."""
+        return {name: t for name, t in self.in_block(index).items() if not self.coupled or name in self.coupled}
+
+
+def make_plan(
+    name: str,
+    model: nn.Module,
+    pruner: Pruner,
+    batches: Iterable[Batch] | None,
+    *,
+    targets: Sequence[str] | str | None = None,
+    blocks: str | None = None,
+    allocation: Allocation | None = None,
+    device: torch.device | str | None = None,
+    ranks: Ranks = ALONE,
+    unread: bool = False,
+) -> Plan:
+    """
+    Checks all arguments and decides what is pruned.
+
+    Warns, once, of what stays dense in mixtures of experts where `targets` did not name it.
+
+    Args:
+        name: the function or class that received the arguments, for messages.
+        model: with decoder blocks.
+        pruner: see `prune_sequentially`, as all that follow.
+        batches: only looked at for whether there are any.
+        targets: patterns of names.
+        blocks: name of the list of blocks.
+        allocation: of sparsity to targets.
+        device: to work on.
+        ranks: fail together for a device that one of them lacks.
+        unread: the model is on the meta device, and its values will be read from files.
+
+    Raises:
+        ValueError: an argument is of the wrong kind, or does not fit the model or another argument.
+    """
+    check_pruner(name, pruner)
+    if allocation is not None:
+        check_allocation(allocation, pruner)
+    found = find_blocks(model, blocks)
+    for block_name, block in found:
+        refuse_compiled(block_name, block)
+    chosen = find_targets(found, targets, experts=takes_experts(pruner))
+    skipped = stays_dense(found, chosen) if targets is None else {}
+    groups: list[Coupled] = []
+    removed: dict[str, int] = {}
+    if coupled(pruner):
+        groups, left = coupled_targets(found, chosen)
+        chosen = {target: chosen[target] for target in chosen if target not in left}
+        removed = planned_removal(model, groups, chosen, pruner.pattern, coupled(pruner).removed)
+        skipped = left | skipped
+    for target in chosen.values():
+        check_prunable(target, pruner.pattern, unread=unread)
+    where = ranks.attempt(lambda: None if device is None else parsed_device(device))
+    by_reader = {group.reader: group for group in groups}
+    plan = Plan(found, pruner, chosen, skipped, by_reader, removed, allocation, where)
+    if plan.observed and batches is None:
+        asking = pruner if plan.calibrated else allocation
+        raise ValueError(f"{type(asking).__name__} needs calibration batches, got None")
+    return plan
+
+
+def takes_experts(pruner: Pruner) -> bool:
+    """Returns whether a pruner takes fused experts: coupled units and grids are known for linear layers only."""
+    return not coupled(pruner) and not rounds(pruner)
+
+
+def stays_dense(blocks: Sequence[tuple[str, nn.Module]], chosen: Mapping[str, Target]) -> dict[str, str]:
+    """
+    Returns what stays dense in mixtures of experts, with the reason, and warns of it.
+
+    Raises:
+        ValueError: experts are packed in integers.
+    """
+    fused, routers = dense_in_mixtures(blocks, chosen)
+    for text in describe_dense(fused, routers):
+        warnings.warn(text, stacklevel=4)
+    return fused | routers
+
+
+def parsed_device(device: torch.device | str) -> torch.device:
+    """Returns the device; raises ValueError if there is none of that name, or it is a GPU that is not here."""
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is none that torch knows; name one such as 'cpu' or 'cuda:1'") from error
+    count = torch.cuda.device_count()
+    if parsed.type == "cuda" and (parsed.index or 0) >= count:
+        raise ValueError(
+            f"device={str(device)!r}, and there {'is' if count == 1 else 'are'} {count or 'no'} CUDA "
+            f"device{'' if count == 1 else 's'} that torch {torch.__version__} can use; leave device out for the CPU"
+        )
+    return parsed
+
+
+def check_prunable(target: Target, pattern: Pattern, *, unread: bool = False) -> None:
+    """
+    Raises ValueError, naming the layer, for a weight that cannot be pruned: quantized, without values, or misshapen.
+
+    Args:
+        target: the matrix.
+        pattern: must fit its shape.
+        unread: its values will be read from files later; now it is on the meta device.
+    """
+    weight = target.parameter
+    with naming(target.name):
+        _check_values(weight, unread=unread)
+        pattern.check_shape(target.shape)
+
+
+def _check_values(weight: Tensor, *, unread: bool) -> None:
+    if not weight.is_floating_point() or weight.element_size() == 1:  # float8 goes with scales of its own
+        raise ValueError(
+            f"its weight is {weight.dtype}; quantized weights cannot be pruned, load the model dequantized"
+        )
+    if weight.is_meta and not unread:
+        raise ValueError("its weight is on the meta device, without values; load the model into memory first")
+
+
+def refuse_compiled(name: str, block: nn.Module) -> None:
+    """Raises ValueError for a compiled block."""
+    if hasattr(block, "_orig_mod") or getattr(block, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            f"block {name} is compiled, so the inputs of its layers cannot be seen; prune before compiling"
+        )

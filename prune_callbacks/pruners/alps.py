@@ -1,0 +1,39 @@
+"""ALPS: mask and weights sought together."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from prune_callbacks.pruners.joint import Compensating, check_settings, check_survivors
+from prune_callbacks.pruners.protocol import check_pattern
+from prune_callbacks.solvers.alps import alps
+from prune_callbacks.solvers.linalg import DampedGram
+from prune_callbacks.solvers.solved import Solved
+from prune_callbacks.solvers.sparsegpt import Choose
+from prune_callbacks.sparsity import Pattern
+
+
+@dataclass(frozen=True)
+class ALPS(Compensating):
+    """
+    Seeks mask and weights together, then the exact weights for the mask (Meng et al. 2024).
+
+    "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models". Takes every pattern
+    but `Rows`. The loss is never above that of `MRP(pattern, block_size=None)` on the same layer, up to its tolerance.
+
+    Args:
+        pattern: what to remove; an `Unstructured` pool is the layer, or the row with `per="row"`.
+        damping: added to the Gram's diagonal, as a fraction of its mean.
+    """
+
+    pattern: Pattern
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_pattern("ALPS", self.pattern)
+        check_survivors("ALPS", self.pattern)
+        check_settings("ALPS", self.pattern, None, self.damping)
+
+    def solve(self, weight: Tensor, system: DampedGram, choose: Choose, heights: list[int]) -> Solved:
+        """See `prune_callbacks.solvers.alps.alps`."""
+        return alps(weight, system, choose, heights)

@@ -1,0 +1,32 @@
+"""What a solver returns."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+class Solved(NamedTuple):
+    """
+    The result of a solver for one layer, or for several that are stacked.
+
+    Attributes:
+        weight: the new weights, (out, in).
+        keep: the mask, (out, in); True = kept.
+        loss: `sum over rows of d G d^T` of every layer, with `d = weight - dense` and the undamped Gram `G`, (layers,);
+            None where the solver does not know it.
+        scale: what a weight is a whole multiple of, (out, groups), where the solver also rounds.
+    """
+
+    weight: Float[Tensor, "out in"]
+    keep: Bool[Tensor, "out in"]
+    loss: Float[Tensor, " layers"] | None = None
+    scale: Float[Tensor, "out groups"] | None = None
+
+
+def sum_by_layer(rows: Float[Tensor, " out"], heights: Sequence[int] | None) -> Float[Tensor, " layers"]:
+    """Adds up a value of each row over the rows of each stacked layer, in float64; `heights` None: one layer."""
+    parts = [rows] if heights is None else rows.split(list(heights))
+    return torch.stack([part.sum(dtype=torch.float64) for part in parts])

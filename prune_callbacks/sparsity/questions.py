@@ -1,0 +1,68 @@
+"""
+What solvers, allocations and schedules ask a pattern, and the answer of a pattern that does not say.
+
+A pattern answers by an attribute or method of the function's name; none of them is part of the Protocol `Pattern`.
+"""
+
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar, cast
+
+from prune_callbacks.sparsity.patterns import Pattern
+
+Pool = Literal["row", "layer"]
+"""Among which weights a pruner chooses: those of a row, or of the whole layer."""
+
+P = TypeVar("P", bound=Pattern)
+
+
+def column_group(pattern: Pattern) -> int:
+    """Returns how many neighbouring columns are decided together, 1 by default: m of N:M, the side of a block."""
+    return int(getattr(pattern, "column_group", 1))
+
+
+def kept_of_group(pattern: Pattern) -> tuple[int, int] | None:
+    """Returns `(n, m)` of a pattern that keeps n of every m consecutive weights; None, the default, for any other."""
+    kept: tuple[int, int] | None = getattr(pattern, "kept_of_group", None)
+    return kept
+
+
+def removes_rows(pattern: Pattern) -> bool:
+    """Returns whether the pattern may remove all weights of a row; False by default."""
+    return bool(getattr(pattern, "removes_rows", False))
+
+
+def removes_columns(pattern: Pattern) -> bool:
+    """Returns whether the pattern removes whole input features, and nothing else; False by default."""
+    return bool(getattr(pattern, "removes_columns", False))
+
+
+def removes_single_weights(pattern: Pattern) -> bool:
+    """Returns whether any number of weights may go, each by itself: the attribute `unit` is 1. False by default."""
+    return getattr(pattern, "unit", None) == 1
+
+
+def at_sparsity(pattern: P, sparsity: float) -> P:
+    """
+    Returns the pattern at another sparsity, by its method `at`, or as a dataclass with another `sparsity`.
+
+    Raises:
+        ValueError: the pattern has one sparsity (N:M), or is no such dataclass.
+    """
+    if hasattr(pattern, "at"):
+        return cast(P, pattern.at(sparsity))
+    if is_dataclass(pattern) and "sparsity" in {field.name for field in fields(pattern)}:
+        return cast(P, replace(cast(Any, pattern), sparsity=sparsity))
+    raise ValueError(
+        f"{pattern!r} does not say how it looks at another sparsity: make it a dataclass with a field `sparsity`, or "
+        "give it a method at(sparsity)"
+    )
+
+
+def in_pool(pattern: P, pool: Pool) -> P:
+    """Returns the pattern as a pruner of this pool means it; by default itself."""
+    return cast(P, pattern.in_pool(pool)) if hasattr(pattern, "in_pool") else pattern
+
+
+def with_exact_total(pattern: P, pool: Pool) -> P:
+    """Returns the pattern whose count over a layer is exact to one weight in this pool; by default itself."""
+    return cast(P, pattern.with_exact_total(pool)) if hasattr(pattern, "with_exact_total") else pattern
