@@ -142,7 +142,7 @@ def test_whoever_starts_the_processes_none_is_left_when_one_is_killed(tmp_path, 
     if not launcher and "another process of the training is gone" not in said:
         # Lightning's process looks every 5 seconds and ends itself by SIGKILL; that may come before the word.
         assert "Forcefully terminating all other processes" in said
-        checkpoint = folder / "checkpoints/step_10.ckpt"  # a later one is begun: this one is complete
+        checkpoint = newest_checkpoint(folder / "checkpoints")
     else:
         checkpoint = named(said, 1 - int(victim))
     resumes(folder, [*on(trainer), f"output_dir={folder}", *SAVED], checkpoint)

@@ -40,7 +40,7 @@ class Setting(NamedTuple):
 def main(arguments: Sequence[str]) -> int:
     """The command line; returns the exit code, or leaves with 2 where something is wrong with what was given."""
     parser = argparse.ArgumentParser(
-        prog="python -m prune_callbacks.storage.run_record",
+        prog="python -m prune_callbacks.reporting",
         description="One RUN: writes its report.html anew. Several: compares them, and writes compare.html.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the folder of a run, finished or not")
