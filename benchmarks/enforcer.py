@@ -103,7 +103,7 @@ def half_masks(model):
 
 def memory_of(enforcer):
     """Bytes of the masks on the device, and how many weights they are for; bits shared with the MaskSet count once."""
-    access = enforcer._access
+    access = enforcer.weights
     bits = {keep._bits.untyped_storage().data_ptr(): keep._bits.numel() for keep in access._keep.values()}
     return sum(bits.values()), sum(keep._count for keep in access._keep.values())
 

@@ -354,7 +354,7 @@ MUTANTS = (
     Mutant(
         "new_masks_wait_for_the_next_step",
         "callbacks/mask_enforcer.py",
-        "        self._access.project()\n",
+        "        self.weights.project()\n",
         "",
         "test_enforcer.py::test_momentum_that_predates_the_mask test_iterative.py",
     ),

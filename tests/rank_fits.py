@@ -235,7 +235,7 @@ class Write(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         masks = MaskSet.all_kept({n: m.shape for n, m in half_masks(Module()).items()})
-        access = param_access(trainer, masks)
+        access = param_access(trainer, masks, pl_module)
         for name in ("odd.weight", "model.model.layers.1.mlp.down_proj.weight"):
             value = torch.randn(masks.shape(name), generator=torch.Generator().manual_seed(3))
             access.write(name, value)

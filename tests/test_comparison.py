@@ -106,8 +106,8 @@ def test_the_command_line(tmp_path, make, capsys):
 def test_bad_arguments_are_told_in_a_line(tmp_path, make, capsys):
     folder = make()
     for arguments, message in (
-        ([folder, f"{folder}/../run"], r"report: \S+/\.\./run is the same folder as \S+/run; name each run once\n$"),
-        ([folder, tmp_path / "none"], r"report: \S+/none does not exist; name the folder of a run"),
+        ([folder, f"{folder}/../run"], r"reporting: \S+/\.\./run is the same folder as \S+/run; name each run once\n$"),
+        ([folder, tmp_path / "none"], r"reporting: \S+/none does not exist; name the folder of a run"),
         ([tmp_path / "none"], r"none does not exist"),
         ([], r"the following arguments are required: RUN"),
     ):

@@ -221,6 +221,7 @@ def test_wrong_callbacks_are_refused_before_any_work(data, tmp_path, callbacks, 
 
 @pytest.mark.parametrize("make", [QuantizeWeights, ShrinkModel])
 def test_sharded_strategies_are_refused(make, tmp_path, unchecked):
-    trainer = SimpleNamespace(strategy=object.__new__(ModelParallelStrategy))
+    callback = make(tmp_path)
+    trainer = SimpleNamespace(strategy=object.__new__(ModelParallelStrategy), callbacks=[callback])
     with pytest.raises(ValueError, match=f"{make.__name__} does not work under ModelParallelStrategy"):
-        make(tmp_path).setup(trainer, None, "fit")
+        callback.setup(trainer, None, "fit")

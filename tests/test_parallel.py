@@ -310,7 +310,7 @@ def test_masks_on_the_cpu_are_the_packed_bits_themselves(tmp_path):
 
     class Look(Callback):
         def on_train_batch_end(self, *_):
-            seen.update({name: keep._bits.data_ptr() for name, keep in enforcer._access._keep.items()})
+            seen.update({name: keep._bits.data_ptr() for name, keep in enforcer.weights._keep.items()})
 
     enforcer.given = masks
     trainer = trainer_of("auto", tmp_path, [enforcer, Look()], devices=1, max_steps=1)

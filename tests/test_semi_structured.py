@@ -580,9 +580,10 @@ def test_names_that_match_nothing_are_known_before_the_fit(tmp_path):
 
 
 def test_sharded_strategies_are_refused(unchecked):
-    trainer = SimpleNamespace(strategy=object.__new__(ModelParallelStrategy))
+    callback = SemiStructuredConvert()
+    trainer = SimpleNamespace(strategy=object.__new__(ModelParallelStrategy), callbacks=[callback])
     with pytest.raises(ValueError, match="SemiStructuredConvert does not work under ModelParallelStrategy"):
-        SemiStructuredConvert().setup(trainer, None, "fit")
+        callback.setup(trainer, None, "fit")
 
 
 def test_unknown_precisions_are_refused(unchecked):

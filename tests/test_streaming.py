@@ -358,12 +358,12 @@ def test_finished_blocks_are_not_done_again(tmp_path, source, batches, monkeypat
 SCRIPT = """
 import sys, time, torch
 from prune_callbacks import SparseGPT, Unstructured, prune_checkpoint
-from prune_callbacks.streaming import files
-original = files.rename
-def slow(*names):  # so that the one who kills has time to
+from prune_callbacks import writing
+original = writing.rename
+def slow(*names, **durable):  # so that the one who kills has time to
     time.sleep(0.05)
-    original(*names)
-files.rename = slow
+    original(*names, **durable)
+writing.rename = slow
 prune_checkpoint(sys.argv[1], sys.argv[2], SparseGPT(Unstructured(0.5)), list(torch.load(sys.argv[3])), progress=False)
 """
 

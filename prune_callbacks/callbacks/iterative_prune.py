@@ -22,8 +22,8 @@ from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
 from prune_callbacks.engine.iterative import Scope, check_shrinkable, shrink_masks
 from prune_callbacks.parallel.shapes import whole_shape
-from prune_callbacks.parallel.strategies import masks_of_zeros, param_access, refuse_unserved, world
-from prune_callbacks.pruners import Magnitude
+from prune_callbacks.parallel.strategies import masks_of_zeros, world
+from prune_callbacks.pruners import Magnitude, Pruner
 from prune_callbacks.sparsity import MaskSet, Schedule, Unstructured
 from prune_callbacks.sparsity.schedules import Unit
 
@@ -42,8 +42,8 @@ class IterativePrune(PrunesInRounds):
     Args:
         schedule: the sparsity as a function of time, e.g. `IMPSchedule(0.9, rounds=10, every=500)`.
         scope: "global": one pool of all layers. "layer": every layer has the schedule's sparsity.
-        pruner: `Magnitude` with the pattern to reach; its sparsity must be the schedule's target. None:
-            `Magnitude(Unstructured(schedule.target))`.
+        pruner: `Magnitude`, or another whose scores need no calibration, with the pattern to reach; its sparsity must
+            be the schedule's target. None: `Magnitude(Unstructured(schedule.target))`.
         rewind: start every round again from an early state of the training; None: train on.
         targets: patterns of layer names, e.g. `["*.mlp.*"]`; None for all linear layers of the decoder blocks.
         blocks: name of the list of decoder blocks, where it cannot be found.
@@ -60,7 +60,7 @@ class IterativePrune(PrunesInRounds):
         schedule: Schedule,
         *,
         scope: Scope = "global",
-        pruner: Magnitude | None = None,
+        pruner: Pruner | None = None,
         rewind: Rewind | None = None,
         targets: Sequence[str] | str | None = None,
         blocks: str | None = None,
@@ -95,9 +95,8 @@ class IterativePrune(PrunesInRounds):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        refuse_unserved(trainer.strategy)
+        Lineup(trainer).check(self)
         self._begin()
-        self._enforcer(trainer)
         layers = self._layers(pl_module)
         if self.targets is None:
             blocks = find_blocks(find_language_model(pl_module), self.blocks)
@@ -185,7 +184,7 @@ class IterativePrune(PrunesInRounds):
         begin = time.perf_counter()
         target = self.schedule(now)
         assert self.masks is not None
-        weights = param_access(trainer, self.masks)
+        weights = Lineup(trainer).weights(self.masks)
         masks = shrink_masks(weights, self._names, target, self.pruner, self.scope, self._input_first)
         if self._file is not None:
             self._file.go_back(trainer)
@@ -206,7 +205,8 @@ class IterativePrune(PrunesInRounds):
         given = self._enforcer(trainer).given
         if isinstance(given, MaskSet):
             return given
-        zeros = masks_of_zeros(trainer, parameters_of(self._layers(trainer.lightning_module).values()))
+        module = trainer.lightning_module
+        zeros = masks_of_zeros(trainer, parameters_of(self._layers(module).values()), find_language_model(module))
         if zeros.sparsity() < SPARSE:
             return MaskSet({})
         rank_zero_info(f"IterativePrune begins with the zeros that the model has: {zeros.sparsity():.2%}")
@@ -255,11 +255,6 @@ class IterativePrune(PrunesInRounds):
         return layers
 
     def _enforcer(self, trainer: Trainer) -> MaskEnforcer:
-        lineup = Lineup(trainer)
-        enforcers = lineup.after(self).all(MaskEnforcer)
-        if len(enforcers) != 1:
-            raise ValueError(
-                "IterativePrune decides which weights go, and needs MaskEnforcer() after it among the callbacks to "
-                f"keep them at zero; found {lineup.names()}"
-            )
-        return enforcers[0]
+        enforcer = Lineup(trainer).first(MaskEnforcer)
+        assert enforcer is not None
+        return enforcer

@@ -8,12 +8,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from prune_callbacks.callbacks.rewind import Rewind
 from prune_callbacks.engine.iterative import Scope
-from prune_callbacks.pruners import Magnitude
+from prune_callbacks.pruners import Pruner
 from prune_callbacks.sparsity import Schedule
 
 
 def settings_of(
-    schedule: Schedule, pruner: Magnitude, scope: Scope, targets: Sequence[str] | str | None, rewind: Rewind | None
+    schedule: Schedule, pruner: Pruner, scope: Scope, targets: Sequence[str] | str | None, rewind: Rewind | None
 ) -> dict[str, Any]:
     """They as a checkpoint holds them."""
     return {

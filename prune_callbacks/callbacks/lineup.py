@@ -1,18 +1,37 @@
-"""The callbacks of a trainer, by kind: the one place that looks through `trainer.callbacks`."""
+"""
+The callbacks of a trainer, by kind: what may stand beside what, in which order, and under which strategy.
+
+`RULES` is the whole table, `Lineup.check` the one check. Nothing else looks through `trainer.callbacks`.
+"""
 
 import copy
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeVar
 
 from lightning.pytorch import Callback, Trainer
 
+from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.engine.report import PruneReport
-from prune_callbacks.pruners import Magnitude, Pruner
+from prune_callbacks.parallel.access import ParamAccess
+from prune_callbacks.parallel.strategies import check_strategy, param_access
+from prune_callbacks.pruners import Pruner
 from prune_callbacks.sparsity import MaskSet
 
 Kind = TypeVar("Kind", bound=Callback)
 
 
-class PrunesOnce(Callback):
+class PruningCallback(Callback):
+    """
+    A callback of this package.
+
+    Attributes:
+        needs_whole_weights: whether it works only where every process holds all weights.
+    """
+
+    needs_whole_weights: ClassVar[bool] = False
+
+
+class PrunesOnce(PruningCallback):
     """
     A callback that prunes the whole model once, before training.
 
@@ -25,7 +44,7 @@ class PrunesOnce(Callback):
     report: PruneReport | None
 
 
-class PrunesInRounds(Callback):
+class PrunesInRounds(PruningCallback):
     """
     A callback that prunes while the model is trained.
 
@@ -34,15 +53,173 @@ class PrunesInRounds(Callback):
         masks: the masks in force; None before the fit.
     """
 
-    pruner: Magnitude
+    pruner: Pruner
     masks: MaskSet | None
+
+
+class HoldsMasks(PruningCallback):
+    """
+    A callback that holds masks on the weights in every step.
+
+    Attributes:
+        masks: in force; None before training.
+        weights: the access to the masked parameters; None before training.
+    """
+
+    masks: MaskSet | None
+    weights: ParamAccess | None
+
+
+class FinishesWeights(PruningCallback):
+    """A callback whose last change of the weights must be made before they are measured and saved."""
+
+    def finish(self, trainer: Trainer) -> None:
+        """Makes the change; does nothing when called again in the same fit."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """
+    How many callbacks of some kinds a callback wants, and where.
+
+    Attributes:
+        who: class name of the callback whose rule it is.
+        count: how many of `kinds` there must be: none, one, some (at least one), or at most one.
+        kinds: class names; subclasses count.
+        where: on which side of `who`.
+        text: the error; `{found}` is replaced by the names of `who` and `kinds` that are there, `{all}` by all names,
+            `{wrong}` by those of `kinds` on that side.
+        beside: the rule applies only if one of these is there; empty: always.
+    """
+
+    who: str
+    count: Literal["none", "one", "some", "at most one"]
+    kinds: tuple[str, ...]
+    where: Literal["before", "after", "anywhere"]
+    text: str
+    beside: tuple[str, ...] = ()
+
+
+_REPORT = (
+    "RunReport needs one OneShotPrune or IterativePrune, or one of each, after it among the callbacks, found {found}"
+)
+_PERMUTE = "PermuteChannels needs one OneShotPrune after it among the callbacks, found {found}"
+
+RULES = (
+    Rule("RunReport", "none", ("RunReport", "OneShotPrune", "IterativePrune"), "before", _REPORT),
+    Rule("RunReport", "some", ("OneShotPrune", "IterativePrune"), "after", _REPORT),
+    Rule("RunReport", "at most one", ("OneShotPrune",), "anywhere", _REPORT),
+    Rule("RunReport", "at most one", ("IterativePrune",), "anywhere", _REPORT),
+    Rule("RunReport", "at most one", ("RunReport",), "anywhere", _REPORT),
+    Rule("PermuteChannels", "one", ("OneShotPrune",), "after", _PERMUTE),
+    Rule("PermuteChannels", "one", ("OneShotPrune",), "anywhere", _PERMUTE),
+    Rule("PermuteChannels", "one", ("PermuteChannels",), "anywhere", _PERMUTE),
+    Rule(
+        "IterativePrune",
+        "one",
+        ("MaskEnforcer",),
+        "after",
+        "IterativePrune decides which weights go, and needs MaskEnforcer() after it among the callbacks to keep them "
+        "at zero; found {all}",
+    ),
+    Rule(
+        "LoRARecovery",
+        "none",
+        ("IterativePrune",),
+        "anywhere",
+        "LoRARecovery freezes the weights that IterativePrune chooses from; prune first, and recover in a fit of its "
+        "own",
+    ),
+    Rule(
+        "LoRARecovery",
+        "none",
+        ("OneShotPrune",),
+        "after",
+        "LoRARecovery must stand after OneShotPrune among the callbacks: it adapts what was pruned",
+    ),
+    Rule(
+        "ShrinkModel",
+        "some",
+        ("OneShotPrune",),
+        "before",
+        "ShrinkModel needs OneShotPrune before it among the callbacks, found {found}",
+    ),
+    Rule(
+        "ShrinkModel",
+        "none",
+        ("LoRARecovery",),
+        "before",
+        "ShrinkModel tries at the start what it will do at the end; put it before LoRARecovery, whose adapters are in "
+        "the way then and merged at the end",
+    ),
+    Rule(
+        "ShrinkModel",
+        "some",
+        ("LoRARecovery", "MaskEnforcer"),
+        "anywhere",
+        "ShrinkModel takes out what is zero when training ends, and without MaskEnforcer() training may bring it back; "
+        "add it to the callbacks",
+    ),
+    Rule(
+        "SparsityMonitor",
+        "some",
+        ("MaskEnforcer",),
+        "anywhere",
+        "SparsityMonitor counts what MaskEnforcer holds, and there is none among the callbacks",
+    ),
+    Rule(
+        "QuantizeWeights",
+        "some",
+        ("LoRARecovery", "MaskEnforcer"),
+        "anywhere",
+        "QuantizeWeights keeps the zeros that are left when training ends, and without MaskEnforcer() training brings "
+        "them all back; add it to the callbacks",
+        beside=("OneShotPrune", "IterativePrune"),
+    ),
+    Rule(
+        "SemiStructuredConvert",
+        "none",
+        (
+            "OneShotPrune",
+            "IterativePrune",
+            "LoRARecovery",
+            "MaskEnforcer",
+            "PermuteChannels",
+            "QuantizeWeights",
+            "RunReport",
+            "ShrinkModel",
+        ),
+        "after",
+        "SemiStructuredConvert stands before {wrong}, which would meet converted weights; put it behind them",
+    ),
+)
+"""What each callback wants of the others. One that is not named here may stand anywhere."""
 
 
 class Lineup:
     """The callbacks of a trainer, in order. A subclass counts as its base class."""
 
     def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
         self._callbacks: list[Callback] = trainer.callbacks
+
+    def check(self, callback: PruningCallback) -> None:
+        """
+        Checks the strategy and the other callbacks, when a fit begins.
+
+        Raises:
+            ValueError: the callback cannot work under the trainer's strategy, or one of its `RULES` is broken.
+        """
+        check_strategy(self._trainer.strategy, type(callback).__name__, whole_weights=callback.needs_whole_weights)
+        for rule in RULES:
+            if _is(callback, (rule.who,)) and (not rule.beside or self._named(rule.beside)):
+                part = {"before": self.before(callback), "after": self.after(callback), "anywhere": self}[rule.where]
+                found = part._named(rule.kinds)
+                holds = {"none": not found, "one": len(found) == 1, "some": bool(found), "at most one": len(found) < 2}
+                if not holds[rule.count]:
+                    there = self._named((rule.who, *rule.kinds))
+                    raise ValueError(rule.text.format(found=there, all=self.names(), wrong=", ".join(found)))
 
     def all(self, kind: type[Kind]) -> list[Kind]:
         """Returns the callbacks of a kind."""
@@ -64,9 +241,9 @@ class Lineup:
         """Returns the callbacks that stand before this one."""
         return self._part(slice(self._callbacks.index(callback)))
 
-    def names(self, *kinds: type[Callback]) -> list[str]:
-        """Returns the class names of the callbacks of these kinds, in order; of all callbacks if none is named."""
-        return [type(callback).__name__ for callback in self._callbacks if not kinds or isinstance(callback, kinds)]
+    def names(self) -> list[str]:
+        """Returns the class names of the callbacks, in order."""
+        return [type(callback).__name__ for callback in self._callbacks]
 
     def one_shot_report(self) -> PruneReport | None:
         """Returns what the callback that prunes once did; None if there is none, or it has not pruned."""
@@ -76,7 +253,34 @@ class Lineup:
         """Returns the masks of the callback that prunes in rounds; None if there is none."""
         return next((callback.masks for callback in self.all(PrunesInRounds) if callback.masks is not None), None)
 
+    def weights(self, masks: MaskSet) -> ParamAccess:
+        """Returns the access to the parameters of these masks: the enforcer's, or a new one if it holds other masks."""
+        for enforcer in self.all(HoldsMasks):
+            if enforcer.weights is not None and (enforcer.masks is masks or enforcer.masks == masks):
+                return enforcer.weights
+        return access_to(self._trainer, masks)
+
+    def _named(self, kinds: tuple[str, ...]) -> list[str]:
+        return [type(callback).__name__ for callback in self._callbacks if _is(callback, kinds)]
+
     def _part(self, part: slice) -> "Lineup":
         lineup = copy.copy(self)
         lineup._callbacks = self._callbacks[part]
         return lineup
+
+
+def access_to(trainer: Trainer, masks: MaskSet) -> ParamAccess:
+    """
+    Binds masks to the parameters of the model that they were made for, by the module object and not by a prefix.
+
+    That is the language model in the trainer's module, the only trained one of several; masks whose names are those of
+    the whole module are bound there.
+    """
+    module = trainer.lightning_module
+    model = find_language_model(module)
+    return param_access(trainer, masks, model if model is module or masks.fits(model.named_parameters()) else module)
+
+
+def _is(callback: Callback, kinds: tuple[str, ...]) -> bool:
+    """Returns whether one of the callback's classes has one of these names."""
+    return any(kind.__name__ in kinds for kind in type(callback).__mro__)

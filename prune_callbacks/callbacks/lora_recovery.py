@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
 from prune_callbacks.anatomy.finding import SPARSE, find_targets, sparse_experts
-from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
-from prune_callbacks.callbacks.lineup import Lineup
-from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
-from prune_callbacks.parallel.strategies import refuse_sharded
+from prune_callbacks.callbacks.lineup import FinishesWeights, Lineup, PrunesOnce
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.writing import replaced_folder
 
@@ -25,7 +22,7 @@ if TYPE_CHECKING:  # an extra
     from peft import LoraConfig, PeftModel
 
 
-class LoRARecovery(Callback):
+class LoRARecovery(FinishesWeights):
     """
     Puts LoRA layers (peft) on the pruned layers when a fit begins, and freezes everything else.
 
@@ -45,6 +42,8 @@ class LoRARecovery(Callback):
     Attributes:
         peft_model: peft's wrapper around the model, while it has LoRA layers.
     """
+
+    needs_whole_weights = True
 
     def __init__(
         self, config: LoraConfig | None = None, *, masked: bool = True, save_dir: str | Path | None = None
@@ -72,12 +71,7 @@ class LoRARecovery(Callback):
             return
         from prune_callbacks.adapters import add_lora
 
-        refuse_sharded(trainer.strategy, "LoRARecovery")
-        if Lineup(trainer).has(IterativePrune):
-            raise ValueError(
-                "LoRARecovery freezes the weights that IterativePrune chooses from; prune first, and recover in a fit "
-                "of its own"
-            )
+        Lineup(trainer).check(self)
         model = find_language_model(pl_module)
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"LoRARecovery adapts models of transformers, got {type(model).__name__}")
@@ -129,12 +123,7 @@ class LoRARecovery(Callback):
             )
 
     def _pruned(self, trainer: Trainer, model: nn.Module) -> list[str]:
-        lineup = Lineup(trainer)
-        one_shot = lineup.first(OneShotPrune)
-        if lineup.after(self).has(OneShotPrune):
-            raise ValueError(
-                "LoRARecovery must stand after OneShotPrune among the callbacks: it adapts what was pruned"
-            )
+        one_shot = Lineup(trainer).first(PrunesOnce)
         checkpoint = resumed_checkpoint(trainer)
         if checkpoint is not None:  # which brings the weights, and with them the zeros, later
             saved = trainer.strategy.load_checkpoint(checkpoint)["state_dict"]

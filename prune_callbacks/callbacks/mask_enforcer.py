@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -11,14 +11,14 @@ from torch.utils.hooks import RemovableHandle
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
 from prune_callbacks.anatomy.finding import SPARSE, find_targets, matrices, parameters_of
 from prune_callbacks.callbacks.lightning_internals import logs_now
-from prune_callbacks.callbacks.lineup import Lineup
+from prune_callbacks.callbacks.lineup import HoldsMasks, Lineup, access_to
 from prune_callbacks.callbacks.lost_process import LostProcessWatch
 from prune_callbacks.parallel.access import ParamAccess
-from prune_callbacks.parallel.strategies import masks_of_zeros, param_access, refuse_unserved, stepping_optimizers
+from prune_callbacks.parallel.strategies import masks_of_zeros, stepping_optimizers
 from prune_callbacks.sparsity import MaskSet
 
 
-class MaskEnforcer(Callback):
+class MaskEnforcer(HoldsMasks):
     """
     Holds masks on gradients, weights and optimizer state, so that zeros stay zero through every step.
 
@@ -36,6 +36,7 @@ class MaskEnforcer(Callback):
 
     Attributes:
         masks: the `MaskSet` in force, once training has started.
+        weights: the access to the masked parameters, once training has started; other callbacks use it too.
         given: the argument; once a fit has begun, the masks of the file.
     """
 
@@ -43,7 +44,7 @@ class MaskEnforcer(Callback):
         self.given = masks
         self.masks: MaskSet | None = None
         self._restored: MaskSet | None = None
-        self._access: ParamAccess | None = None
+        self.weights: ParamAccess | None = None
         self._hooks: list[RemovableHandle] = []
         self._watch: LostProcessWatch | None = None
 
@@ -51,7 +52,7 @@ class MaskEnforcer(Callback):
         if stage != "fit":
             return
         self._release()  # Lightning calls no teardown after a fit that failed
-        refuse_unserved(trainer.strategy)
+        Lineup(trainer).check(self)
         if isinstance(self.given, str | Path):
             self.given = MaskSet.load(self.given)
         if self.given is not None:
@@ -69,16 +70,16 @@ class MaskEnforcer(Callback):
     def hold(self, masks: MaskSet, trainer: Trainer) -> None:
         """Puts masks in force in a running fit: zeroes the weights and the optimizer's moments at pruned places."""
         self.masks = masks
-        self._access = param_access(trainer, masks)
-        self._access.project()
+        self.weights = access_to(trainer, masks)
+        self.weights.project()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        assert self._access is not None
-        self._access.mask_gradients()
+        assert self.weights is not None
+        self.weights.mask_gradients()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        assert self._access is not None
-        self._access.after_step(optimizer)
+        assert self.weights is not None
+        self.weights.after_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -90,9 +91,9 @@ class MaskEnforcer(Callback):
         self._log(pl_module)
 
     def _log(self, pl_module: LightningModule) -> None:
-        assert self._access is not None
+        assert self.weights is not None
         assert self.masks is not None
-        violations = sum(self._access.violations().values())
+        violations = sum(self.weights.violations().values())
         pl_module.log_dict({"sparsity": self.masks.sparsity(), "violations": float(violations)}, sync_dist=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -116,7 +117,7 @@ class MaskEnforcer(Callback):
         if self._watch is not None:
             self._watch.end()
         self._watch = None
-        self._access = None
+        self.weights = None
         self._restored = None
 
     def _find_masks(self, trainer: Trainer, pl_module: LightningModule) -> MaskSet:
@@ -130,7 +131,7 @@ class MaskEnforcer(Callback):
             return self.given
         blocks = find_blocks(find_language_model(pl_module))
         layers = find_targets(blocks, experts=True)
-        zeros = masks_of_zeros(trainer, matrices(blocks))
+        zeros = masks_of_zeros(trainer, matrices(blocks), find_language_model(pl_module))
         # What stays dense by default (routers, experts of an unknown kind) may have been pruned by somebody.
         known, sparsity = parameters_of(layers.values()), zeros.layer_sparsity()
         held = [name for name in zeros if name in known or sparsity[name] >= SPARSE]

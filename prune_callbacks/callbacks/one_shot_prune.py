@@ -18,7 +18,6 @@ from prune_callbacks.callbacks.lineup import Lineup, PrunesOnce
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.engine.report import PruneReport
 from prune_callbacks.engine.sequential import prune_sequentially
-from prune_callbacks.parallel.strategies import param_access, refuse_unserved
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.ranks import patient_ranks
 from prune_callbacks.storage.model_folder import savable, save_sparse_model
@@ -86,7 +85,7 @@ class OneShotPrune(PrunesOnce):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        refuse_unserved(trainer.strategy)
+        Lineup(trainer).check(self)
         self.report, self._restored = None, False
         if resumed_checkpoint(trainer) is not None:
             return  # the checkpoint brings weights and masks; on_train_start sees to it that it did
@@ -138,8 +137,8 @@ class OneShotPrune(PrunesOnce):
         assert self.report is not None
         if self.report.scales:
             rank_zero_warn(
-                f"{type(self.pruner).__name__} has rounded the weights, and training moves them off their grid: they "
-                "can no more be stored as codes. Prune without rounding, and round last, with QuantizeWeights"
+                f"{type(self.pruner).__name__} has rounded the weights, and training moves them off their grid: so "
+                "they can no longer be stored as integer codes. Prune without quantizing and add QuantizeWeights last"
             )
         if trainer.loggers:
             metrics = {"sparsity": self.report.sparsity, "violations": self._violations(trainer)}
@@ -177,7 +176,7 @@ class OneShotPrune(PrunesOnce):
 
     def _violations(self, trainer: Trainer) -> int:
         assert self.report is not None
-        return sum(param_access(trainer, self.report.masks).violations().values())
+        return sum(Lineup(trainer).weights(self.report.masks).violations().values())
 
     @staticmethod
     def _enforced(trainer: Trainer) -> bool:

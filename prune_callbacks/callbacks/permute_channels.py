@@ -3,22 +3,21 @@
 from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
-from prune_callbacks.callbacks.lineup import Lineup
-from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
+from prune_callbacks.callbacks.lineup import Lineup, PrunesOnce, PruningCallback
 from prune_callbacks.engine.permuting import Permuted, improvement, permute_channels_
-from prune_callbacks.parallel.strategies import refuse_unserved
 from prune_callbacks.ranks import patient_ranks
 from prune_callbacks.sparsity import NM
+from prune_callbacks.sparsity.questions import kept_of_group
 
 
-class PermuteChannels(Callback):
+class PermuteChannels(PruningCallback):
     """
     Permutes the module's language model in `setup(stage="fit")`; see `permute_channels_`. Put it before `OneShotPrune`.
 
@@ -45,7 +44,7 @@ class PermuteChannels(Callback):
         blocks: str | None = None,
         progress: bool = True,
     ) -> None:
-        if not isinstance(pattern, NM):
+        if kept_of_group(pattern) is None:
             raise ValueError(f"PermuteChannels takes an N:M pattern such as NM(2, 4), got {pattern!r}")
         self.pattern = pattern
         self.batches = batches
@@ -57,12 +56,10 @@ class PermuteChannels(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or resumed_checkpoint(trainer) is not None:
             return
-        refuse_unserved(trainer.strategy)
         lineup = Lineup(trainer)
-        one_shot = lineup.after(self).first(OneShotPrune)
-        names = lineup.names(PermuteChannels, OneShotPrune)
-        if one_shot is None or len(names) != 2:
-            raise ValueError(f"PermuteChannels needs one OneShotPrune after it among the callbacks, found {names}")
+        lineup.check(self)
+        one_shot = lineup.first(PrunesOnce)
+        assert one_shot is not None
         pruned = one_shot.pruner.pattern
         if pruned != self.pattern:
             raise ValueError(f"PermuteChannels orders channels for {self.pattern}, and OneShotPrune prunes to {pruned}")

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
@@ -12,16 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
 from prune_callbacks.anatomy.finding import find_targets
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
-from prune_callbacks.callbacks.iterative_prune import IterativePrune
-from prune_callbacks.callbacks.lineup import Lineup
+from prune_callbacks.callbacks.lineup import Lineup, PrunesOnce, PruningCallback
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
-from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
-from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.deploy.compression import Compression, save_compressed
 from prune_callbacks.engine.report import PruneReport
 from prune_callbacks.engine.sequential import prune_sequentially
 from prune_callbacks.measure.perplexity import perplexity
-from prune_callbacks.parallel.strategies import refuse_sharded, world
+from prune_callbacks.parallel.strategies import world
 from prune_callbacks.pruners import GPTQ
 from prune_callbacks.ranks import patient_ranks
 from prune_callbacks.solvers.gptq import Grid
@@ -29,7 +26,7 @@ from prune_callbacks.storage.model_folder import savable
 from prune_callbacks.writing import write_json
 
 
-class QuantizeWeights(Callback):
+class QuantizeWeights(PruningCallback):
     """
     Rounds the weights of the module's language model at the end of the fit by `GPTQ`, every zero held.
 
@@ -53,6 +50,8 @@ class QuantizeWeights(Callback):
         compression: the bytes of the file.
         perplexity: before and after; None where the data module has no `evaluation_windows`.
     """
+
+    needs_whole_weights = True
 
     def __init__(
         self,
@@ -84,8 +83,8 @@ class QuantizeWeights(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        refuse_sharded(trainer.strategy, "QuantizeWeights")
-        self._check_callbacks(trainer)
+        Lineup(trainer).check(self)
+        self._check_adapters(trainer)
         self.rounding = self.compression = self.perplexity = None
         model = find_language_model(pl_module)
         savable(model)
@@ -94,17 +93,11 @@ class QuantizeWeights(Callback):
             self._inputs = calibration_batches(trainer, ranks, self.batches, self.num_batches)
 
     @staticmethod
-    def _check_callbacks(trainer: Trainer) -> None:
-        lineup = Lineup(trainer)
-        if any(not callback.masked for callback in lineup.all(LoRARecovery)):
+    def _check_adapters(trainer: Trainer) -> None:
+        if any(not callback.masked for callback in Lineup(trainer).all(LoRARecovery)):
             raise ValueError(
                 "QuantizeWeights rounds whole weights, and LoRARecovery(masked=False) keeps its adapter beside them; "
                 "use masked=True, which merges it"
-            )
-        if lineup.has(OneShotPrune, IterativePrune) and not lineup.has(LoRARecovery, MaskEnforcer):
-            raise ValueError(
-                "QuantizeWeights keeps the zeros that are left when training ends, and without MaskEnforcer() training "
-                "brings them all back; add it to the callbacks"
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -138,7 +131,7 @@ class QuantizeWeights(Callback):
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.rounding is not None
-        one_shot = Lineup(trainer).first(OneShotPrune)
+        one_shot = Lineup(trainer).first(PrunesOnce)
         self.compression = save_compressed(
             find_language_model(pl_module),
             self.rounding.masks,

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import Trainer
 
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.memory import peak_memory
-from prune_callbacks.parallel.strategies import param_access
 from prune_callbacks.sparsity import MaskSet
 
 PACKAGES = ("prune-callbacks", "torch", "lightning", "transformers")
@@ -35,7 +35,7 @@ def outcome(
     """What `report.json` says of it; every process calls this."""
     masks = masks_in_force(one_shot, iterative)
     # Counted in the weights, not in the masks: without an enforcer the two part ways.
-    weights = param_access(trainer, masks)
+    weights = Lineup(trainer).weights(masks)
     zeros, violations = weights.layer_sparsity(), weights.violations()
     report = one_shot.report if one_shot is not None else None
     peaks = [peak_memory(trainer.strategy.root_device)] + ([report.peak_memory_bytes] if report else [])

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from transformers import PreTrainedTokenizerBase
@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
-from prune_callbacks.callbacks.lineup import Lineup
-from prune_callbacks.callbacks.lora_recovery import LoRARecovery
+from prune_callbacks.callbacks.lineup import FinishesWeights, Lineup, PruningCallback
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.run_outcome import masks_in_force, outcome, seconds_of_pruning
 from prune_callbacks.callbacks.run_quality import RunQuality, finite
@@ -36,7 +35,7 @@ DRAWN_EVERY = 30.0
 """Least number of seconds between two drawings while the model is trained; drawing takes one to two."""
 
 
-class RunReport(Callback):
+class RunReport(PruningCallback):
     """
     Writes `report.html`, `report.json`, `report.png`, `masks.safetensors` and `model/` into one folder.
 
@@ -124,14 +123,7 @@ class RunReport(Callback):
 
     def _find_pruning(self, trainer: Trainer) -> None:
         lineup = Lineup(trainer)
-        kinds = (RunReport, OneShotPrune, IterativePrune)
-        names = lineup.names(*kinds)
-        counts = [len(lineup.all(kind)) for kind in kinds]
-        if lineup.before(self).has(*kinds) or max(counts) > 1 or sum(counts) < 2:
-            raise ValueError(
-                f"RunReport needs one OneShotPrune or IterativePrune, or one of each, after it among the callbacks, "
-                f"found {names}"
-            )
+        lineup.check(self)
         self._one_shot, self._iterative = lineup.first(OneShotPrune), lineup.first(IterativePrune)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -205,8 +197,8 @@ class RunReport(Callback):
         if self._finished:
             return
         self._finished = True
-        for adapter in Lineup(trainer).all(LoRARecovery):
-            adapter.finish(trainer)  # it stands behind
+        for callback in Lineup(trainer).all(FinishesWeights):
+            callback.finish(trainer)  # they stand behind
         self.record["seconds"]["recover"] = self._recover_seconds()
         self._train_begin = 0.0
         again = self.record["stage"] == "recovered"  # resumed from a checkpoint of the end

@@ -5,27 +5,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
 from prune_callbacks.anatomy.finding import find_targets
-from prune_callbacks.callbacks.iterative_prune import IterativePrune
-from prune_callbacks.callbacks.lineup import Lineup
-from prune_callbacks.callbacks.lora_recovery import LoRARecovery
-from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
-from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
-from prune_callbacks.callbacks.permute_channels import PermuteChannels
-from prune_callbacks.callbacks.quantize_weights import QuantizeWeights
-from prune_callbacks.callbacks.run_report import RunReport
-from prune_callbacks.callbacks.shrink_model import ShrinkModel
+from prune_callbacks.callbacks.lineup import Lineup, PrunesInRounds, PrunesOnce, PruningCallback
 from prune_callbacks.deploy.backends import Hardware, choose_backend, why_not
 from prune_callbacks.deploy.conversion import Conversion, find_two_four
 from prune_callbacks.deploy.low_precision import convert_fp8_, convert_int8_
 from prune_callbacks.deploy.semi_structured import convert_
-from prune_callbacks.parallel.strategies import refuse_sharded
-from prune_callbacks.sparsity import NM, Pattern
+from prune_callbacks.sparsity import Pattern
+from prune_callbacks.sparsity.questions import kept_of_group
 
 CASTS: Mapping[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 CONVERSIONS: Mapping[str, Callable[..., Conversion]] = {
@@ -36,20 +28,8 @@ CONVERSIONS: Mapping[str, Callable[..., Conversion]] = {
     "fp8": convert_fp8_,
 }
 
-READERS = (
-    OneShotPrune,
-    IterativePrune,
-    LoRARecovery,
-    MaskEnforcer,
-    PermuteChannels,
-    QuantizeWeights,
-    RunReport,
-    ShrinkModel,
-)
-"""Callbacks that read or write dense weights, and so stand before the conversion."""
 
-
-class SemiStructuredConvert(Callback):
+class SemiStructuredConvert(PruningCallback):
     """
     Converts the module's language model when a fit has ended: `convert_`, `convert_int8_` or `convert_fp8_`.
 
@@ -74,6 +54,8 @@ class SemiStructuredConvert(Callback):
         conversion: what was done, once the fit has ended; None also where nothing was 2:4.
     """
 
+    needs_whole_weights = True
+
     def __init__(
         self,
         targets: Sequence[str] | str | None = None,
@@ -95,21 +77,15 @@ class SemiStructuredConvert(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        refuse_sharded(trainer.strategy, "SemiStructuredConvert")
         self.conversion = None
         lineup = Lineup(trainer)
-        for callback in (*lineup.all(OneShotPrune), *lineup.all(IterativePrune)):
+        for callback in (*lineup.all(PrunesOnce), *lineup.all(PrunesInRounds)):
             if not _two_four(callback.pruner.pattern):
                 raise ValueError(
                     f"SemiStructuredConvert converts 2:4 weights, and {type(callback).__name__} prunes to "
                     f"{callback.pruner.pattern}; prune to NM(2, 4)"
                 )
-        wrong = lineup.after(self).names(*READERS)
-        if wrong:
-            raise ValueError(
-                f"SemiStructuredConvert stands before {', '.join(wrong)}, which would meet converted weights; put it "
-                "behind them"
-            )
+        lineup.check(self)
         if next(pl_module.parameters(), None) is not None:
             # A wrong name is to be known now, not when the fit is over.
             find_targets(find_blocks(find_language_model(pl_module), self.blocks), self.targets)
@@ -151,4 +127,5 @@ class SemiStructuredConvert(Callback):
 
 def _two_four(pattern: Pattern) -> bool:
     """Whether every mask of the pattern is 2:4."""
-    return isinstance(pattern, NM) and (pattern == NM(1, 2) or (pattern.n <= 2 and pattern.m % 4 == 0))
+    group = kept_of_group(pattern)
+    return group is not None and (group == (1, 2) or (group[0] <= 2 and group[1] % 4 == 0))

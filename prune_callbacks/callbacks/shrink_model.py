@@ -4,24 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
-from prune_callbacks.callbacks.lineup import Lineup
+from prune_callbacks.callbacks.lineup import Lineup, PrunesOnce, PruningCallback
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
-from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.deploy.shrinking import changed_settings, logits_difference, shrink
 from prune_callbacks.memory import model_bytes
-from prune_callbacks.parallel.strategies import refuse_sharded
-from prune_callbacks.pruners import Structured
+from prune_callbacks.pruners.questions import coupled
 from prune_callbacks.writing import replaced_folder, write_json
 
 
-class ShrinkModel(Callback):
+class ShrinkModel(PruningCallback):
     """
     Takes the removed channels and heads out of the model that `OneShotPrune(Structured(...))` pruned; see `shrink`.
 
@@ -38,6 +36,8 @@ class ShrinkModel(Callback):
         record: what `shrunk.json` holds.
     """
 
+    needs_whole_weights = True
+
     def __init__(self, dirpath: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.dirpath = Path(dirpath)
         self.tokenizer = tokenizer
@@ -47,37 +47,21 @@ class ShrinkModel(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        refuse_sharded(trainer.strategy, "ShrinkModel")
         lineup = Lineup(trainer)
-        found = [callback.pruner for callback in lineup.all(OneShotPrune)]
-        if not any(isinstance(pruner, Structured) for pruner in found):
-            raise ValueError(f"ShrinkModel needs OneShotPrune(Structured(Columns(...))), found {found or 'none'}")
-        if not lineup.before(self).has(OneShotPrune):
-            raise ValueError(
-                f"ShrinkModel needs OneShotPrune before it among the callbacks, found "
-                f"{lineup.names(OneShotPrune, ShrinkModel)}"
-            )
-        self._check_callbacks(trainer)
+        found = [callback.pruner for callback in lineup.all(PrunesOnce)]
+        if found and not any(coupled(pruner) for pruner in found):
+            raise ValueError(f"ShrinkModel needs OneShotPrune(Structured(Columns(...))), found {found}")
+        lineup.check(self)
+        self._check_adapters(trainer)
         if resumed_checkpoint(trainer) is None and trainer.is_global_zero:
             self._shrunk(trainer, pl_module)  # what cannot be done is to be known now, not after training
 
-    def _check_callbacks(self, trainer: Trainer) -> None:
-        lineup = Lineup(trainer)
-        adapters = lineup.all(LoRARecovery)
-        if any(not callback.masked for callback in adapters):
+    @staticmethod
+    def _check_adapters(trainer: Trainer) -> None:
+        if any(not callback.masked for callback in Lineup(trainer).all(LoRARecovery)):
             raise ValueError(
                 "ShrinkModel shrinks whole weights, and LoRARecovery(masked=False) keeps its adapter beside them; use "
                 "masked=True, which merges it"
-            )
-        if lineup.before(self).has(LoRARecovery):
-            raise ValueError(
-                "ShrinkModel tries at the start what it will do at the end; put it before LoRARecovery, whose adapters "
-                "are in the way then and merged at the end"
-            )
-        if not lineup.has(LoRARecovery, MaskEnforcer):
-            raise ValueError(
-                "ShrinkModel takes out what is zero when training ends, and without MaskEnforcer() training may bring "
-                "it back; add it to the callbacks"
             )
 
     @staticmethod

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 from torch import nn
@@ -16,19 +16,19 @@ from transformers import PreTrainedModel
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
 from prune_callbacks.anatomy.finding import find_targets, sparse_experts
 from prune_callbacks.anatomy.targets import Target
+from prune_callbacks.callbacks.lineup import Lineup, PruningCallback
 from prune_callbacks.deploy.conversion import Conversion, is_converted
 from prune_callbacks.deploy.csr import CSRReport, convert_to_csr_
 from prune_callbacks.deploy.latency import BASE, layer_sweep, model_sweep, with_compiled
 from prune_callbacks.deploy.low_precision import two_four_name
 from prune_callbacks.deploy.semi_structured import convert_, revert_
 from prune_callbacks.deploy.shrinking import shrink
-from prune_callbacks.parallel.strategies import refuse_sharded
 from prune_callbacks.reporting.latency import draw_latency, latency_table, setting, verdict
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.writing import write_json
 
 
-class SparsityBenchmark(Callback):
+class SparsityBenchmark(PruningCallback):
     """
     Times the module's language model, dense against sparse, side by side in one run, and says where sparse loses.
 
@@ -57,6 +57,8 @@ class SparsityBenchmark(Callback):
     Attributes:
         record: what `latency.json` holds; empty before.
     """
+
+    needs_whole_weights = True
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class SparsityBenchmark(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        refuse_sharded(trainer.strategy, "SparsityBenchmark")
+        Lineup(trainer).check(self)
         where = trainer.strategy.root_device.type
         if where not in ("cpu", "cuda"):
             raise ValueError(

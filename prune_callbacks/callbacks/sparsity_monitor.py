@@ -3,16 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
-from prune_callbacks.callbacks.lineup import Lineup
-from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
-from prune_callbacks.parallel.strategies import param_access
+from prune_callbacks.callbacks.lineup import HoldsMasks, Lineup, PruningCallback
 from prune_callbacks.reporting.pictures import draw_sparsity
 from prune_callbacks.sparsity import MaskSet
 
 
-class SparsityMonitor(Callback):
+class SparsityMonitor(PruningCallback):
     """
     Counts, in the weights themselves, how sparse every masked layer is and how many pruned weights are not zero.
 
@@ -39,8 +37,7 @@ class SparsityMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not Lineup(trainer).has(MaskEnforcer):
-            raise ValueError("SparsityMonitor counts what MaskEnforcer holds, and there is none among the callbacks")
+        Lineup(trainer).check(self)
         self.history, self._seen = [], None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -65,14 +62,14 @@ class SparsityMonitor(Callback):
         self.history = state_dict["history"]
 
     def _masks(self, trainer: Trainer) -> MaskSet | None:
-        enforcer = Lineup(trainer).first(MaskEnforcer)
+        enforcer = Lineup(trainer).first(HoldsMasks)
         assert enforcer is not None
         return enforcer.masks
 
     def _count(self, trainer: Trainer) -> None:
         self._seen = self._masks(trainer)
         assert self._seen is not None  # the enforcer has them once training has started
-        weights = param_access(trainer, self._seen)
+        weights = Lineup(trainer).weights(self._seen)
         violations, sparsity = weights.violations(), weights.layer_sparsity()
         counts = {name: violations.get(name, 0) for name in self._seen}
         self.history.append({"step": trainer.global_step, "sparsity": sparsity, "violations": counts})

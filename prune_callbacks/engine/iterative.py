@@ -1,6 +1,6 @@
 """Choosing which of the weights that are left go next, over all layers or layer by layer."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -10,10 +10,9 @@ from torch import Tensor
 from prune_callbacks.anatomy.naming import naming
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.pruners.questions import pool, scores_of_weights
-from prune_callbacks.pruners.scored import ScorePruner
 from prune_callbacks.ranks import Ranks
 from prune_callbacks.sparsity import MaskSet, Pattern, keep_largest_of_all
-from prune_callbacks.sparsity.questions import at_sparsity, removes_single_weights
+from prune_callbacks.sparsity.questions import at_sparsity, in_pool, removes_single_weights
 
 Scope = Literal["global", "layer"]
 
@@ -39,7 +38,7 @@ def shrink_masks(
     weights: SharedWeights,
     names: Collection[str],
     sparsity: float,
-    pruner: ScorePruner,
+    pruner: Pruner,
     scope: Scope,
     input_first: Collection[str] = (),
 ) -> MaskSet:
@@ -63,16 +62,14 @@ def shrink_masks(
         kept = total - round(sparsity * total)
         chosen = weights.joined(keep_largest_of_all(_OwnScores(weights, names, pruner), kept, weights.ranks))
     else:
-        pattern = at_sparsity(pruner.pattern, sparsity)
+        pattern = in_pool(at_sparsity(pruner.pattern, sparsity), pool(pruner))
         chosen = MaskSet.join(
             MaskSet({name: _keep_in_layer(weights, name, pruner, pattern, name in input_first)}) for name in names
         )
     return weights.masks & chosen
 
 
-def _keep_in_layer(
-    weights: SharedWeights, name: str, pruner: ScorePruner, pattern: Pattern, input_first: bool
-) -> Tensor:
+def _keep_in_layer(weights: SharedWeights, name: str, pruner: Pruner, pattern: Pattern, input_first: bool) -> Tensor:
     # In the sum over a structure what is gone has zero; of single weights it goes below survivors that happen to be so.
     lowest = -torch.inf if removes_single_weights(pattern) else 0.0
     weight = weights.read(name)
@@ -82,7 +79,7 @@ def _keep_in_layer(
         stored = [weight, removed] if weight.ndim == 3 else [weight[None], removed[None]]  # of experts: one by one
         matrices, gone = (tensor.mT if input_first else tensor for tensor in stored)
         kept = [
-            pattern.keep(pruner.scores(matrix).masked_fill(without, lowest))
+            pattern.keep(_scores(pruner)(matrix).masked_fill(without, lowest))
             for matrix, without in zip(matrices, gone, strict=True)
         ]
         keep = torch.stack([mask.T if input_first else mask for mask in kept])
@@ -98,16 +95,22 @@ class _OwnScores(Mapping[str, Tensor]):
 
     weights: SharedWeights
     names: Collection[str]
-    pruner: ScorePruner
+    pruner: Pruner
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.pruner.scores(self.weights.own(name)).masked_fill(~self.weights.own_keep(name), -torch.inf)
+        return _scores(self.pruner)(self.weights.own(name)).masked_fill(~self.weights.own_keep(name), -torch.inf)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def _scores(pruner: Pruner) -> Callable[..., Tensor]:
+    scores = scores_of_weights(pruner)
+    assert scores is not None
+    return scores
 
 
 def check_shrinkable(pruner: Pruner, scope: str, target: float) -> None:
@@ -152,8 +155,7 @@ def _is_one_pool(pruner: Pruner) -> bool:
 
 def _is_elementwise(pruner: Pruner) -> bool:
     """Returns whether a weight's score is the same whatever weights stand beside it: tried on drawn numbers."""
-    scores = scores_of_weights(pruner)
-    assert scores is not None
+    scores = _scores(pruner)
     weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     try:
         part = scores(weight.flatten()[3:11])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prune_callbacks.parallel.packed import PackedKeep, count_removed, zero_removed
+from prune_callbacks.parallel.shapes import whole_shape
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.sparsity import MaskSet
 
@@ -56,8 +57,9 @@ class ParamAccess(ABC):
         self.masks = masks
         self.ranks = ranks
         self._prepare()
-        places = {id(parameter): place for place, parameter in module.named_parameters()}
-        self._places = {name: places[id(p)] for name, p in masks.matching(module.named_parameters()).items()}
+        shapes = {name: whole_shape(parameter) for name, parameter in module.named_parameters()}
+        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._places = masks.places(shapes, trained)
         self._keep = {}
         for name, parameter in self._parameters().items():
             weights = self._master(parameter)
@@ -194,9 +196,9 @@ class ParamAccess(ABC):
         return self._whole(parameter, self._own(parameter)[1].flatten())
 
     def _whole(self, parameter: Tensor, own: Tensor) -> Tensor:
-        shape = getattr(parameter, "ds_shape", parameter.shape)
+        shape = whole_shape(parameter)
         dtype = torch.uint8 if own.dtype == torch.bool else own.dtype
-        flat = torch.zeros(torch.Size(shape).numel(), dtype=dtype, device=self._device)
+        flat = torch.zeros(shape.numel(), dtype=dtype, device=self._device)
         span = self._own(parameter)[0]
         flat[span.start : span.stop] = own.to(flat)
         return self.ranks.sum(flat).view(shape)  # the others' places are zeros: the sum is exact

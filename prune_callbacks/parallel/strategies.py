@@ -1,6 +1,7 @@
 """Which access serves which of Lightning's strategies."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,29 +19,66 @@ from torch.distributed.tensor import DTensor
 
 from prune_callbacks.parallel.access import ParamAccess
 from prune_callbacks.parallel.plain import PlainAccess
+from prune_callbacks.parallel.shapes import whole_shape
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.sparsity import MaskSet
 
-SERVED = 'one device or strategy="ddp", ModelParallelStrategy (FSDP2), or DeepSpeedStrategy(stage=1, 2 or 3)'
+
+@dataclass(frozen=True)
+class Served:
+    """
+    How masks are held under a strategy.
+
+    Attributes:
+        strategy: the class; subclasses are served alike.
+        access: makes the access from the trainer, the module that has the parameters, the masks and the ranks, once the
+            strategy has been set up.
+        problem: says why a strategy with these settings cannot be served, as a clause that ends with a remedy; None: it
+            can.
+        sharded: whether no rank has all weights, masters and moments.
+    """
+
+    strategy: type[Strategy]
+    access: Callable[[Trainer, nn.Module, MaskSet, Ranks], ParamAccess]
+    problem: Callable[[Any], str | None] = lambda strategy: None
+    sharded: bool = False
 
 
-def refuse_unserved(strategy: Strategy) -> None:
-    """Raises ValueError for a strategy under which masks cannot be held."""
-    problem = None
-    if isinstance(strategy, DeepSpeedStrategy):
-        problem = _zero_problem(strategy)
-    elif isinstance(strategy, ModelParallelStrategy):
-        if strategy._tensor_parallel_size not in ("auto", 1) or (
-            strategy._tensor_parallel_size == "auto" and strategy.num_processes > 1
-        ):
-            problem = (
-                "with tensor parallelism, which cuts weights across; use ModelParallelStrategy(data_parallel_size=the "
-                "number of processes, tensor_parallel_size=1)"
-            )
-    elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-        problem = f"whose parameters it does not know how to reach; use {SERVED}"
-    if problem is not None:
-        raise ValueError(f"prune_callbacks cannot hold masks under {type(strategy).__name__} {problem}")
+def _plain_access(trainer: Trainer, module: nn.Module, masks: MaskSet, ranks: Ranks) -> ParamAccess:
+    return PlainAccess(module, masks, trainer.optimizers, ranks)
+
+
+def _fsdp2_access(trainer: Trainer, module: nn.Module, masks: MaskSet, ranks: Ranks) -> ParamAccess:
+    from prune_callbacks.parallel.fsdp2 import FSDP2Access
+
+    return FSDP2Access(module, masks, trainer.optimizers, ranks)
+
+
+def _zero_access(trainer: Trainer, module: nn.Module, masks: MaskSet, ranks: Ranks) -> ParamAccess:
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    from prune_callbacks.parallel.zero import Zero3Access, Zero12Access
+
+    engine = cast(DeepSpeedStrategy, trainer.strategy).deepspeed_engine
+    if type(engine.optimizer) is DeepSpeedZeroOptimizer:
+        return Zero12Access(module, masks, engine, ranks)
+    if type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3:
+        return Zero3Access(module, masks, engine, ranks)
+    raise ValueError(
+        f"prune_callbacks cannot hold masks under DeepSpeed's {type(engine.optimizer).__name__}; use its ZeRO "
+        "optimizers with their default dtype of gradient accumulation"
+    )
+
+
+def _fsdp2_problem(strategy: ModelParallelStrategy) -> str | None:
+    parallel = strategy._tensor_parallel_size
+    if parallel == 1 or (parallel == "auto" and strategy.num_processes == 1):
+        return None
+    return (
+        "with tensor parallelism, which cuts weights across; use ModelParallelStrategy(data_parallel_size=the number "
+        "of processes, tensor_parallel_size=1)"
+    )
 
 
 def _zero_problem(strategy: DeepSpeedStrategy) -> str | None:
@@ -63,52 +101,80 @@ def _zero_problem(strategy: DeepSpeedStrategy) -> str | None:
     return None
 
 
+_SERVED: list[Served] = [
+    Served(SingleDeviceStrategy, _plain_access),
+    Served(DDPStrategy, _plain_access),
+    Served(ModelParallelStrategy, _fsdp2_access, _fsdp2_problem, sharded=True),
+    Served(DeepSpeedStrategy, _zero_access, _zero_problem, sharded=True),
+]
+
+
+def register_strategy(served: Served) -> None:
+    """
+    Serves a further strategy, or one of those above in another way: what is registered last is asked first.
+
+    Raises:
+        ValueError: it is no `Served`.
+    """
+    if not isinstance(served, Served):
+        raise ValueError(f"register_strategy takes Served(strategy=..., access=...), got {served!r}")
+    _SERVED.append(served)
+
+
+def _served(strategy: Strategy) -> Served | None:
+    return next((served for served in reversed(_SERVED) if isinstance(strategy, served.strategy)), None)
+
+
+def check_strategy(strategy: Strategy, who: str, *, whole_weights: bool) -> None:
+    """
+    Raises ValueError for a strategy under which a callback cannot work; the one place that refuses strategies.
+
+    Args:
+        strategy: the trainer's.
+        who: class name of the callback.
+        whole_weights: it works only where every process holds all weights; else it needs masks to be held.
+    """
+    name, served = type(strategy).__name__, _served(strategy)
+    if whole_weights:
+        if served is not None and served.sharded:
+            raise ValueError(f'{who} does not work under {name}; use one device or strategy="ddp"')
+        return
+    problem = (
+        'whose parameters it does not know how to reach; use one device or strategy="ddp", ModelParallelStrategy '
+        "(FSDP2), or DeepSpeedStrategy(stage=1, 2 or 3)"
+        if served is None
+        else served.problem(strategy)
+    )
+    if problem is not None:
+        raise ValueError(f"prune_callbacks cannot hold masks under {name} {problem}")
+
+
 def world(trainer: Trainer) -> Ranks:
-    """All processes of a trainer's fit."""
+    """Returns all processes of a trainer's fit."""
     return Ranks(dist.group.WORLD, trainer.strategy.root_device) if trainer.world_size > 1 else ALONE
 
 
-def param_access(trainer: Trainer, masks: MaskSet) -> ParamAccess:
+def param_access(trainer: Trainer, masks: MaskSet, module: nn.Module) -> ParamAccess:
     """
-    The access to the masked parameters of a trainer's module, in a fit, once its strategy has been set up.
+    Makes the access to masked parameters in a fit, once the strategy has been set up.
+
+    Args:
+        trainer: whose strategy `check_strategy` has passed.
+        masks: the masks.
+        module: has their parameters; the trainer's module, or a part of it.
 
     Raises:
-        ValueError: the masks do not fit the module, or its strategy is not served.
+        ValueError: the masks do not fit the module.
     """
-    strategy, module = trainer.strategy, trainer.lightning_module
-    refuse_unserved(strategy)
-    ranks = world(trainer)
-    if isinstance(strategy, DeepSpeedStrategy):
-        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-        from prune_callbacks.parallel.zero import Zero3Access, Zero12Access
-
-        engine = strategy.deepspeed_engine
-        if type(engine.optimizer) is DeepSpeedZeroOptimizer:
-            return Zero12Access(module, masks, engine, ranks)
-        if type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3:
-            return Zero3Access(module, masks, engine, ranks)
-        raise ValueError(
-            f"prune_callbacks cannot hold masks under DeepSpeed's {type(engine.optimizer).__name__}; use its ZeRO "
-            "optimizers with their default dtype of gradient accumulation"
-        )
-    if isinstance(strategy, ModelParallelStrategy):
-        from prune_callbacks.parallel.fsdp2 import FSDP2Access
-
-        return FSDP2Access(module, masks, trainer.optimizers, ranks)
-    return PlainAccess(module, masks, trainer.optimizers, ranks)
+    served = _served(trainer.strategy)
+    assert served is not None
+    return served.access(trainer, module, masks, world(trainer))
 
 
 def sharded(strategy: Strategy) -> bool:
-    """Whether no rank has all weights, masters and moments."""
-    return isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy)
-
-
-def refuse_sharded(strategy: Strategy, who: str) -> None:
-    """Raises ValueError, in the name of `who`, for a strategy that shards parameters."""
-    if sharded(strategy):
-        raise ValueError(f'{who} does not work under {type(strategy).__name__}; use one device or strategy="ddp"')
+    """Returns whether no rank has all weights, masters and moments."""
+    served = _served(strategy)
+    return served is not None and served.sharded
 
 
 def lost_a_process(error: BaseException) -> bool:
@@ -147,10 +213,10 @@ def _gathered(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def masks_of_zeros(trainer: Trainer, weights: Mapping[str, Tensor]) -> MaskSet:
-    """`MaskSet.from_nonzero` of these parameters, in a fit, wherever the strategy has put them."""
-    shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in weights.items()}
-    access = param_access(trainer, MaskSet.all_kept(shapes))
+def masks_of_zeros(trainer: Trainer, weights: Mapping[str, Tensor], module: nn.Module) -> MaskSet:
+    """Returns `MaskSet.from_nonzero` of parameters of `module`, by name there, wherever the strategy has put them."""
+    shapes = {name: whole_shape(weight) for name, weight in weights.items()}
+    access = param_access(trainer, MaskSet.all_kept(shapes), module)
     return access.joined((name, access.own(name) != 0) for name in shapes)
 
 

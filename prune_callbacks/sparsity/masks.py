@@ -29,9 +29,29 @@ def _items(named: NamedTensors) -> dict[str, Tensor]:
     return dict(named.items() if isinstance(named, Mapping) else named)
 
 
-def _plain(name: str) -> str:
-    """The name that a parameter has without adapters: peft wraps a layer and keeps it as `base_layer`."""
-    return name.replace(".base_layer.", ".")
+class _Parameters:
+    """
+    The parameters of a module, by name, to look masks up in.
+
+    A layer may have been wrapped, and the wrapper hold it under a further name: `up_proj.weight` is then found as
+    `up_proj.NAME.weight`, and the other way round, if exactly one such parameter has the mask's shape.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self._wrapped: dict[str, list[str]] = {}
+        for name in self.shapes:
+            owner, _, last = name.rpartition(".")
+            self._wrapped.setdefault(f"{owner.rpartition('.')[0]}.{last}", []).append(name)
+
+    def find(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """Returns the name of a mask's parameter, or None."""
+        if name in self.shapes:
+            return name
+        owner, _, last = name.rpartition(".")
+        places = [*self._wrapped.get(name, ()), f"{owner.rpartition('.')[0]}.{last}"]
+        fitting = [place for place in places if self.shapes.get(place) == shape]
+        return fitting[0] if len(fitting) == 1 else None
 
 
 class MaskSet(Mapping[str, Tensor]):
@@ -41,7 +61,8 @@ class MaskSet(Mapping[str, Tensor]):
     Masks have the shape of their parameter and are stored packed, one bit per weight; `masks[name]` unpacks
     one into a new bool tensor on the CPU. Names are those of the model that was pruned. Methods that take
     named parameters also accept those of a module that *contains* that model (a LightningModule, a DDP
-    wrapper), whose names carry one common prefix, and those of layers that peft has wrapped (`base_layer`).
+    wrapper), whose names carry one common prefix, and those of
+    layers that a wrapper (an adapter) holds under a further name.
     """
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
@@ -128,7 +149,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     def matching(self, named_parameters: NamedTensors) -> dict[str, Tensor]:
         """
-        The parameters that these masks are for, by mask name.
+        Returns the parameters that these masks are for, by mask name.
 
         Of a module with several models that the masks fit (a student and a frozen teacher), those of the only one that
         is trained.
@@ -137,43 +158,64 @@ class MaskSet(Mapping[str, Tensor]):
             ValueError: a mask has no parameter, or one of another shape; the first mismatches are listed. Or the masks
                 fit several models, and not exactly one is trained.
         """
-        parameters = {_plain(name): parameter for name, parameter in _items(named_parameters).items()}
-        prefix = self._prefix(parameters)
-        places = {name: prefix + _plain(name) for name in self}
-        found = {name: parameters[place] for name, place in places.items() if place in parameters}
-        # A parameter that ZeRO-3 has partitioned is empty and carries its own shape as `ds_shape`.
-        shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in found.items()}
-        problems = [f"{name}: no such parameter" for name in self if name not in found]
+        parameters = _items(named_parameters)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        places = self.places(shapes, {name for name, parameter in parameters.items() if parameter.requires_grad})
+        return {name: parameters[place] for name, place in places.items()}
+
+    def fits(self, named_parameters: NamedTensors) -> bool:
+        """Returns whether every mask has a parameter of exactly its name and shape, but for wrapped layers."""
+        known = _Parameters({name: parameter.shape for name, parameter in _items(named_parameters).items()})
+        return all(known.find(name, shape) is not None for name, shape in self._shapes.items())
+
+    def places(self, shapes: Mapping[str, Sequence[int]], trained: Collection[str] = ()) -> dict[str, str]:
+        """
+        Returns the names of the parameters that these masks are for, by mask name; see `matching`.
+
+        Args:
+            shapes: of a module's parameters, whole, by name.
+            trained: the names of those that are trained.
+
+        Raises:
+            ValueError: see `matching`.
+        """
+        known = _Parameters(shapes)
+        prefix = self._prefix(known, trained)
+        found = {name: known.find(prefix + name, shape) for name, shape in self._shapes.items()}
+        places = {name: place for name, place in found.items() if place is not None}
+        problems = [f"{name}: no such parameter" for name in self if name not in places]
         problems += [
-            f"{name}: mask of shape {self._shapes[name]}, parameter of shape {shape}"
-            for name, shape in shapes.items()
-            if shape != self._shapes[name]
+            f"{name}: mask of shape {self._shapes[name]}, parameter of shape {known.shapes[place]}"
+            for name, place in places.items()
+            if known.shapes[place] != self._shapes[name]
         ]
         if problems:
             raise ValueError(
                 f"these masks belong to another model: {len(problems)} of {len(self)} do not fit, first "
                 + "; ".join(problems[:3])
-                + f". The model has {len(parameters)} parameters, first {', '.join(list(parameters)[:3])}."
+                + f". The model has {len(shapes)} parameters, first {', '.join(list(shapes)[:3])}."
             )
-        return found
+        return places
 
-    def _prefix(self, parameters: Mapping[str, Tensor]) -> str:
-        """What stands before the masks' names in those of the parameters; of several models, the only trained one's."""
-        ours = [_plain(name) for name in self]
-        if not ours or ours[0] in parameters:
+    def _prefix(self, known: _Parameters, trained: Collection[str]) -> str:
+        """Returns what precedes the masks' names in the parameters'; of several models, the only trained one's."""
+        first, shape = next(iter(self._shapes.items()), ("", ()))
+        if not first or known.find(first, shape) is not None:
             return ""
-        prefixes = [name[: -len(ours[0])] for name in parameters if name.endswith("." + ours[0])]
-        fitting = [prefix for prefix in prefixes if all(prefix + name in parameters for name in ours)]
+        owner, _, last = first.rpartition(".")
+        ends = [name.partition(f".{owner}.") for name in known.shapes if name.rpartition(".")[2] == last]
+        prefixes = [f"{before}." for before in dict.fromkeys(before for before, dot, _ in ends if dot)]
+        fitting = [p for p in prefixes if all(known.find(p + name, s) is not None for name, s in self._shapes.items())]
         if len(fitting) < 2:
             return next(iter(fitting), "")
-        trained = [p for p in fitting if any(v.requires_grad for n, v in parameters.items() if n.startswith(p))]
-        if len(trained) != 1:
+        learning = [prefix for prefix in fitting if any(name.startswith(prefix) for name in trained)]
+        if len(learning) != 1:
             raise ValueError(
                 f"these masks fit {len(fitting)} models, {[prefix.rstrip('.') for prefix in fitting]}, of which "
-                f"{len(trained)} are trained; one must be: freeze the others (requires_grad_(False)), or give the "
+                f"{len(learning)} are trained; one must be: freeze the others (requires_grad_(False)), or give the "
                 "parameters of the one that is meant"
             )
-        return trained[0]
+        return learning[0]
 
     @torch.no_grad()
     def apply_(self, named_parameters: NamedTensors) -> None:
