@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from prune_callbacks import ALPS, MRP, NM, Magnitude, SparseGPT, Unstructured, Wanda, prune_sequentially
+from prune_callbacks import ALPS, MRP, NM, RIA, Magnitude, SparseGPT, Unstructured, Wanda, prune_sequentially
 from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.storage.run_record import open_results
 from prune_callbacks.tasks import smollm2_135m
@@ -27,6 +27,7 @@ PATTERNS = {"50 %": Unstructured(0.5), "60 %": Unstructured(0.6), "70 %": Unstru
 PRUNERS = {
     "magnitude": Magnitude,
     "Wanda": Wanda,
+    "RIA": RIA,
     "SparseGPT": SparseGPT,
     "MRP (SM, S = all)": lambda pattern: MRP(pattern, block_size=None),
     "MRP (SM, blocks of 512)": lambda pattern: MRP(pattern, block_size=512),

@@ -57,9 +57,7 @@ class ParamAccess(ABC):
         self.masks = masks
         self.ranks = ranks
         self._prepare()
-        shapes = {name: whole_shape(parameter) for name, parameter in module.named_parameters()}
-        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-        self._places = masks.places(shapes, trained)
+        self._places = self._bound()
         self._keep = {}
         for name, parameter in self._parameters().items():
             weights = self._master(parameter)
@@ -93,8 +91,18 @@ class ParamAccess(ABC):
     def _prepare(self) -> None:  # noqa: B027 (most need nothing)
         """Called before parameters are looked up."""
 
+    def _bound(self) -> dict[str, str]:
+        """Finds the name of every mask's parameter in the module."""
+        named = dict(self._module.named_parameters())
+        trained = {name for name, parameter in named.items() if parameter.requires_grad}
+        return self.masks.places({name: whole_shape(parameter) for name, parameter in named.items()}, trained)
+
     def _parameter(self, name: str) -> Tensor:
-        return self._module.get_parameter(self._places[name])
+        try:
+            return self._module.get_parameter(self._places[name])
+        except AttributeError:  # a wrapper (an adapter) was put around the layer since, or taken off
+            self._places = self._bound()
+            return self._module.get_parameter(self._places[name])
 
     def _parameters(self) -> dict[str, Tensor]:
         self._prepare()

@@ -90,7 +90,7 @@ class Scored(ScorePruner):
 
     pattern: Pattern
     score: Score = field(kw_only=True)
-    statistic: MakeStatistic = field(default=_no_statistic, kw_only=True)  # type: ignore[assignment]
+    statistic: MakeStatistic | None = field(default=None, kw_only=True)  # type: ignore[assignment]
     pool: Pool = field(default="layer", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -123,7 +123,10 @@ class Scored(ScorePruner):
 
     def _arguments(self) -> int:
         """How many positional arguments `score` takes, at most two."""
-        kinds = [parameter.kind for parameter in signature(self.score).parameters.values()]
+        try:
+            kinds = [parameter.kind for parameter in signature(self.score).parameters.values()]
+        except ValueError:  # of functions like torch.abs nobody knows
+            return 1 if self.statistic is _no_statistic else 2
         if Parameter.VAR_POSITIONAL in kinds:
             return 2
         return sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)

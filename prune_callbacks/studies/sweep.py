@@ -21,7 +21,7 @@ from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.memory import reset_peak_memory
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.reporting.curves import draw_curves, sweep_table
-from prune_callbacks.sparsity import NM
+from prune_callbacks.sparsity.questions import kept_of_group
 from prune_callbacks.storage.run_record import open_results
 from prune_callbacks.studies.sensitivity_job import CalibrationAndEvaluation
 from prune_callbacks.writing import write_json
@@ -198,15 +198,15 @@ def _told(allocation: Any) -> str | None:
 def _series(pruner: Pruner, allocation: Allocation | None, along: str) -> str:
     """What points of one curve have in common."""
     pattern = pruner.pattern
-    kind = f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else type(pattern).__name__.lower()
+    group, kind = kept_of_group(pattern), type(pattern).__name__.lower()
     if along == "sparsity":
-        kind = "N:M" if isinstance(pattern, NM) else kind
-    elif not isinstance(pattern, NM):
-        kind = f"{kind} {pattern.sparsity:.4g}"
+        kind = kind if group is None else "N:M"
+    else:
+        kind = f"{kind} {pattern.sparsity:.4g}" if group is None else f"{group[0]}:{group[1]}"
     known: tuple[Field[Any], ...] = fields(pruner) if is_dataclass(pruner) else ()
     own = {f.name: getattr(pruner, f.name) for f in known if f.name not in ("pattern", along.replace(" ", "_"))}
     defaults = {f.name: f.default for f in known}
-    changed = [f"{name}={value}" for name, value in own.items() if value != defaults[name]]
+    changed = [f"{name}={getattr(v, '__name__', v)}" for name, v in own.items() if v != defaults[name]]
     return ", ".join([type(pruner).__name__, kind, *changed, *([type(allocation).__name__] if allocation else [])])
 
 

@@ -1,0 +1,199 @@
+"""Tries a pruner, a pattern or a schedule on drawn numbers, and says what it does not keep of its contract."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_callbacks.pruners import Pruned, Pruner, check_pruner
+from prune_callbacks.pruners.questions import coupled, joint, pool, takes_pattern, with_pattern
+from prune_callbacks.solvers.statistics import Gram, Statistic
+from prune_callbacks.sparsity import Pattern, Schedule
+from prune_callbacks.sparsity.questions import at_sparsity, column_group, in_pool, removes_rows, removes_single_weights
+
+SHAPES = ((16, 32), (8, 48), (24, 96))
+TOKENS = 200
+
+
+def check_contract(contender: Any, *, seed: int = 0) -> None:
+    """
+    Checks what the Protocol of a pruner, a pattern or a schedule promises; call it in a test of your own.
+
+    A pruner is run on drawn layers that its pattern fits: nothing it was given may change; weights are zero where the
+    mask says so and the mask has the pattern; NaN and empty statistics are refused; the loss is that of the Gram; two
+    calls, a copy and, of a joint pruner, layers solved together agree; it is written the same way in every process.
+
+    A pattern is asked for masks of drawn, tied and NaN scores, of slices of columns, and for itself at another
+    sparsity. A schedule is followed from 0 to behind its last change.
+
+    Args:
+        contender: the pruner, pattern or schedule.
+        seed: of the drawn numbers.
+
+    Raises:
+        ValueError: the contract is broken, or it is none of the three; the text says what was found.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if hasattr(contender, "prune") or hasattr(contender, "statistic"):
+            _check_pruner(contender)
+        elif hasattr(contender, "keep"):
+            _check_pattern(contender)
+        elif hasattr(contender, "changes"):
+            _check_schedule(contender)
+        else:
+            raise ValueError(
+                f"check_contract takes a pruner (with prune and statistic), a pattern (with keep) or a schedule (with "
+                f"changes), got {contender!r}"
+            )
+
+
+def _require(holds: bool, contender: object, broken: str) -> None:
+    if not holds:
+        raise ValueError(f"{contender!r} breaks its contract: {broken}")
+
+
+def _refuses(call: Callable[[], object]) -> bool:
+    """Returns whether a call raises ValueError."""
+    try:
+        call()
+    except ValueError:
+        return True
+    return False
+
+
+def _fitting(pattern: Pattern) -> Iterator[tuple[int, int]]:
+    """Yields the shapes that the pattern takes."""
+    for shape in SHAPES:
+        with suppress(ValueError):
+            pattern.check_shape(shape)
+            yield shape
+
+
+def _check_pruner(pruner: Pruner) -> None:
+    check_pruner("check_contract", pruner)
+    _check_pattern(pruner.pattern)
+    _require(" at 0x" not in repr(pruner), pruner, "its repr holds an address, which differs between processes")
+    _require(repr(copy.deepcopy(pruner)) == repr(pruner), pruner, "a copy has another repr")
+    if takes_pattern(pruner):
+        again = with_pattern(pruner, pruner.pattern)
+        _require(repr(again) == repr(pruner), pruner, f"with its own pattern it becomes {again!r}")
+    shapes = list(_fitting(pruner.pattern))
+    _require(bool(shapes), pruner, f"its pattern fits none of {SHAPES}")
+    for shape in shapes:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            weight = torch.randn(shape).to(dtype)
+            _check_pruned(pruner, weight, _filled(pruner, shape[1]))
+    weight = torch.randn(shapes[0])
+    weight[1, 2] = torch.nan
+    statistic = _filled(pruner, shapes[0][1])
+    _require(_refuses(lambda: pruner.prune(weight, statistic)), pruner, "it takes a weight with NaN")
+    empty = pruner.statistic(shapes[0][1], "cpu")
+    if empty is not None:
+        weight = torch.randn(shapes[0])
+        _require(_refuses(lambda: pruner.prune(weight, empty)), pruner, "it takes statistics of no token")
+        _require(_refuses(lambda: pruner.prune(weight, None)), pruner, "it takes None for the statistics it asks for")
+
+
+def _filled(pruner: Pruner, in_features: int) -> Statistic | None:
+    """Makes the pruner's statistic of drawn inputs, of which one feature is never active."""
+    statistic = pruner.statistic(in_features, "cpu")
+    if statistic is not None:
+        _require(isinstance(statistic, Statistic), pruner, f"{statistic!r} is no Statistic")
+        inputs = torch.randn(2, TOKENS // 2, in_features) * torch.rand(in_features).add(0.1)
+        inputs[..., 3] = 0
+        statistic.update(inputs)
+        _require(statistic.tokens == TOKENS, pruner, f"its statistic counts {statistic.tokens} of {TOKENS} tokens")
+    return statistic
+
+
+def _check_pruned(pruner: Pruner, weight: Tensor, statistic: Statistic | None) -> None:
+    before, known = weight.clone(), copy.deepcopy(statistic)
+    pruned = pruner.prune(weight, statistic)
+    _require(torch.equal(weight, before), pruner, "prune changes the weight that it is given")
+    if statistic is not None and known is not None:
+        same = torch.equal(statistic.squared_norm, known.squared_norm) and statistic.tokens == known.tokens
+        _require(same, pruner, "prune changes the statistic that it is given")
+    result, keep = pruned.weight, pruned.keep
+    told = f"{tuple(result.shape)}, {result.dtype} for {tuple(weight.shape)}, {weight.dtype}"
+    _require(result.shape == weight.shape and result.dtype == weight.dtype, pruner, f"the new weight is {told}")
+    _require(keep.shape == weight.shape and keep.dtype == torch.bool, pruner, "keep is no bool mask of the shape")
+    _require(not bool(result[~keep].any()), pruner, "weights that keep removes are not zero")
+    pattern = in_pool(pruner.pattern, pool(pruner))
+    _require(coupled(pruner) is not None or pruner.pattern.holds(keep), pruner, "the mask does not have its pattern")
+    if removes_single_weights(pattern) and getattr(pattern, "per", None) == "row":
+        counts = keep.sum(1)
+        _require(int(counts.min()) == int(counts.max()), pruner, 'its pool is "row", and rows keep different counts')
+    _check_loss(pruner, weight, pruned, statistic)
+    again = pruner.prune(weight, statistic)
+    _require(torch.equal(again.weight, result), pruner, "two calls give different weights")
+    together = joint(pruner)
+    if together is not None:
+        both = together.prune_together([weight, weight.flip(0)], statistic)
+        close = torch.allclose(both[0].weight.float(), result.float(), rtol=1e-2, atol=1e-2)
+        _require(len(both) == 2 and close, pruner, "prune_together differs from prune")
+
+
+def _check_loss(pruner: Pruner, weight: Tensor, pruned: Pruned, statistic: Statistic | None) -> None:
+    if not isinstance(statistic, Gram):
+        return
+    change, gram = pruned.weight.double() - weight.double(), statistic.matrix.double()
+    expected = float((change @ gram * change).sum())
+    found = pruned.loss
+    near = found is not None and abs(found - expected) <= 1e-3 * expected + 1e-5 * float(gram.diagonal().mean())
+    _require(near, pruner, f"the loss is {found}, and d G d^T is {expected}")
+
+
+def _check_pattern(pattern: Pattern) -> None:
+    _require(isinstance(pattern, Pattern), pattern, "it lacks one of sparsity, keep, check_shape and holds")
+    _require(0 <= pattern.sparsity < 1, pattern, f"its sparsity, {pattern.sparsity}, is not in [0, 1)")
+    shapes = list(_fitting(pattern))
+    _require(bool(shapes), pattern, f"check_shape refuses all of {SHAPES}")
+    for shape in shapes:
+        scores = torch.randn(shape).abs()
+        keep = pattern.keep(scores)
+        _require(keep.shape == scores.shape and keep.dtype == torch.bool, pattern, "keep returns no bool mask")
+        _require(pattern.holds(keep), pattern, "holds says no to a mask that keep made")
+        _require(torch.equal(pattern.keep(scores.clone()), keep), pattern, "keep differs between two calls")
+        more = pattern.keep(scores + scores.max() * keep)
+        _require(torch.equal(more, keep), pattern, "keep does not take the largest scores")
+        falling = torch.linspace(2, 1, scores.numel(), dtype=torch.float64).view(shape)
+        tied = pattern.keep(torch.ones(shape))
+        _require(torch.equal(tied, pattern.keep(falling)), pattern, "of equal scores it does not keep the first")
+        scores[1, 2] = torch.nan
+        _require(_refuses(lambda s=scores: pattern.keep(s)), pattern, "keep takes NaN")  # type: ignore[misc]
+        _check_slices(pattern, torch.randn(shape).abs(), int(keep.sum()))
+        _require(pattern.sparsity == 0 or not pattern.holds(torch.ones_like(keep)), pattern, "holds takes any mask")
+    with suppress(ValueError):  # a pattern may have one sparsity only
+        sparser = at_sparsity(pattern, (1 + pattern.sparsity) / 2)
+        scores = torch.randn(shapes[0]).abs()
+        fewer = int(sparser.keep(scores).sum()) <= int(pattern.keep(scores).sum())
+        _require(fewer, pattern, f"{sparser!r}, which is sparser, keeps more")
+
+
+def _check_slices(pattern: Pattern, scores: Tensor, kept: int) -> None:
+    """Checks that the counts of consecutive slices of columns add up, and that removed rows are declared."""
+    width = column_group(pattern) * max(1, scores.shape[1] // column_group(pattern) // 4)
+    if not removes_rows(pattern):
+        parts = [pattern.keep(part, start=i * width) for i, part in enumerate(scores.split(width, 1))]
+        total = sum(int(part.sum()) for part in parts)
+        _require(total == kept, pattern, f"slices of {width} columns keep {total} weights, the whole {kept}")
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    _require(isinstance(schedule, Schedule), schedule, "it lacks one of target, unit, changes and a call")
+    changes = list(schedule.changes)
+    _require(schedule.unit in ("step", "epoch"), schedule, f'its unit is {schedule.unit!r}, not "step" or "epoch"')
+    _require(bool(changes) and changes == sorted(set(changes)), schedule, f"its changes, {changes}, do not ascend")
+    before = 0.0
+    for time in range(changes[-1] + 2):
+        now = schedule(time)
+        _require(0 <= now <= schedule.target < 1, schedule, f"at {time} it is {now}, not in [0, target < 1]")
+        moved = now != before
+        _require(moved == (time in changes), schedule, f"it goes from {before} to {now} at {time}; changes={changes}")
+        _require(now >= before, schedule, f"it falls at {time}")
+        before = now
+    _require(before == schedule.target, schedule, f"it ends at {before}, and its target is {schedule.target}")
