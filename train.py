@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from prune_callbacks.reporting.comparison import write_comparison
 from prune_callbacks.reporting.pictures import compare
 from prune_callbacks.storage.checkpoints import newest_checkpoint
-from prune_callbacks.storage.run_record import read_report, refuse_existing_run
+from prune_callbacks.storage.run_record import read_record, refuse_existing_run
 
 SHARED = (
     *("smoke", "seed", "model", "data", "evaluate", "zero_shot", "pattern", "allocation"),
@@ -95,11 +95,12 @@ def run_beside(cfg: DictConfig) -> None:
     """A recipe beside another: from its newest checkpoint, if it was interrupted; not at all, if it is finished."""
     folder = Path(cfg.output_dir)
     checkpoint = newest_checkpoint(folder / "checkpoints")
-    if checkpoint or read_report(folder) is not None:
+    record = read_record(folder)
+    if checkpoint or record is not None:
         before = OmegaConf.load(folder / "config.yaml")
         if OmegaConf.merge(before, {"ckpt_path": None}) != cfg:
             raise ValueError(f"{folder} holds a {cfg.name} of another configuration. Choose another output_dir")
-        if (read_report(folder) or {}).get("stage") == "recovered":
+        if record is not None and record.stage == "recovered":
             return
     try:
         cfg.ckpt_path = str(checkpoint) if checkpoint else None
@@ -147,7 +148,7 @@ def run_all(cfg: DictConfig, given: list[str]) -> None:
         run_beside(other)
     train(cfg)
     if cfg.beside and cfg.job is None:
-        records = {name: read_report(folder) for name, folder in folders.items()}
+        records = {name: read_record(folder) for name, folder in folders.items()}
         rank_zero_only(compare)(records, Path(cfg.output_dir) / "compared.png")
         rank_zero_only(write_comparison)(list(folders.values()), Path(cfg.output_dir) / "compare.html")
 

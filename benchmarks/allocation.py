@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from prune_callbacks import OWL, LagrangianAllocation, Unstructured, Wanda, prune_sequentially
 from prune_callbacks.measure.perplexity import perplexity
-from prune_callbacks.storage.run_record import open_results
+from prune_callbacks.storage.cells import open_results
 from prune_callbacks.studies import sensitivity
 from prune_callbacks.tasks import smollm2_135m
 from prune_callbacks.writing import write_json

@@ -49,7 +49,7 @@ from prune_callbacks.deploy.timing import time_in_turns
 from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.solvers.gptq import round_to_nearest
 from prune_callbacks.solvers.permutation import channel_permutation
-from prune_callbacks.storage.run_record import open_results
+from prune_callbacks.storage.cells import open_results
 from prune_callbacks.tasks import smollm2_135m
 from prune_callbacks.writing import write_json
 

@@ -27,7 +27,8 @@ from prune_callbacks.deploy.conversion import Conversion
 from prune_callbacks.deploy.latency import BASE, layer_sweep, with_compiled
 from prune_callbacks.deploy.low_precision import convert_fp8_, convert_int8_
 from prune_callbacks.deploy.semi_structured import compress
-from prune_callbacks.reporting.latency import draw_latency, latency_table, setting, verdict
+from prune_callbacks.reporting.latency import latency_table, setting, verdict
+from prune_callbacks.reporting.latency_picture import draw_latency
 from prune_callbacks.writing import write_json
 
 SHAPES = {"llama7b": {"q, k, v, o": (4096, 4096), "gate, up": (11008, 4096), "down": (4096, 11008)}}

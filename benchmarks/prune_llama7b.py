@@ -23,7 +23,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prune_callbacks import ALPS, MRP, NM, SparseGPT, Unstructured, Wanda, prune_sequentially
-from prune_callbacks.storage.run_record import open_results
+from prune_callbacks.storage.cells import open_results
 from prune_callbacks.writing import write_json
 
 PATTERNS = {"50 %": Unstructured(0.5), "2:4": NM(2, 4)}

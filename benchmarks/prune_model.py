@@ -30,8 +30,8 @@ from prune_callbacks import MRP, Magnitude, SparseGPT, Unstructured, Wanda, prun
 from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.memory import peak_memory
 from prune_callbacks.pruners import Pruner
+from prune_callbacks.storage.cells import open_results
 from prune_callbacks.storage.model_folder import save_sparse_model
-from prune_callbacks.storage.run_record import open_results
 from prune_callbacks.tasks import smollm2_135m
 from prune_callbacks.writing import write_json
 

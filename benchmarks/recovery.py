@@ -40,8 +40,8 @@ from prune_callbacks import (
     prune_sequentially,
 )
 from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.storage.cells import open_results
 from prune_callbacks.storage.model_folder import save_sparse_model
-from prune_callbacks.storage.run_record import open_results
 from prune_callbacks.tasks import LanguageModeling, Objective, smollm2_135m
 from prune_callbacks.writing import write_json
 

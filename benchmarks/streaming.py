@@ -239,7 +239,7 @@ if __name__ == "__main__":
         child(sys.argv[2], sys.argv[3:])
     else:
         # Not in the children: what they import is measured.
-        from prune_callbacks.storage.run_record import open_results
+        from prune_callbacks.storage.cells import open_results
         from prune_callbacks.tasks import smollm2_135m
         from prune_callbacks.writing import write_json
 

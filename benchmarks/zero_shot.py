@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prune_callbacks.measure.zero_shot_tasks as local_tasks
 from prune_callbacks.measure.zero_shot import HEADLINE, ZeroShot
-from prune_callbacks.storage.run_record import open_results
+from prune_callbacks.storage.cells import open_results
 from prune_callbacks.tasks import smollm2_135m
 from prune_callbacks.writing import write_json
 

@@ -1,4 +1,6 @@
-from .allocation.rules import OWL, LagrangianAllocation, SensitivityAllocation
+from .allocation.by_sensitivity import SensitivityAllocation
+from .allocation.lagrangian import LagrangianAllocation
+from .allocation.owl import OWL
 from .callbacks import (
     IterativePrune,
     LoRARecovery,

@@ -1,4 +1,4 @@
-from .allocation.rules import Allocation
+from .allocation.protocol import Allocation
 from .contract import check_contract
 from .parallel.access import ParamAccess, Span
 from .parallel.strategies import Served, register_strategy

@@ -8,7 +8,7 @@ MOST = 50
 """Texts that are kept; who gives more says the same in other words."""
 
 
-class HeardWarnings:
+class RecordedWarnings:
     """
     Keeps the texts of warnings that a user should know, each once and in order; all are shown as they would be.
 
@@ -58,7 +58,7 @@ class HeardWarnings:
             warnings.showwarning = self._shown
         self._hear = self._shown = None
 
-    def __enter__(self) -> "HeardWarnings":
+    def __enter__(self) -> "RecordedWarnings":
         self.start()
         return self
 

@@ -12,6 +12,7 @@ from runs import NAMES, RECORD, make_run, perplexity, words
 from prune_callbacks.reporting.comparison import grouped, main, write_comparison
 from prune_callbacks.reporting.summary import summary_table
 from prune_callbacks.storage.run_folder import read_run
+from prune_callbacks.storage.run_record import RunRecord
 
 
 @pytest.fixture
@@ -46,11 +47,11 @@ def test_runs_side_by_side(tmp_path, make, capsys):
 
 
 def test_the_table_of_a_run_has_its_further_texts_and_tasks(capsys):
-    summary_table(RECORD)
+    summary_table(RunRecord.from_json(RECORD))
     printed = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
     assert ["", "C4 validation", "7.25", "9.12", "-", ""] in printed
     assert any(row[1:3] == ["piqa (acc)", "81.2%"] for row in printed)
-    summary_table(RECORD | {"corpora": {}, "zero_shot": {}})
+    summary_table(RunRecord.from_json(RECORD | {"corpora": {}, "zero_shot": {}}))
     assert "further" not in capsys.readouterr().out
 
 

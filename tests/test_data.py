@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from prune_callbacks import TokenDataModule
 from prune_callbacks.calibration.windows import contiguous_windows, random_windows
 from prune_callbacks.tasks import HubText, PythonDocs, TextFile
-from prune_callbacks.tasks.data import _ResumableLoader, _Shuffled, _Windows
+from prune_callbacks.tasks.loader import ResumableLoader, Shuffled, Windows
 
 
 def encode(text):
@@ -186,10 +186,10 @@ def test_bad_corpora_are_named(tokenizer, tmp_path):
 
 
 def test_a_loader_goes_on_where_the_data_was_with_other_batches():
-    windows = _Windows(torch.arange(48)[:, None])
+    windows = Windows(torch.arange(48)[:, None])
 
     def loader(rows, ranks=1, rank=0):
-        return _ResumableLoader(windows, rows, sampler=_Shuffled(windows, ranks, rank, seed=3))
+        return ResumableLoader(windows, rows, sampler=Shuffled(windows, ranks, rank, seed=3))
 
     def read(batches):
         return [int(row) for batch in batches for row in batch["input_ids"]]

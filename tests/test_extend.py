@@ -33,16 +33,12 @@ from prune_callbacks import (
     prune_checkpoint,
     prune_sequentially,
 )
-from prune_callbacks.extend import (
-    Scored,
-    Served,
-    check_contract,
-    keep_largest,
-    refuse_nan,
-    register_strategy,
-)
+from prune_callbacks.contract import check_contract
 from prune_callbacks.parallel import strategies
 from prune_callbacks.parallel.plain import PlainAccess
+from prune_callbacks.parallel.strategies import Served, register_strategy
+from prune_callbacks.pruners import Scored
+from prune_callbacks.sparsity.selection import keep_largest, refuse_nan
 from prune_callbacks.studies import sweep_point
 from prune_callbacks.tasks import PythonDocs, TokenDataModule, tiny_llama
 

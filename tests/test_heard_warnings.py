@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from runs import words
 
 from prune_callbacks import NM, CausalLM, Magnitude, MaskEnforcer, OneShotPrune, RunReport, TokenDataModule
-from prune_callbacks.recorded_warnings import MOST, HeardWarnings
-from prune_callbacks.storage.run_record import repeat_command
+from prune_callbacks.recorded_warnings import MOST, RecordedWarnings
+from prune_callbacks.storage.commands import repeat_command
 from prune_callbacks.tasks import PythonDocs
 
 
@@ -72,18 +72,18 @@ def test_a_fit_that_fails_listens_no_more(tmp_path, tiny, fit, where):
 def test_a_resumed_fit_goes_on_with_warnings_and_command(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "recipe=a", "output_dir=b"])
     first = RunReport(tmp_path)
-    first.record["warnings"] += ["one", "two"]
+    first.run.warnings += ["one", "two"]
     state = copy.deepcopy(first.state_dict())
     monkeypatch.setattr(sys, "argv", ["train.py", "recipe=a", "output_dir=b", "ckpt_path=c", "more=1"])
     second = RunReport(tmp_path)
-    second.record["warnings"] += ["three", "two"]
+    second.run.warnings += ["three", "two"]
     second.load_state_dict(state)
     assert second.record["warnings"] == ["one", "two", "three"]
     assert second.record["command"] == "python train.py recipe=a"
 
 
 def test_others_who_listen_are_left_in_their_place():
-    heard, ours = [], HeardWarnings()
+    heard, ours = [], RecordedWarnings()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         ours.start()
@@ -106,7 +106,7 @@ def test_others_who_listen_are_left_in_their_place():
 
 
 def test_hints_are_not_kept():
-    with warnings.catch_warnings(record=True) as shown, HeardWarnings(but=PossibleUserWarning) as heard:
+    with warnings.catch_warnings(record=True) as shown, RecordedWarnings(but=PossibleUserWarning) as heard:
         warnings.simplefilter("always")
         warnings.warn("perhaps", PossibleUserWarning, stacklevel=1)
         warnings.warn("told", stacklevel=1)

@@ -20,7 +20,8 @@ from prune_callbacks.callbacks.sparsity_benchmark import SparsityBenchmark
 from prune_callbacks.deploy.csr import convert_to_csr_
 from prune_callbacks.deploy.latency import layer_sweep, model_sweep, stored_bytes, with_compiled
 from prune_callbacks.deploy.timing import Failure, Timing, time_in_turns
-from prune_callbacks.reporting.latency import draw_latency, latency_table, verdict
+from prune_callbacks.reporting.latency import latency_table, verdict
+from prune_callbacks.reporting.latency_picture import draw_latency
 from prune_callbacks.tasks import tiny_llama
 
 CPU = torch.device("cpu")

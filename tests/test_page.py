@@ -15,6 +15,7 @@ from prune_callbacks import MaskSet
 from prune_callbacks.reporting.comparison import write_comparison
 from prune_callbacks.reporting.drawing import draw_corner, layer_grid
 from prune_callbacks.reporting.page import mask_pictures, render, share_recovered, verdict, write_page
+from prune_callbacks.storage.run_record import RunRecord
 
 CHROMIUM = "/usr/bin/chromium"
 
@@ -87,7 +88,7 @@ def test_masks_that_did_not_hold_are_flagged(make):
     ],
 )
 def test_what_came_back_is_said_where_it_makes_sense(measured, share, sentence):
-    record = RECORD | perplexity(**measured)
+    record = RunRecord.from_json(RECORD | perplexity(**measured))
     assert share_recovered(record) == share
     said = " ".join(verdict(record))
     assert sentence in said if sentence else "perplexity" not in said

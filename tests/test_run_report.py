@@ -88,9 +88,8 @@ def test_zeros_are_counted_in_the_weights(tmp_path, tiny, data):
 def test_a_half_finished_report_is_drawn(tmp_path, tiny, data):
     report = RunReport(tmp_path / "run", progress=False)
     fit([report, OneShotPrune(Magnitude(NM(2, 4)), progress=False), MaskEnforcer()], tmp_path, CausalLM(tiny), data)
-    record = report.record | {"training_loss": []}
-    record["perplexity"] = record["perplexity"] | {"recovered": None}
-    draw_report(record, tmp_path / "half.png")
+    report.run.training_loss, report.run.perplexity.recovered = [], None
+    draw_report(report.run, tmp_path / "half.png")
     assert (tmp_path / "half.png").stat().st_size > 10_000
 
 
@@ -183,7 +182,7 @@ def test_only_the_first_round_is_measured_where_that_is_asked(tmp_path, tiny, da
     fit([report, prune, MaskEnforcer()], tmp_path, CausalLM(tiny), data)
     assert [entry["step"] for entry in report.record["rounds"]] == [1, 6]
     assert report.record["changes"] == [1, 2, 3, 4]
-    compare({"one": report.record, "two": report.record}, tmp_path / "compared.png")
+    compare({"one": report.run, "two": report.run}, tmp_path / "compared.png")
     assert (tmp_path / "compared.png").stat().st_size > 10_000
 
 

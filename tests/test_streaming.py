@@ -51,9 +51,10 @@ from prune_callbacks.reporting.comparison import main as comparison_main
 from prune_callbacks.reporting.pictures import compare
 from prune_callbacks.reporting.summary import summary_table
 from prune_callbacks.solvers import Grid
-from prune_callbacks.storage.run_folder import ABSENT, read_run
+from prune_callbacks.storage.run_folder import read_run
+from prune_callbacks.storage.run_record import RunRecord
 from prune_callbacks.streaming import files, walk
-from prune_callbacks.streaming.source import Checkpoint
+from prune_callbacks.streaming.source import CheckpointFolder
 from prune_callbacks.tasks import byte_tokenizer, tiny_llama
 
 SPARSEGPT = SparseGPT(Unstructured(0.5))
@@ -253,7 +254,7 @@ def test_the_folder_is_that_of_a_run(tmp_path, source, batches):
 
 def test_one_block_at_a_time_has_values(tmp_path, source, batches, monkeypatch):
     held = []
-    original = Checkpoint.read
+    original = CheckpointFolder.read
 
     def spy(checkpoint, names):
         held.append(sum(any(not p.is_meta for p in block.parameters()) for block in walks[0]))
@@ -264,7 +265,7 @@ def test_one_block_at_a_time_has_values(tmp_path, source, batches, monkeypatch):
     monkeypatch.setattr(
         walk.BlockWalk, "run", lambda self, *args: walks.append([b for _, b in self.blocks]) or start(self, *args)
     )
-    monkeypatch.setattr(Checkpoint, "read", spy)
+    monkeypatch.setattr(CheckpointFolder, "read", spy)
     prune(source, tmp_path / "target", batches)
     assert held == [0] * 4  # the first one is read for the capture too
     assert all(p.is_meta for block in walks[0] for p in block.parameters())
@@ -705,10 +706,10 @@ def test_a_source_that_changed_in_place_is_refused(tmp_path, source, batches, mo
 
 def test_the_report_has_what_reports_have(tmp_path, source, batches, capsys):
     record = prune(source, tmp_path / "target", batches)
-    assert set(ABSENT) <= set(record)
-    assert set(ABSENT["seconds"]) <= set(record["seconds"])
-    summary_table(record)
-    compare({"one": record, "two": record}, tmp_path / "compared.png")
+    read = RunRecord.from_json(record)
+    assert read.to_json() == record
+    summary_table(read)
+    compare({"one": read, "two": read}, tmp_path / "compared.png")
     assert comparison_main([str(tmp_path / "target"), "--output", str(tmp_path / "page.html")]) == 0
     assert "two" in capsys.readouterr().out
 

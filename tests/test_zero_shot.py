@@ -554,7 +554,7 @@ def test_a_run_reports_every_stage(tmp_path, root, tiny, data, tokenizer):
     again.load_state_dict(copy.deepcopy(report.state_dict()))
     assert again.record["zero_shot"] == written
     other = ZeroShot("hellaswag", root=root, limit=1)
-    RunQuality(tokenizer, 1, other, progress=False).measure(trainer, module, "recovered", again.record)
+    RunQuality(tokenizer, 1, other, progress=False).measure(trainer, module, "recovered", again.run)
     assert "dense" not in again.record["zero_shot"]["hellaswag"]
     assert again.record["zero_shot"]["lambada_openai"] == written["lambada_openai"]
 

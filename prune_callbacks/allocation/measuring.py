@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_callbacks.allocation.rules import Allocation, layer_sizes, with_counts
+from prune_callbacks.allocation.protocol import Allocation, layer_sizes, with_counts
 from prune_callbacks.anatomy.naming import inside
 from prune_callbacks.anatomy.targets import Target
 from prune_callbacks.calibration.capture import BlockInputs

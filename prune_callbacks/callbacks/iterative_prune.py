@@ -16,8 +16,9 @@ from prune_callbacks.anatomy.finding import SPARSE, find_targets, parameters_of
 from prune_callbacks.anatomy.naming import naming
 from prune_callbacks.anatomy.targets import Target
 from prune_callbacks.callbacks.iterative_settings import check_restored, settings_of
+from prune_callbacks.callbacks.kinds import PrunesInRounds
 from prune_callbacks.callbacks.lightning_internals import random_state, restore_random_state
-from prune_callbacks.callbacks.lineup import Lineup, PrunesInRounds
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
 from prune_callbacks.engine.iterative import Scope, check_shrinkable, shrink_masks

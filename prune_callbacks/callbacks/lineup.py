@@ -1,200 +1,23 @@
 """
 The callbacks of a trainer, by kind: what may stand beside what, in which order, and under which strategy.
 
-`RULES` is the whole table, `Lineup.check` the one check. Nothing else looks through `trainer.callbacks`.
+`order.RULES` is the whole table, `Lineup.check` the one check. Nothing else looks through `trainer.callbacks`.
 """
 
 import copy
-from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from typing import TypeVar
 
 from lightning.pytorch import Callback, Trainer
 
 from prune_callbacks.anatomy.blocks import find_language_model
+from prune_callbacks.callbacks.kinds import HoldsMasks, PrunesInRounds, PrunesOnce, PruningCallback
+from prune_callbacks.callbacks.order import RULES
 from prune_callbacks.engine.report import PruneReport
 from prune_callbacks.parallel.access import ParamAccess
 from prune_callbacks.parallel.strategies import check_strategy, param_access
-from prune_callbacks.pruners import Pruner
 from prune_callbacks.sparsity import MaskSet
 
 Kind = TypeVar("Kind", bound=Callback)
-
-
-class PruningCallback(Callback):
-    """
-    A callback of this package.
-
-    Attributes:
-        needs_whole_weights: whether it works only where every process holds all weights.
-    """
-
-    needs_whole_weights: ClassVar[bool] = False
-
-
-class PrunesOnce(PruningCallback):
-    """
-    A callback that prunes the whole model once, before training.
-
-    Attributes:
-        pruner: how.
-        report: the result with its masks; None before.
-    """
-
-    pruner: Pruner
-    report: PruneReport | None
-
-
-class PrunesInRounds(PruningCallback):
-    """
-    A callback that prunes while the model is trained.
-
-    Attributes:
-        pruner: how, and the pattern to reach.
-        masks: the masks in force; None before the fit.
-    """
-
-    pruner: Pruner
-    masks: MaskSet | None
-
-
-class HoldsMasks(PruningCallback):
-    """
-    A callback that holds masks on the weights in every step.
-
-    Attributes:
-        masks: in force; None before training.
-        weights: the access to the masked parameters; None before training.
-    """
-
-    masks: MaskSet | None
-    weights: ParamAccess | None
-
-
-class FinishesWeights(PruningCallback):
-    """A callback whose last change of the weights must be made before they are measured and saved."""
-
-    def finish(self, trainer: Trainer) -> None:
-        """Makes the change; does nothing when called again in the same fit."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Rule:
-    """
-    How many callbacks of some kinds a callback wants, and where.
-
-    Attributes:
-        who: class name of the callback whose rule it is.
-        count: how many of `kinds` there must be: none, one, some (at least one), or at most one.
-        kinds: class names; subclasses count.
-        where: on which side of `who`.
-        text: the error; `{found}` is replaced by the names of `who` and `kinds` that are there, `{all}` by all names,
-            `{wrong}` by those of `kinds` on that side.
-        beside: the rule applies only if one of these is there; empty: always.
-    """
-
-    who: str
-    count: Literal["none", "one", "some", "at most one"]
-    kinds: tuple[str, ...]
-    where: Literal["before", "after", "anywhere"]
-    text: str
-    beside: tuple[str, ...] = ()
-
-
-_REPORT = (
-    "RunReport needs one OneShotPrune or IterativePrune, or one of each, after it among the callbacks, found {found}"
-)
-_PERMUTE = "PermuteChannels needs one OneShotPrune after it among the callbacks, found {found}"
-
-RULES = (
-    Rule("RunReport", "none", ("RunReport", "OneShotPrune", "IterativePrune"), "before", _REPORT),
-    Rule("RunReport", "some", ("OneShotPrune", "IterativePrune"), "after", _REPORT),
-    Rule("RunReport", "at most one", ("OneShotPrune",), "anywhere", _REPORT),
-    Rule("RunReport", "at most one", ("IterativePrune",), "anywhere", _REPORT),
-    Rule("RunReport", "at most one", ("RunReport",), "anywhere", _REPORT),
-    Rule("PermuteChannels", "one", ("OneShotPrune",), "after", _PERMUTE),
-    Rule("PermuteChannels", "one", ("OneShotPrune",), "anywhere", _PERMUTE),
-    Rule("PermuteChannels", "one", ("PermuteChannels",), "anywhere", _PERMUTE),
-    Rule(
-        "IterativePrune",
-        "one",
-        ("MaskEnforcer",),
-        "after",
-        "IterativePrune decides which weights go, and needs MaskEnforcer() after it among the callbacks to keep them "
-        "at zero; found {all}",
-    ),
-    Rule(
-        "LoRARecovery",
-        "none",
-        ("IterativePrune",),
-        "anywhere",
-        "LoRARecovery freezes the weights that IterativePrune chooses from; prune first, and recover in a fit of its "
-        "own",
-    ),
-    Rule(
-        "LoRARecovery",
-        "none",
-        ("OneShotPrune",),
-        "after",
-        "LoRARecovery must stand after OneShotPrune among the callbacks: it adapts what was pruned",
-    ),
-    Rule(
-        "ShrinkModel",
-        "some",
-        ("OneShotPrune",),
-        "before",
-        "ShrinkModel needs OneShotPrune before it among the callbacks, found {found}",
-    ),
-    Rule(
-        "ShrinkModel",
-        "none",
-        ("LoRARecovery",),
-        "before",
-        "ShrinkModel tries at the start what it will do at the end; put it before LoRARecovery, whose adapters are in "
-        "the way then and merged at the end",
-    ),
-    Rule(
-        "ShrinkModel",
-        "some",
-        ("LoRARecovery", "MaskEnforcer"),
-        "anywhere",
-        "ShrinkModel takes out what is zero when training ends, and without MaskEnforcer() training may bring it back; "
-        "add it to the callbacks",
-    ),
-    Rule(
-        "SparsityMonitor",
-        "some",
-        ("MaskEnforcer",),
-        "anywhere",
-        "SparsityMonitor counts what MaskEnforcer holds, and there is none among the callbacks",
-    ),
-    Rule(
-        "QuantizeWeights",
-        "some",
-        ("LoRARecovery", "MaskEnforcer"),
-        "anywhere",
-        "QuantizeWeights keeps the zeros that are left when training ends, and without MaskEnforcer() training brings "
-        "them all back; add it to the callbacks",
-        beside=("OneShotPrune", "IterativePrune"),
-    ),
-    Rule(
-        "SemiStructuredConvert",
-        "none",
-        (
-            "OneShotPrune",
-            "IterativePrune",
-            "LoRARecovery",
-            "MaskEnforcer",
-            "PermuteChannels",
-            "QuantizeWeights",
-            "RunReport",
-            "ShrinkModel",
-        ),
-        "after",
-        "SemiStructuredConvert stands before {wrong}, which would meet converted weights; put it behind them",
-    ),
-)
-"""What each callback wants of the others. One that is not named here may stand anywhere."""
 
 
 class Lineup:
@@ -209,7 +32,7 @@ class Lineup:
         Checks the strategy and the other callbacks, when a fit begins.
 
         Raises:
-            ValueError: the callback cannot work under the trainer's strategy, or one of its `RULES` is broken.
+            ValueError: the callback cannot work under the strategy, or one of its rules (`order.RULES`) is broken.
         """
         check_strategy(self._trainer.strategy, type(callback).__name__, whole_weights=callback.needs_whole_weights)
         for rule in RULES:

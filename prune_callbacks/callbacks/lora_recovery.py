@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
 from prune_callbacks.anatomy.finding import SPARSE, find_targets, sparse_experts
+from prune_callbacks.callbacks.kinds import FinishesWeights, PrunesOnce
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
-from prune_callbacks.callbacks.lineup import FinishesWeights, Lineup, PrunesOnce
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.writing import replaced_folder
 

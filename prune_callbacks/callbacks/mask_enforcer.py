@@ -10,8 +10,9 @@ from torch.utils.hooks import RemovableHandle
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
 from prune_callbacks.anatomy.finding import SPARSE, find_targets, matrices, parameters_of
+from prune_callbacks.callbacks.kinds import HoldsMasks
 from prune_callbacks.callbacks.lightning_internals import logs_now
-from prune_callbacks.callbacks.lineup import HoldsMasks, Lineup, access_to
+from prune_callbacks.callbacks.lineup import Lineup, access_to
 from prune_callbacks.callbacks.lost_process import LostProcessWatch
 from prune_callbacks.parallel.access import ParamAccess
 from prune_callbacks.parallel.strategies import masks_of_zeros, stepping_optimizers

@@ -10,11 +10,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from prune_callbacks.allocation.measuring import check_allocation
-from prune_callbacks.allocation.rules import Allocation
+from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
+from prune_callbacks.callbacks.kinds import PrunesOnce
 from prune_callbacks.callbacks.lightning_internals import logs_now, resumed_checkpoint
-from prune_callbacks.callbacks.lineup import Lineup, PrunesOnce
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.engine.report import PruneReport
 from prune_callbacks.engine.sequential import prune_sequentially

@@ -9,8 +9,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
+from prune_callbacks.callbacks.kinds import PrunesOnce, PruningCallback
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
-from prune_callbacks.callbacks.lineup import Lineup, PrunesOnce, PruningCallback
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.engine.permuting import Permuted, improvement, permute_channels_
 from prune_callbacks.ranks import patient_ranks
 from prune_callbacks.sparsity import NM

@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
 from prune_callbacks.anatomy.finding import find_targets
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
-from prune_callbacks.callbacks.lineup import Lineup, PrunesOnce, PruningCallback
+from prune_callbacks.callbacks.kinds import PrunesOnce, PruningCallback
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
-from prune_callbacks.deploy.compression import Compression, save_compressed
+from prune_callbacks.deploy.compression import save_compressed
+from prune_callbacks.deploy.compression_size import Compression
 from prune_callbacks.engine.report import PruneReport
 from prune_callbacks.engine.sequential import prune_sequentially
 from prune_callbacks.measure.perplexity import perplexity

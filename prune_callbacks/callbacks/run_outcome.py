@@ -15,6 +15,7 @@ from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.memory import peak_memory
 from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.storage.run_record import Zeros
 
 PACKAGES = ("prune-callbacks", "torch", "lightning", "transformers")
 
@@ -46,7 +47,7 @@ def outcome(
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
         "adapter": "adapter" if (dirpath / "adapter").is_dir() else None,
-        "sparsity": {"target": _target(one_shot, iterative), "achieved": _achieved(masks, zeros), "layers": zeros},
+        "sparsity": Zeros(_target(one_shot, iterative), _achieved(masks, zeros), zeros),
         "violations": violations,
         "reconstruction_loss": {layer.name: layer.relative_loss for layer in report.layers} if report else {},
         "skipped": report.skipped if report else {},

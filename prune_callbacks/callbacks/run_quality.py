@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.measure.zero_shot import ZeroShot
 from prune_callbacks.memory import free_memory, model_bytes
 from prune_callbacks.parallel.strategies import world
+from prune_callbacks.storage.run_record import Perplexities, RunRecord
 
 
 @dataclass(frozen=True)
@@ -65,21 +66,23 @@ class RunQuality:
         with _on_its_device(trainer, pl_module) as model:
             return self._perplexity(trainer, model, trainer.datamodule.evaluation_windows)
 
-    def measure(self, trainer: Trainer, pl_module: LightningModule, stage: str, record: dict[str, Any]) -> float:
+    def measure(self, trainer: Trainer, pl_module: LightningModule, stage: str, record: RunRecord) -> float:
         """Everything, into the run's record; returns the perplexity on the evaluation windows."""
         data = trainer.datamodule
         windows, title = data.evaluation_windows, getattr(data, "evaluation_title", None)
         with _on_its_device(trainer, pl_module) as model:
             value = self._perplexity(trainer, model, windows)
-            known = {"dataset": title, "seq_len": windows.shape[1]}
-            record["perplexity"] = _of_the_same(record["perplexity"], known, NOT_MEASURED) | {stage: finite(value)}
+            if (record.perplexity.dataset, record.perplexity.seq_len) not in ((None, None), (title, windows.shape[1])):
+                record.perplexity = Perplexities()  # measured on something else, before the fit was resumed
+            record.perplexity = replace(record.perplexity, dataset=title, seq_len=windows.shape[1])
+            setattr(record.perplexity, stage, finite(value))
             _say(stage, value, windows)
-            corpora = record["corpora"]
+            corpora = record.corpora
             for name, (further, others) in getattr(data, "further_evaluation", {}).items():
                 same = torch.equal(others, windows)
                 again = value if same else self._perplexity(trainer, model, others)
                 known = {"dataset": further, "seq_len": others.shape[1], "windows": len(others)}
-                corpora[name] = _of_the_same(corpora.get(name, {}), known, {}) | {stage: finite(again)}
+                corpora[name] = _of_the_same(corpora.get(name, {}), known) | {stage: finite(again)}
                 _say(f"{stage} {name}", again, others)
             if self.zero_shot is not None:
                 self._zero_shot(self.zero_shot, model, stage, record)
@@ -89,28 +92,25 @@ class RunQuality:
         progress = self.progress and trainer.is_global_zero
         return perplexity(model, windows, batch_size=self.batch_size, progress=progress, ranks=world(trainer))
 
-    def _zero_shot(self, zero_shot: ZeroShot, model: nn.Module, stage: str, record: dict[str, Any]) -> None:
+    def _zero_shot(self, zero_shot: ZeroShot, model: nn.Module, stage: str, record: RunRecord) -> None:
         assert self.tokenizer is not None
         results = zero_shot(model, self.tokenizer)
-        accuracies = record.setdefault("zero_shot", {})
+        accuracies = record.zero_shot
         for task, result in results.items():
             measured = {key: result.pop(key) for key in ("value", "stderr", "all")}
-            accuracies[task] = _of_the_same(accuracies.get(task, {}), result, {}) | {stage: measured}
+            accuracies[task] = _of_the_same(accuracies.get(task, {}), result) | {stage: measured}
             error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.2%}"
             rank_zero_info(f"{stage} {task} {result['metric']} {measured['value']:.2%}{error}")
 
 
-NOT_MEASURED = dict.fromkeys(("dense", "pruned", "recovered"))
-
-
-def _of_the_same(before: dict[str, Any], known: dict[str, Any], nothing: dict[str, Any]) -> dict[str, Any]:
-    """What was measured before, unless on something else, before the fit was resumed with other settings."""
+def _of_the_same(before: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """Returns what was measured before, unless on something else, before the fit was resumed with other settings."""
     same = all(before.get(key, value) == value for key, value in known.items())
-    return (before if same else nothing) | known
+    return (before if same else {}) | known
 
 
 def finite(value: float) -> float | None:
-    """JSON knows no others."""
+    """Returns None for inf and NaN, which JSON cannot represent."""
     return value if math.isfinite(value) else None
 
 

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,22 @@ from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
+from prune_callbacks.callbacks.kinds import FinishesWeights, PruningCallback
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
-from prune_callbacks.callbacks.lineup import FinishesWeights, Lineup, PruningCallback
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.run_outcome import masks_in_force, outcome, seconds_of_pruning
 from prune_callbacks.callbacks.run_quality import RunQuality, finite
 from prune_callbacks.measure.zero_shot import ZeroShot
 from prune_callbacks.parallel.strategies import gathered_state_dict, world
-from prune_callbacks.recorded_warnings import HeardWarnings
+from prune_callbacks.recorded_warnings import RecordedWarnings
 from prune_callbacks.reporting.page import write_page
 from prune_callbacks.reporting.pictures import draw_report
 from prune_callbacks.reporting.summary import summary_table
 from prune_callbacks.sparsity.schedules import Unit
+from prune_callbacks.storage.commands import repeat_command
 from prune_callbacks.storage.model_folder import save_sparse_model
-from prune_callbacks.storage.run_record import refuse_existing_run, repeat_command
+from prune_callbacks.storage.run_record import RunRecord, Seconds, refuse_existing_run
 from prune_callbacks.writing import write_json
 
 DRAWN_EVERY = 30.0
@@ -49,7 +52,7 @@ class RunReport(PruningCallback):
     rewinding), and `rounds` has the trained model before every change.
 
     `report.json` is written after every stage and round. The page and the picture follow at the end of the fit
-    and, while it trains, within 30 seconds; `evaluation.page.write_page(dirpath)` draws the page at any time.
+    and, while it trains, within 30 seconds; `prune_callbacks.reporting.page.write_page` draws the page anew.
 
     With `zero_shot` the same three models' accuracy on tasks is measured too, on one process.
 
@@ -64,7 +67,7 @@ class RunReport(PruningCallback):
         progress: show progress bars.
 
     Attributes:
-        record: what `report.json` holds.
+        run: the record of the run.
     """
 
     def __init__(
@@ -86,27 +89,26 @@ class RunReport(PruningCallback):
         self.zero_shot = zero_shot
         self.every_round = every_round
         self._quality = RunQuality(tokenizer, batch_size, zero_shot, progress)
-        self._warnings = HeardWarnings(but=PossibleUserWarning)
-        self.record: dict[str, Any] = {
-            "recipe": recipe,
-            "model": model,
-            "command": repeat_command(sys.argv),
-            "stage": "dense",
-            "perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None},
-            "corpora": {},
-            "zero_shot": {},
-            "rounds": [],
-            "changes": [],
-            "seconds": {"prune": None, "recover": 0.0, "evaluate": 0.0},
-            "training_loss": [],
-            "warnings": self._warnings.texts,
-        }
+        self._warnings = RecordedWarnings(but=PossibleUserWarning)
+        self.run = RunRecord(
+            recipe=recipe,
+            model=model,
+            command=repeat_command(sys.argv),
+            stage="dense",
+            seconds=Seconds(None, 0.0, 0.0),
+            warnings=self._warnings.texts,
+        )
         self._train_begin = 0.0
         self._to_draw, self._drawn = False, time.perf_counter()
         self._saw_the_last = False
         self._finished = False
         self._one_shot: OneShotPrune | None = None
         self._iterative: IterativePrune | None = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What `report.json` holds."""
+        return self.run.to_json()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -140,7 +142,9 @@ class RunReport(PruningCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._train_begin = time.perf_counter()
-        self._to_draw = self._to_draw or (trainer.is_global_zero and "sparsity" in self.record)  # also of a resumed fit
+        self._to_draw = self._to_draw or (
+            trainer.is_global_zero and self.run.pruner is not None
+        )  # also of a resumed fit
         if trainer.ckpt_path is None and self._iterative is not None:
             self._before_a_change(trainer, pl_module, self._iterative.schedule.unit, 0)
 
@@ -156,7 +160,7 @@ class RunReport(PruningCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = trainer.callback_metrics.get("train_loss")
-        curve = self.record["training_loss"]
+        curve = self.run.training_loss
         if loss is not None and (not curve or curve[-1][0] != trainer.global_step):
             value = finite(float(loss))
             curve.append([trainer.global_step, None if value is None else round(value, 5)])
@@ -172,8 +176,8 @@ class RunReport(PruningCallback):
         prune = self._iterative
         if prune is None or not prune.rises(unit, now):
             return
-        self.record["changes"].append(trainer.global_step)
-        if self.record["perplexity"]["dense"] is None:
+        self.run.changes.append(trainer.global_step)
+        if self.run.perplexity.dense is None:
             self._round(trainer, self._evaluate(trainer, pl_module, "dense"))
         elif self.every_round:
             with self._evaluating():
@@ -185,7 +189,7 @@ class RunReport(PruningCallback):
         assert self._iterative is not None
         assert self._iterative.masks is not None
         sparsity = self._iterative.masks.sparsity()
-        self.record["rounds"].append({"step": trainer.global_step, "sparsity": sparsity, "perplexity": finite(value)})
+        self.run.rounds.append({"step": trainer.global_step, "sparsity": sparsity, "perplexity": finite(value)})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, pl_module)  # while the strategy still has the weights
@@ -199,9 +203,9 @@ class RunReport(PruningCallback):
         self._finished = True
         for callback in Lineup(trainer).all(FinishesWeights):
             callback.finish(trainer)  # they stand behind
-        self.record["seconds"]["recover"] = self._recover_seconds()
+        self.run.seconds.recover = self._recover_seconds()
         self._train_begin = 0.0
-        again = self.record["stage"] == "recovered"  # resumed from a checkpoint of the end
+        again = self.run.stage == "recovered"  # resumed from a checkpoint of the end
         self._save(trainer, pl_module)
         value = self._evaluate(trainer, pl_module, "recovered")
         if self._iterative is not None and not again:
@@ -209,7 +213,7 @@ class RunReport(PruningCallback):
         self._write(trainer, pl_module)
         self._draw()
         if trainer.is_global_zero:
-            summary_table(self.record)
+            summary_table(self.run)
             rank_zero_info(f"the sparse model, its masks and the report are in {self.dirpath}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -221,27 +225,28 @@ class RunReport(PruningCallback):
         self._warnings.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        seconds = self.record["seconds"] | {"recover": self._recover_seconds()}
-        return {"record": self.record | {"seconds": seconds}, "saw_the_last": self._saw_the_last}
+        record = self.record
+        record["seconds"]["recover"] = self._recover_seconds()
+        return {"record": record, "saw_the_last": self._saw_the_last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        recipe, ours = state_dict["record"]["recipe"], self.record["recipe"]
+        recipe, ours = state_dict["record"]["recipe"], self.run.recipe
         if recipe != ours:
             raise ValueError(
                 f"the checkpoint is one of recipe {recipe}, and this is {ours}; go on with the same recipe"
             )
         self._warnings.put_before(state_dict["record"]["warnings"])
-        self.record = state_dict["record"] | {"warnings": self._warnings.texts}
+        self.run = replace(RunRecord.from_json(state_dict["record"]), warnings=self._warnings.texts)
         self._saw_the_last = state_dict["saw_the_last"]
 
     def _recover_seconds(self) -> float:
         running = time.perf_counter() - self._train_begin if self._train_begin else 0.0
-        return float(self.record["seconds"]["recover"]) + running
+        return (self.run.seconds.recover or 0.0) + running
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> float:
         with self._evaluating():
-            value = self._quality.measure(trainer, pl_module, stage, self.record)
-        self.record["stage"] = stage
+            value = self._quality.measure(trainer, pl_module, stage, self.run)
+        self.run.stage = stage
         return value
 
     @contextmanager
@@ -250,7 +255,7 @@ class RunReport(PruningCallback):
         begin = time.perf_counter()
         yield
         seconds = time.perf_counter() - begin
-        self.record["seconds"]["evaluate"] += seconds
+        self.run.seconds.evaluate = (self.run.seconds.evaluate or 0.0) + seconds
         if self._train_begin:
             self._train_begin += seconds
 
@@ -269,13 +274,13 @@ class RunReport(PruningCallback):
             return
         if self.zero_shot is not None:
             found["versions"] |= {"lm_eval": version("lm_eval")}
-        self.record |= found
-        self.record["seconds"]["prune"] = seconds_of_pruning(self._one_shot, self._iterative)
+        self.run = replace(self.run, **found)
+        self.run.seconds.prune = seconds_of_pruning(self._one_shot, self._iterative)
         write_json(self.dirpath / "report.json", self.record)
         self._to_draw = True
 
     def _draw(self) -> None:
         if self._to_draw:
-            draw_report(self.record, self.dirpath / "report.png")
+            draw_report(self.run, self.dirpath / "report.png")
             write_page(self.dirpath)
         self._to_draw, self._drawn = False, time.perf_counter()

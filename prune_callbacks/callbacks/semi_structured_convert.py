@@ -11,7 +11,8 @@ from torch import nn
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
 from prune_callbacks.anatomy.finding import find_targets
-from prune_callbacks.callbacks.lineup import Lineup, PrunesInRounds, PrunesOnce, PruningCallback
+from prune_callbacks.callbacks.kinds import PrunesInRounds, PrunesOnce, PruningCallback
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.deploy.backends import Hardware, choose_backend, why_not
 from prune_callbacks.deploy.conversion import Conversion, find_two_four
 from prune_callbacks.deploy.low_precision import convert_fp8_, convert_int8_

@@ -9,8 +9,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_callbacks.anatomy.blocks import find_language_model
+from prune_callbacks.callbacks.kinds import PrunesOnce, PruningCallback
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
-from prune_callbacks.callbacks.lineup import Lineup, PrunesOnce, PruningCallback
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.deploy.shrinking import changed_settings, logits_difference, shrink

@@ -16,14 +16,16 @@ from transformers import PreTrainedModel
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
 from prune_callbacks.anatomy.finding import find_targets, sparse_experts
 from prune_callbacks.anatomy.targets import Target
-from prune_callbacks.callbacks.lineup import Lineup, PruningCallback
+from prune_callbacks.callbacks.kinds import PruningCallback
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.deploy.conversion import Conversion, is_converted
 from prune_callbacks.deploy.csr import CSRReport, convert_to_csr_
 from prune_callbacks.deploy.latency import BASE, layer_sweep, model_sweep, with_compiled
 from prune_callbacks.deploy.low_precision import two_four_name
 from prune_callbacks.deploy.semi_structured import convert_, revert_
 from prune_callbacks.deploy.shrinking import shrink
-from prune_callbacks.reporting.latency import draw_latency, latency_table, setting, verdict
+from prune_callbacks.reporting.latency import latency_table, setting, verdict
+from prune_callbacks.reporting.latency_picture import draw_latency
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.writing import write_json
 

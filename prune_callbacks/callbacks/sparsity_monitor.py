@@ -5,7 +5,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from prune_callbacks.callbacks.lineup import HoldsMasks, Lineup, PruningCallback
+from prune_callbacks.callbacks.kinds import HoldsMasks, PruningCallback
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.reporting.pictures import draw_sparsity
 from prune_callbacks.sparsity import MaskSet
 

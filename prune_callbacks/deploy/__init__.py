@@ -1,8 +1,10 @@
 """From zeros to speed and size: 2:4 tensors, rounding, packed files, smaller models, and what each is worth."""
 
-from prune_callbacks.deploy.compression import Compression, load_compressed, measure_compression, save_compressed
+from prune_callbacks.deploy.compression import load_compressed, save_compressed
+from prune_callbacks.deploy.compression_size import Compression, measure_compression
 from prune_callbacks.deploy.conversion import Conversion
-from prune_callbacks.deploy.csr import convert_to_csr_, load_csr, revert_csr_, save_csr
+from prune_callbacks.deploy.csr import convert_to_csr_, revert_csr_
+from prune_callbacks.deploy.csr_files import load_csr, save_csr
 from prune_callbacks.deploy.low_precision import convert_fp8_, convert_int8_
 from prune_callbacks.deploy.packing import pack_nm, unpack_nm
 from prune_callbacks.deploy.semi_structured import convert_, revert_

@@ -1,15 +1,12 @@
-"""A sparse, maybe rounded model in a file without its zeros, and what every part of that file takes."""
+"""A sparse, maybe rounded model in a file without its zeros: saved, and loaded bit for bit."""
 
 import json
-import math
-import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,77 +15,20 @@ from transformers.pytorch_utils import Conv1D
 from prune_callbacks.anatomy.adapters import refuse_adapters
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.anatomy.naming import naming
+from prune_callbacks.deploy.compression_size import (
+    FILE,
+    METADATA,
+    ROLES,
+    Compression,
+    measure_compression,
+    packed_layout,
+)
 from prune_callbacks.deploy.packing import pack_codes, pack_kept, pack_nm, unpack_codes, unpack_kept, unpack_nm
 from prune_callbacks.solvers.gptq import Grid
 from prune_callbacks.sparsity import NM, MaskSet, Pattern
+from prune_callbacks.sparsity.questions import kept_of_group
 from prune_callbacks.storage.model_folder import from_state, savable
 from prune_callbacks.writing import filled_folder
-
-FILE = "compressed.safetensors"
-METADATA = "prune_callbacks.compressed"
-"""The key under which a compressed file says how its tensors are packed."""
-
-ROLES = ("values", "indices", "scales")
-"""What the parts of a packed weight are called in the file: NAME.values and so on."""
-
-
-@dataclass(frozen=True)
-class Compression:
-    """
-    The bytes of a file of weights, counted in the file itself.
-
-    Attributes:
-        packed_weights: how many weights the packed layers have, zeros included.
-        dense_bytes: what these take in their own dtype.
-        value_bytes: of kept values or codes.
-        index_bytes: of masks or places.
-        scale_bytes: of scales.
-        other_bytes: of all tensors that are not packed (embeddings, norms, biases, layers that were left dense).
-        header_bytes: of names, shapes and metadata.
-        file_bytes: of the file, the sum of the last five.
-    """
-
-    packed_weights: int
-    dense_bytes: int
-    value_bytes: int
-    index_bytes: int
-    scale_bytes: int
-    other_bytes: int
-    header_bytes: int
-    file_bytes: int
-
-    @property
-    def ratio(self) -> float:
-        """Bytes of the packed layers over what they take dense."""
-        return self._packed_bytes / self.dense_bytes
-
-    @property
-    def effective_bits(self) -> float:
-        """Bits a weight of the packed layers, with those of the mask and the scales."""
-        return 8 * self._packed_bytes / self.packed_weights
-
-    @property
-    def file_ratio(self) -> float:
-        """Bytes of the file over those of all its tensors dense."""
-        return self.file_bytes / (self.dense_bytes + self.other_bytes)
-
-    @property
-    def _packed_bytes(self) -> int:
-        return self.value_bytes + self.index_bytes + self.scale_bytes
-
-    def __str__(self) -> str:
-        return (
-            f"{self.effective_bits:.2f} bits a weight in the packed layers, {self.ratio:.3f} of what they take dense; "
-            f"the file has {self.file_bytes / 1e6:.1f} MB, {self.file_ratio:.3f} of dense"
-        )
-
-    def record(self) -> dict[str, Any]:
-        """Plain values for a report."""
-        return asdict(self) | {
-            "effective_bits": self.effective_bits,
-            "packed_over_dense": self.ratio,
-            "file_over_dense": self.file_ratio,
-        }
 
 
 def save_compressed(
@@ -177,11 +117,13 @@ def _pack(
         assert grid is not None
         stored = grid.encode(weight, scale)
         entry |= {"bits": grid.bits, "group_size": grid.group_size}
-    if isinstance(pattern, NM) and pattern.holds(keep):
+    group = None if pattern is None else kept_of_group(pattern)
+    nm = None if group is None else NM(*group)
+    if nm is not None and nm.holds(keep):
         if bool((stored * ~keep).any()):
             raise ValueError("weights that the mask removes are not zero")
-        values, indices = pack_nm(stored, pattern)
-        entry |= {"n": pattern.n, "m": pattern.m}
+        values, indices = pack_nm(stored, nm)
+        entry |= {"n": nm.n, "m": nm.m}
     else:
         values, indices = pack_kept(stored, keep)
     parts = {"indices": indices, "values": values}
@@ -214,7 +156,7 @@ def load_compressed(dirpath: str | Path) -> PreTrainedModel:
         ValueError: there is no such file, it is damaged, or lacks a weight.
     """
     path = Path(dirpath) / FILE
-    layout = _layout(path)
+    layout = packed_layout(path)
     config = AutoConfig.from_pretrained(dirpath)
     state: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
@@ -234,49 +176,3 @@ def load_compressed(dirpath: str | Path) -> PreTrainedModel:
     if (path.parent / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(dirpath)
     return model
-
-
-def _layout(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"no compressed model in {path.parent}: {path.name} is missing; save_compressed writes it")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    if METADATA not in metadata:
-        raise ValueError(f"{path} is a safetensors file but not one that save_compressed wrote")
-    layout: dict[str, dict[str, Any]] = json.loads(metadata[METADATA])
-    return layout
-
-
-def measure_compression(dirpath: str | Path) -> Compression:
-    """
-    Counts the bytes of what `save_compressed` wrote, from the header of the file: masks, places and scales included.
-
-    Raises:
-        ValueError: there is no such file, or it is damaged.
-    """
-    path = Path(dirpath) / FILE
-    layout = _layout(path)
-    with path.open("rb") as file:
-        (header,) = struct.unpack("<Q", file.read(8))
-        entries = json.loads(file.read(header))
-    role = {f"{name}.{part}": part for name in layout for part in ROLES}
-    taken = dict.fromkeys((*ROLES, "other"), 0)
-    for name, entry in entries.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            taken[role.get(name, "other")] += end - begin
-    weights = {name: math.prod(entry["shape"]) for name, entry in layout.items()}
-    dense = sum(count * getattr(torch, layout[name]["dtype"]).itemsize for name, count in weights.items())
-    return Compression(
-        sum(weights.values()),
-        dense,
-        taken["values"],
-        taken["indices"],
-        taken["scales"],
-        taken["other"],
-        8 + header,
-        path.stat().st_size,
-    )

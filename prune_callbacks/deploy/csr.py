@@ -1,27 +1,19 @@
-"""CSR weights: sparse linear layers for CPUs, their bytes, and a file of them."""
+"""CSR weights: sparse linear layers for CPUs, and their bytes."""
 
 import copy
-import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prune_callbacks.anatomy.blocks import find_blocks
 from prune_callbacks.anatomy.finding import find_targets, sparse_experts
-from prune_callbacks.writing import whole_file
-
-METADATA = "prune_callbacks.csr"
-"""The key under which a CSR file has its shapes."""
 
 DTYPES = (torch.float32, torch.float64)
 """What torch multiplies CSR matrices in on a CPU; half precision is not implemented."""
@@ -195,58 +187,3 @@ def compressed(weight: Tensor) -> Tensor:
 def csr_bytes(weight: Tensor) -> int:
     """The bytes of a CSR tensor: values, column indices and row offsets."""
     return weight.values().nbytes + weight.col_indices().nbytes + weight.crow_indices().nbytes
-
-
-def save_csr(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> int:
-    """
-    Writes CSR weights to a safetensors file: `NAME.crow`, `NAME.col` and `NAME.values` of each.
-
-    Biases and layers that are not CSR are not in it.
-
-    Args:
-        source: a model with `CSRLinear` layers, or CSR tensors by name, (out, in).
-        path: the file.
-
-    Returns:
-        The file's bytes.
-
-    Raises:
-        ValueError: there is no CSR weight.
-    """
-    if isinstance(source, nn.Module):
-        named = {name: m.weight.detach() for name, m in source.named_modules() if isinstance(m, CSRLinear)}
-    else:
-        named = {name: weight for name, weight in source.items() if weight.layout is torch.sparse_csr}
-    if not named:
-        raise ValueError("there are no CSR weights to save; call convert_to_csr_ first")
-    parts: dict[str, Tensor] = {}
-    for name, weight in named.items():
-        parts |= {f"{name}.crow": weight.crow_indices(), f"{name}.col": weight.col_indices()}
-        parts[f"{name}.values"] = weight.values()
-    shapes = {name: list(weight.shape) for name, weight in named.items()}
-    with whole_file(path) as partial:
-        save_file(parts, partial, metadata={METADATA: json.dumps(shapes)})
-    return Path(path).stat().st_size
-
-
-def load_csr(path: str | Path) -> dict[str, Tensor]:
-    """
-    Reads what `save_csr` wrote: CSR tensors by name, (out, in), the same bits.
-
-    Raises:
-        ValueError: the file is missing, damaged, or not a CSR file; indices outside of the matrix are refused.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"no CSR file at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if METADATA not in metadata:
-                raise ValueError(f"{path} is a safetensors file but not one that save_csr wrote")
-            loaded: dict[str, Tensor] = {}
-            for name, shape in json.loads(metadata[METADATA]).items():
-                crow, col, values = (file.get_tensor(f"{name}.{part}") for part in ("crow", "col", "values"))
-                loaded[name] = torch.sparse_csr_tensor(crow, col, values, size=shape, check_invariants=True)
-            return loaded
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a readable CSR file: {error}") from error

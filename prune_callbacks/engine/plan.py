@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_callbacks.allocation.measuring import check_allocation
-from prune_callbacks.allocation.rules import Allocation
+from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.anatomy.blocks import find_blocks
 from prune_callbacks.anatomy.coupling import Coupled, coupled_targets
 from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from prune_callbacks.allocation.measuring import allocate
-from prune_callbacks.allocation.rules import Allocation
+from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.calibration.capture import Batch, BlockInputs
 from prune_callbacks.calibration.inputs import calibration_inputs, evaluating, next_inputs
 from prune_callbacks.calibration.prefetch import visited

@@ -1,4 +1,4 @@
-"""python -m prune_callbacks.storage.run_record RUN_A RUN_B ...: runs side by side, in groups that can be compared."""
+"""`python -m prune_callbacks.reporting RUN_A RUN_B`: runs side by side, in groups that can be compared."""
 
 import argparse
 import os
@@ -89,7 +89,7 @@ def write_comparison(dirpaths: Sequence[Path], path: Path) -> dict[Setting, Runs
                 "notes": notes(runs),
                 "violated": violated(runs),
                 "quality": _quality(runs, setting) if any(map(_measured, runs.values())) else None,
-                "training": _training(runs) if any(run.record["training_loss"] for run in runs.values()) else None,
+                "training": _training(runs) if any(run.record.training_loss for run in runs.values()) else None,
             }
             for setting, runs in groups.items()
         ],
@@ -111,17 +111,17 @@ def grouped(runs: Runs) -> dict[Setting, Runs]:
     Two models of one name are different ones if their architectures are. A run that has not saved its model yet is
     taken for one of its name, if all others of that name are alike.
     """
-    known: dict[str, set[str]] = {}
+    known: dict[str | None, set[str]] = {}
     for run in runs.values():
         if run.architecture is not None:
-            known.setdefault(run.record["model"], set()).add(run.architecture)
+            known.setdefault(run.record.model, set()).add(run.architecture)
     groups: dict[Setting, Runs] = {}
     for name, run in runs.items():
-        model, measured = run.record["model"], run.record["perplexity"]
+        model, measured = run.record.model, run.record.perplexity
         alike = known.get(model, set()) if model is not None else set()
         architecture = run.architecture or (next(iter(alike)) if len(alike) == 1 else None)
         title = model or ("unnamed model" if architecture else f"unknown model of {name}")
-        setting = Setting(title, architecture, measured["dataset"], measured["seq_len"])
+        setting = Setting(title, architecture, measured.dataset, measured.seq_len)
         groups.setdefault(setting, {})[name] = run
     return groups
 
@@ -130,16 +130,16 @@ def notes(runs: Runs) -> list[str]:
     """What to mind when the runs of a group are compared."""
     found = []
     dense = [
-        run.record["perplexity"]["dense"]
+        run.record.perplexity.dense
         for run in runs.values()
-        if not run.record["schedule"] and run.record["perplexity"]["dense"] is not None
+        if not run.record.schedule and run.record.perplexity.dense is not None
     ]
     if dense and max(dense) > 1.01 * min(dense):
         found.append(
             "The dense models' perplexities differ by more than 1 %, so these runs did not start from the same weights "
             "or were not measured on the same windows, whatever their names say."
         )
-    zeros = [value for run in runs.values() if (value := run.record["sparsity"]["achieved"]) is not None]
+    zeros = [value for run in runs.values() if (value := run.record.sparsity.achieved) is not None]
     if zeros and max(zeros) > min(zeros) + 0.005:
         found.append("The runs differ in how many weights they removed.")
     return found
@@ -147,7 +147,7 @@ def notes(runs: Runs) -> list[str]:
 
 def violated(runs: Runs) -> list[str]:
     """What is said of runs whose masks did not hold."""
-    counts = {name: sum((run.record["violations"] or {}).values()) for name, run in runs.items()}
+    counts = {name: sum((run.record.violations or {}).values()) for name, run in runs.items()}
     return [
         f"{name}: {count} pruned weights are not zero; its masks did not hold."
         for name, count in counts.items()
@@ -156,21 +156,21 @@ def violated(runs: Runs) -> list[str]:
 
 
 def _measured(run: Run) -> bool:
-    return any(run.record["perplexity"][stage] is not None for stage in STAGES)
+    return any(run.record.perplexity.at(stage) is not None for stage in STAGES)
 
 
 @plain_text
 def _quality(runs: Runs, setting: Setting) -> str:
     """Bars of all stages and, where runs differ in their sparsity or have rounds, perplexity over sparsity."""
-    zeros = {run.record["sparsity"]["achieved"] for run in runs.values()}
-    curves = len(zeros - {None}) > 1 or any(run.record["rounds"] for run in runs.values())
+    zeros = {run.record.sparsity.achieved for run in runs.values()}
+    curves = len(zeros - {None}) > 1 or any(run.record.rounds for run in runs.values())
     height = max(3.4, 0.9 + 0.75 * len(runs))
     figure, axes = subplots(1, 1 + curves, figsize=(12, height), squeeze=False)
     _bars(axes[0, 0], runs, setting)
     if curves:
         for name, run in runs.items():
-            measured, achieved = run.record["perplexity"]["recovered"], run.record["sparsity"]["achieved"]
-            draw_rounds(axes[0, 1], run.record["rounds"] or [{"sparsity": achieved, "perplexity": measured}], name)
+            measured, achieved = run.record.perplexity.recovered, run.record.sparsity.achieved
+            draw_rounds(axes[0, 1], run.record.rounds or [{"sparsity": achieved, "perplexity": measured}], name)
         axes[0, 1].set_ylabel(f"perplexity at the end, windows of {setting.seq_len}")
         axes[0, 1].legend(fontsize=8)
     return embedded(figure)
@@ -180,7 +180,7 @@ def _bars(axis: Axes, runs: Runs, setting: Setting) -> None:
     known = []
     for place, run in enumerate(runs.values()):
         for offset, stage in enumerate(STAGES):
-            value = run.record["perplexity"][stage]
+            value = run.record.perplexity.at(stage)
             if value is not None:
                 known.append(value)
                 where = place + 0.27 * (offset - 1)
@@ -205,8 +205,8 @@ def _bars(axis: Axes, runs: Runs, setting: Setting) -> None:
 def _training(runs: Runs) -> str:
     figure, axis = subplots(figsize=(9, 3.6))
     for name, run in runs.items():
-        if run.record["training_loss"]:
-            draw_curve(axis, run.record["training_loss"], label=name)
+        if run.record.training_loss:
+            draw_curve(axis, run.record.training_loss, label=name)
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("training loss")
     axis.legend(fontsize=8)
@@ -221,9 +221,9 @@ def _print(setting: Setting, runs: Runs) -> None:
         table.add_column(column, justify="left" if column == "run" else "right")
     for name, run in runs.items():
         record = run.record
-        stages = [number(record["perplexity"][stage]) for stage in STAGES]
-        violations = NONE if record["violations"] is None else str(sum(record["violations"].values()))
+        stages = [number(record.perplexity.at(stage)) for stage in STAGES]
+        violations = NONE if record.violations is None else str(sum(record.violations.values()))
         unfinished = " (not complete)" if run.missing else ""
-        zeros = percent(record["sparsity"]["achieved"])
+        zeros = percent(record.sparsity.achieved)
         table.add_row(escape(name) + unfinished, *stages, zeros, violations)
     Console().print(table)

@@ -19,7 +19,7 @@ from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from numpy import ndarray
 
-from prune_callbacks.storage.run_record import STAGES
+from prune_callbacks.storage.run_record import STAGES, Perplexities
 
 COLOURS = {"dense": "#4c78a8", "pruned": "#e45756", "recovered": "#54a24b"}
 CORNER = (64, 128)
@@ -66,9 +66,9 @@ def _uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def draw_perplexity(axis: Axes, measured: dict[str, Any]) -> None:
+def draw_perplexity(axis: Axes, measured: Perplexities) -> None:
     """Bars of the stages that were measured."""
-    values = {stage: measured[stage] for stage in STAGES if measured[stage] is not None}
+    values = {stage: value for stage in STAGES if (value := measured.at(stage)) is not None}
     bars = axis.bar(list(values), list(values.values()), color=[COLOURS[stage] for stage in values])
     axis.bar_label(bars, fmt="%.1f")
     title_perplexity(axis, measured)
@@ -88,10 +88,10 @@ def draw_rounds(axis: Axes, rounds: list[dict[str, Any]], label: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def title_perplexity(axis: Axes, measured: dict[str, Any]) -> None:
+def title_perplexity(axis: Axes, measured: Perplexities) -> None:
     """Says what perplexity is of, with the context length."""
-    dataset = textwrap.fill(measured["dataset"] or "evaluation text", 30)
-    axis.set_title(f"perplexity\n{dataset}\nwindows of {measured['seq_len']} tokens", fontsize=10)
+    dataset = textwrap.fill(measured.dataset or "evaluation text", 30)
+    axis.set_title(f"perplexity\n{dataset}\nwindows of {measured.seq_len} tokens", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
 
 

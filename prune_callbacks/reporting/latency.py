@@ -1,18 +1,14 @@
-"""What a record of measured times says: its setting, plain sentences, a table and a picture."""
+"""What a record of measured times says: its setting, plain sentences and a table."""
 
-import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from rich.table import Table
 
 from prune_callbacks.deploy.latency import BASE
-from prune_callbacks.reporting.drawing import save, subplots
 
 Cell = dict[str, Any]
 Record = dict[str, Any]
@@ -20,10 +16,6 @@ Record = dict[str, Any]
 (the sizes of a `CSRReport`)."""
 
 BASELINES = (BASE, f"{BASE} compiled")
-SPEEDS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 3, 5, 7, 10, 20, 30, 50, 70, 100)
-"""Where the axes of the picture have marks."""
-
-COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2", "#9d755d", "#72b7b2", "#ff9da6")
 
 
 def setting(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -58,7 +50,7 @@ def verdict(record: Record) -> list[str]:
         ]
     else:
         sentences = [f"Measured on {where['device']}, {where['dtype']}, torch {where['torch']}."]
-    for name in _variants(record):
+    for name in variants_of(record):
         cells = [cell for cell in record["cells"] if cell["variant"] == name]
         for baseline in BASELINES:
             sentences += _compared(name, baseline, cells, record["cells"])
@@ -72,28 +64,30 @@ def verdict(record: Record) -> list[str]:
     return sentences + [f"{name} was left out: {why.rstrip('.')}." for name, why in record.get("left_out", {}).items()]
 
 
-def _variants(record: Record) -> list[str]:
+def variants_of(record: Record) -> list[str]:
+    """Returns the variants of a record, in the order they were measured in."""
     return list(dict.fromkeys(cell["variant"] for cell in record["cells"]))
 
 
-def _place(cell: Cell) -> tuple[Any, ...]:
+def place_of(cell: Cell) -> tuple[Any, ...]:
+    """Returns what cells of several variants that belong together have in common."""
     return cell["title"], cell["phase"], cell["batch"], cell["tokens"]
 
 
 def _compared(name: str, baseline: str, cells: list[Cell], all_cells: list[Cell]) -> list[str]:
-    others = {_place(c): c for c in all_cells if c["variant"] == baseline and not c["error"]}
-    pairs = [(c, others[_place(c)]) for c in cells if not c["error"] and _place(c) in others]
+    others = {place_of(c): c for c in all_cells if c["variant"] == baseline and not c["error"]}
+    pairs = [(c, others[place_of(c)]) for c in cells if not c["error"] and place_of(c) in others]
     if name in (BASE, baseline) or not pairs:
         return []
-    ratios = {_place(c): other["median"] / c["median"] for c, other in pairs}
+    ratios = {place_of(c): other["median"] / c["median"] for c, other in pairs}
     faster = [c for c, other in pairs if c["high"] < other["median"] and c["median"] < other["low"]]
     slower = [c for c, other in pairs if c["low"] > other["median"] and c["median"] > other["high"]]
     sentences = []
     if faster:
-        best = max(faster, key=lambda c: ratios[_place(c)])
+        best = max(faster, key=lambda c: ratios[place_of(c)])
         sentences.append(
             f"{name} is faster than {baseline} in {len(faster)} of {len(pairs)} cells, at best "
-            f"{ratios[_place(best)]:.2f}x ({describe(best)})."
+            f"{ratios[place_of(best)]:.2f}x ({describe(best)})."
         )
     if slower:
         spans = "; ".join(_spans(slower, [c for c, _ in pairs], ratios))
@@ -106,10 +100,11 @@ def _compared(name: str, baseline: str, cells: list[Cell], all_cells: list[Cell]
 
 def describe(cell: Cell) -> str:
     """Where a cell was measured, in words."""
-    return f"{_group(cell)}, {_tokens(cell['tokens'])}"
+    return f"{group_of(cell)}, {_tokens(cell['tokens'])}"
 
 
-def _group(cell: Cell) -> str:
+def group_of(cell: Cell) -> str:
+    """Says what a cell measured, in words, whatever the number of tokens."""
     if cell["phase"] == "layer":
         return str(cell["title"])
     return ("" if cell["title"] == "model" else f"{cell['title']}, ") + f"{cell['phase']}, batch {cell['batch']}"
@@ -121,14 +116,14 @@ def _tokens(count: int, last: int | None = None) -> str:
 
 def _spans(chosen: list[Cell], cells: list[Cell], ratios: dict[tuple[Any, ...], float]) -> Iterable[str]:
     """The chosen cells, neighbours in the number of tokens put together."""
-    for group in dict.fromkeys(_group(cell) for cell in cells):
+    for group in dict.fromkeys(group_of(cell) for cell in cells):
         run: list[Cell] = []
-        ordered = sorted((c for c in cells if _group(c) == group), key=lambda c: c["tokens"])
+        ordered = sorted((c for c in cells if group_of(c) == group), key=lambda c: c["tokens"])
         for cell in [*ordered, None]:
             if cell is not None and cell in chosen:
                 run.append(cell)
             elif run:
-                low, high = (f"{f(ratios[_place(c)] for c in run):.2f}x" for f in (min, max))
+                low, high = (f"{f(ratios[place_of(c)] for c in run):.2f}x" for f in (min, max))
                 last = run[-1]["tokens"] if len(run) > 1 else None
                 yield f"{group}, {_tokens(run[0]['tokens'], last)}: {low}" + (f" to {high}" if low != high else "")
                 run = []
@@ -153,13 +148,13 @@ def _weights(name: str, cells: list[Cell], all_cells: list[Cell]) -> list[str]:
 
 def latency_table(record: Record) -> Table:
     """A row a cell, a column a variant: the median and the speed over dense; then the bytes."""
-    where, names = record["setting"], _variants(record)
+    where, names = record["setting"], variants_of(record)
     table = Table(title=f"{where['device']}, {where['dtype']}: median time and speed over {BASE}")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
-    for place in dict.fromkeys(_place(cell) for cell in record["cells"]):
-        row = {cell["variant"]: cell for cell in record["cells"] if _place(cell) == place}
+    for place in dict.fromkeys(place_of(cell) for cell in record["cells"]):
+        row = {cell["variant"]: cell for cell in record["cells"] if place_of(cell) == place}
         table.add_row(describe(next(iter(row.values()))), *(_shown(row.get(name)) for name in names))
     table.add_section()
     for title in dict.fromkeys(cell["title"] for cell in record["cells"]):
@@ -187,77 +182,3 @@ def _shown(cell: Cell | None) -> str:
 
 def _bytes(count: int | None) -> str:
     return "-" if count is None else f"{count / 2**20:.3g} MiB"
-
-
-def draw_latency(record: Record, path: Path) -> None:
-    """Draws the speed over dense against the number of tokens, one panel a layer shape, or a phase and batch."""
-    groups = list(dict.fromkeys(_group(cell) for cell in record["cells"]))
-    columns = min(3, len(groups))
-    rows = math.ceil(len(groups) / columns)
-    figure, axes = subplots(
-        rows,
-        columns,
-        figsize=(4.6 * columns + 0.4, 3.2 * rows + 0.9),
-        squeeze=False,
-        sharey=True,  # a small gain is to look small
-    )
-    where = record["setting"]
-    note = ": a CPU, which says nothing about GPUs" if where["kind"] == "cpu" else ""
-    threads = f", {where['threads']} threads" if where["kind"] == "cpu" else ""
-    figure.suptitle(
-        f"speed over {BASE}, {where['dtype']}, medians, bands from the 10th to the 90th percentile\n"
-        f"{where['device']}{threads}{note}",
-        fontsize=11,
-    )
-    names = [name for name in _variants(record) if name != BASE]
-    for axis, group in zip(axes.flat, groups, strict=False):
-        _draw_group(axis, group, [cell for cell in record["cells"] if _group(cell) == group], names)
-    ratios = _ratios(record["cells"])
-    axes[0, 0].set_ylim(max(min(ratios) / 1.1, SPEEDS[0]), max(ratios) * 1.1)
-    for axis in axes.flat[len(groups) :]:
-        axis.set_visible(False)
-    handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(figure, path)
-
-
-def _ratios(cells: list[Cell]) -> list[float]:
-    """All that is drawn, and some space around 1."""
-    dense = {_place(cell): cell["median"] for cell in cells if cell["variant"] == BASE}
-    known = [cell for cell in cells if cell["variant"] != BASE and cell["speedup"] is not None]
-    return [0.8, 1.25, *(dense[_place(cell)] / cell[key] for cell in known for key in ("low", "high"))]
-
-
-def _draw_group(axis: Axes, group: str, cells: list[Cell], names: Sequence[str]) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
-    dense = {cell["tokens"]: cell["median"] for cell in cells if cell["variant"] == BASE}
-    for name, colour in zip(names, COLOURS * len(names), strict=False):
-        found = [cell for cell in cells if cell["variant"] == name and cell["speedup"] is not None]
-        if found:
-            places, values = [cell["tokens"] for cell in found], [cell["speedup"] for cell in found]
-            least, most = ([dense[c["tokens"]] / c[end] for c in found] for end in ("high", "low"))
-            # Of two points nothing is known in between.
-            line = "-" if len(found) > 2 else ":"
-            axis.plot(places, values, marker="o", markersize=4, linestyle=line, color=colour, label=name)
-            axis.fill_between(places, least, most, color=colour, alpha=0.2, linewidth=0)
-    failed = [name for name in names if any(cell["variant"] == name and cell["error"] for cell in cells)]
-    if failed:
-        axis.text(0.03, 0.03, f"failed: {', '.join(failed)}", transform=axis.transAxes, fontsize=8, color="#a00000")
-    counts = sorted({cell["tokens"] for cell in cells})
-    axis.xaxis.set_major_locator(FixedLocator(counts[:: math.ceil(len(counts) / 8)]))
-    axis.yaxis.set_major_locator(FixedLocator(SPEEDS))
-    for each in (axis.xaxis, axis.yaxis):
-        each.set_minor_locator(NullLocator())
-        each.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.axhspan(1e-3, 1, color="#888888", alpha=0.1, linewidth=0)
-    axis.axhline(1, color="#555555", linewidth=1)
-    axis.tick_params(labelleft=True)
-    axis.set_title(group, fontsize=10)
-    axis.set_xlabel(
-        {"prefill": "tokens of the prompt", "decode": "tokens in the cache"}.get(cells[0]["phase"], "tokens")
-    )
-    axis.set_ylabel(f"speed over {BASE} (below 1: slower)", fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)

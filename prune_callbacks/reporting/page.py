@@ -19,10 +19,10 @@ from prune_callbacks.reporting.drawing import (
 )
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.run_folder import Run, read_run
-from prune_callbacks.storage.run_record import STAGES
+from prune_callbacks.storage.run_record import STAGES, RunRecord
 from prune_callbacks.writing import write_text
 
-Record = dict[str, Any]
+Record = RunRecord
 
 NONE = "-"
 """Stands for what was not measured."""
@@ -48,21 +48,19 @@ def write_page(dirpath: str | Path, path: Path | None = None) -> Path:
 def render_page(run: Run) -> str:
     """The page of a run, as HTML."""
     record = run.record
-    losses = {name: loss for name, loss in record["reconstruction_loss"].items() if loss is not None}
+    losses = {name: loss for name, loss in record.reconstruction_loss.items() if loss is not None}
     return render(
         "run.html",
         run=run,
         record=record,
-        title=f"{record['recipe'] or 'Run'}: {record['model'] or 'a model'}",
+        title=f"{record.recipe or 'Run'}: {record.model or 'a model'}",
         verdict=verdict(record),
         stages=stage_names(record),
-        violations=sum(record["violations"].values()) if record["violations"] is not None else None,
-        sparsity_map=heat_map(record["sparsity"]["layers"], "zeros", percent=True)
-        if record["sparsity"]["layers"]
-        else None,
+        violations=sum(record.violations.values()) if record.violations is not None else None,
+        sparsity_map=heat_map(record.sparsity.layers, "zeros", percent=True) if record.sparsity.layers else None,
         loss_map=heat_map(losses, "relative squared error", percent=False) if losses else None,
-        training=_training(record) if record["training_loss"] else None,
-        rounds=_rounds(record) if len(record["rounds"]) > 1 else None,
+        training=_training(record) if record.training_loss else None,
+        rounds=_rounds(record) if len(record.rounds) > 1 else None,
         masks=mask_pictures(run.masks) if run.masks is not None else [],
     )
 
@@ -110,7 +108,7 @@ def size(count: int | None) -> str:
 
 def stage_names(record: Record) -> dict[str, str]:
     """When each of the three models was measured."""
-    if record["schedule"]:
+    if record.schedule:
         return {
             "dense": "trained, before the masks' first change",
             "pruned": "right after the masks' last change",
@@ -126,20 +124,20 @@ def share_recovered(record: Record) -> float | None:
     None where there is none to speak of: a value is missing, pruning cost less than 1 %, or masks changed during
     training, so that the three numbers differ by more than pruning.
     """
-    dense, pruned, recovered = (record["perplexity"][stage] for stage in STAGES)
-    if record["schedule"] or None in (dense, pruned, recovered) or pruned < 1.01 * dense:
+    measured = record.perplexity
+    dense, pruned, recovered = measured.dense, measured.pruned, measured.recovered
+    if record.schedule or dense is None or pruned is None or recovered is None or pruned < 1.01 * dense:
         return None
-    share: float = (pruned - recovered) / (pruned - dense)
-    return share
+    return (pruned - recovered) / (pruned - dense)
 
 
 def verdict(record: Record) -> list[str]:
     """What came out, in plain sentences."""
-    measured, sentences = record["perplexity"], []
-    if record["sparsity"]["achieved"] is not None:
-        layers = len(record["sparsity"]["layers"])
-        sentences.append(f"{percent(record['sparsity']['achieved'])} of the weights of {layers} layers are zero.")
-    dense, recovered = measured["dense"], measured["recovered"]
+    measured, sentences = record.perplexity, []
+    if record.sparsity.achieved is not None:
+        layers = len(record.sparsity.layers)
+        sentences.append(f"{percent(record.sparsity.achieved)} of the weights of {layers} layers are zero.")
+    dense, recovered = measured.dense, measured.recovered
     share = share_recovered(record)
     if share is None:
         if dense is not None and recovered is not None:
@@ -160,17 +158,15 @@ def verdict(record: Record) -> list[str]:
 
 
 def _before(record: Record) -> str:
-    return "before the masks' first change" if record["schedule"] else "before pruning"
+    return "before the masks' first change" if record.schedule else "before pruning"
 
 
 @plain_text
 def _training(record: Record) -> str:
     figure, axis = subplots(figsize=(9, 3.6))
-    for step in record["changes"]:
+    for step in record.changes:
         axis.axvline(step, color="#e69500", linestyle=":", linewidth=1)
-    draw_curve(
-        axis, record["training_loss"], color="#4c78a8", marker="." if len(record["training_loss"]) < 40 else None
-    )
+    draw_curve(axis, record.training_loss, color="#4c78a8", marker="." if len(record.training_loss) < 40 else None)
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("training loss")
     axis.spines[["top", "right"]].set_visible(False)
@@ -180,8 +176,8 @@ def _training(record: Record) -> str:
 @plain_text
 def _rounds(record: Record) -> str:
     figure, axis = subplots(figsize=(9, 3.6))
-    draw_rounds(axis, record["rounds"], "trained")
-    axis.set_ylabel(f"perplexity, windows of {record['perplexity']['seq_len']}")
+    draw_rounds(axis, record.rounds, "trained")
+    axis.set_ylabel(f"perplexity, windows of {record.perplexity.seq_len}")
     return embedded(figure)
 
 

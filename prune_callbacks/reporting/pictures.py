@@ -1,5 +1,6 @@
 """Pictures of a run, and of several beside one another."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from prune_callbacks.reporting.drawing import (
     title_perplexity,
 )
 from prune_callbacks.reporting.summary import optional_number
-from prune_callbacks.storage.run_record import STAGES
+from prune_callbacks.storage.run_record import STAGES, RunRecord
 
 
-def compare(records: dict[str, dict[str, Any]], path: Path) -> None:
+def compare(records: Mapping[str, RunRecord], path: Path) -> None:
     """
     Prints the results of several runs side by side and draws perplexity over sparsity, one curve a run.
 
@@ -29,38 +30,38 @@ def compare(records: dict[str, dict[str, Any]], path: Path) -> None:
         records: what the `report.json` of each run holds, by the run's name.
         path: the picture.
     """
-    first = next(iter(records.values()))["perplexity"]
-    table = Table(title=f"perplexity on {first['dataset'] or 'evaluation text'} (windows of {first['seq_len']})")
+    first = next(iter(records.values())).perplexity
+    table = Table(title=f"perplexity on {first.dataset or 'evaluation text'} (windows of {first.seq_len})")
     for column in ("run", "optimizer steps", "dense", "pruned", "recovered", "zeros", "violations"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for name, record in records.items():
-        stages = [optional_number(record["perplexity"][stage]) for stage in STAGES]
-        achieved = f"{record['sparsity']['achieved']:.2%}"
-        table.add_row(name, str(record["optimizer_steps"]), *stages, achieved, str(sum(record["violations"].values())))
+        stages = [optional_number(record.perplexity.at(stage)) for stage in STAGES]
+        achieved = f"{record.sparsity.achieved:.2%}"
+        table.add_row(
+            name, str(record.optimizer_steps), *stages, achieved, str(sum((record.violations or {}).values()))
+        )
     Console().print(table)
     figure, axis = subplots(figsize=(8, 5))
     for name, record in records.items():
-        draw_rounds(axis, record["rounds"], f"{name}, {record['optimizer_steps']} steps in all")
-    axis.set_title(
-        f"held-out perplexity, {first['dataset'] or 'evaluation text'}, windows of {first['seq_len']} tokens"
-    )
+        draw_rounds(axis, record.rounds, f"{name}, {record.optimizer_steps} steps in all")
+    axis.set_title(f"held-out perplexity, {first.dataset or 'evaluation text'}, windows of {first.seq_len} tokens")
     if axis.get_legend_handles_labels()[0]:  # only runs with rounds have a curve
         axis.legend()
     save(figure, path)
 
 
-def draw_report(record: dict[str, Any], path: Path) -> None:
+def draw_report(record: RunRecord, path: Path) -> None:
     """Draws perplexities, the training curve, and a heat map of what every layer lost."""
     figure, axes = subplots(1, 3, figsize=(15, 5), width_ratios=(1, 1.4, 1.6))
-    how = record["schedule"] or record["pruner"]
-    figure.suptitle(f"{record['model'] or 'model'}: {how}, {record['sparsity']['achieved']:.1%} zeros")
-    if record["rounds"]:
-        draw_rounds(axes[0], record["rounds"], "trained")
-        title_perplexity(axes[0], record["perplexity"])
+    how = record.schedule or record.pruner
+    figure.suptitle(f"{record.model or 'model'}: {how}, {record.sparsity.achieved:.1%} zeros")
+    if record.rounds:
+        draw_rounds(axes[0], record.rounds, "trained")
+        title_perplexity(axes[0], record.perplexity)
     else:
-        draw_perplexity(axes[0], record["perplexity"])
-    draw_training(axes[1], record["training_loss"], record["changes"])
-    draw_layers(axes[2], record["reconstruction_loss"], record["sparsity"]["layers"])
+        draw_perplexity(axes[0], record.perplexity)
+    draw_training(axes[1], record.training_loss, record.changes)
+    draw_layers(axes[2], record.reconstruction_loss, record.sparsity.layers)
     save(figure, path)
 
 

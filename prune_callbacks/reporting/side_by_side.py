@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from prune_callbacks.reporting.page import NONE, duration, number, percent, share_recovered, size
-from prune_callbacks.storage.run_record import STAGES
+from prune_callbacks.storage.run_record import STAGES, RunRecord
 
 SETTINGS = {
     "recipe": "recipe",
@@ -34,30 +34,30 @@ class Row(NamedTuple):
         return len(set(self.cells)) > 1
 
 
-def sections(records: list[dict[str, Any]]) -> dict[str, list[Row]]:
+def sections(records: Sequence[RunRecord]) -> dict[str, list[Row]]:
     """The table's rows under their titles, each with a cell for every record."""
-    quality = [_perplexity(stage, "perplexity", [r["perplexity"][stage] for r in records]) for stage in STAGES]
+    quality = [_perplexity(stage, "perplexity", [r.perplexity.at(stage) for r in records]) for stage in STAGES]
     quality += [
         Row("of what pruning cost, taken back", [percent(share_recovered(r), 0) for r in records]),
-        Row("zeros in pruned layers", [percent(r["sparsity"]["achieved"]) for r in records]),
+        Row("zeros in pruned layers", [percent(r.sparsity.achieved) for r in records]),
         Row(
             "weights violating masks",
-            [NONE if r["violations"] is None else str(sum(r["violations"].values())) for r in records],
+            [NONE if r.violations is None else str(sum(r.violations.values())) for r in records],
         ),
     ]
     settings = [
-        Row(title, [NONE if r[key] is None else str(r[key]) for r in records], code=True)
+        Row(title, [NONE if getattr(r, key) is None else str(getattr(r, key)) for r in records], code=True)
         for key, title in SETTINGS.items()
     ]
-    versions = dict.fromkeys(name for r in records for name in r["versions"])
-    settings += [Row(name, [r["versions"].get(name, NONE) for r in records], code=True) for name in versions]
+    versions = dict.fromkeys(name for r in records for name in r.versions)
+    settings += [Row(name, [r.versions.get(name, NONE) for r in records], code=True) for name in versions]
     costs = [
-        Row("pruning", [duration(r["seconds"]["prune"]) for r in records]),
-        Row("training", [duration(r["seconds"]["recover"]) for r in records]),
-        Row("measuring quality", [duration(r["seconds"]["evaluate"]) for r in records]),
-        Row("peak memory", [size(r["peak_memory_bytes"]) for r in records]),
-        Row("skipped layers", [str(len(r["skipped"])) for r in records]),
-        Row("warnings", [NONE if r["warnings"] is None else str(len(r["warnings"])) for r in records]),
+        Row("pruning", [duration(r.seconds.prune) for r in records]),
+        Row("training", [duration(r.seconds.recover) for r in records]),
+        Row("measuring quality", [duration(r.seconds.evaluate) for r in records]),
+        Row("peak memory", [size(r.peak_memory_bytes) for r in records]),
+        Row("skipped layers", [str(len(r.skipped)) for r in records]),
+        Row("warnings", [NONE if r.warnings is None else str(len(r.warnings)) for r in records]),
     ]
     further = [row for row in _corpora(records) + _zero_shot(records) if set(row.cells) != {NONE}]
     return (
@@ -75,36 +75,34 @@ def _perplexity(stage: str, title: str, values: Sequence[float | None]) -> Row:
     return Row(f"{stage} {title}", shown, tuple(best) if len(set(known)) > 1 and stage != "dense" else ())
 
 
-def _corpora(records: list[dict[str, Any]]) -> list[Row]:
+def _corpora(records: Sequence[RunRecord]) -> list[Row]:
     """A row for every stage on every text that was measured in the same way."""
     ways = dict.fromkeys(
-        (name, c.get("dataset"), c.get("seq_len"), c.get("windows"))
-        for r in records
-        for name, c in r["corpora"].items()
+        (name, c.get("dataset"), c.get("seq_len"), c.get("windows")) for r in records for name, c in r.corpora.items()
     )
     rows = []
     for name, *way in ways:
         same = [
             c if c and [c.get("dataset"), c.get("seq_len"), c.get("windows")] == way else {}
-            for c in (r["corpora"].get(name) for r in records)
+            for c in (r.corpora.get(name) for r in records)
         ]
         title = f"perplexity, {way[0] or name}, {way[2]} windows of {way[1]}"
         rows += [_perplexity(stage, title, [c.get(stage) for c in same]) for stage in STAGES]
     return rows
 
 
-def _zero_shot(records: list[dict[str, Any]]) -> list[Row]:
+def _zero_shot(records: Sequence[RunRecord]) -> list[Row]:
     """A row for every stage on every task that was measured on the same examples."""
     ways = dict.fromkeys(
         (task, z["metric"], z["limit"], z["examples"], z.get("data"))
         for r in records
-        for task, z in r["zero_shot"].items()
+        for task, z in r.zero_shot.items()
     )
     rows = []
     for task, *way in ways:
         same = [
             z if z and [z["metric"], z["limit"], z["examples"], z.get("data")] == way else {}
-            for z in (r["zero_shot"].get(task) for r in records)
+            for z in (r.zero_shot.get(task) for r in records)
         ]
         for stage in STAGES:
             cells = [_accuracy(z.get(stage)) for z in same]

@@ -1,9 +1,10 @@
 """Which weights stay, and when the others go: patterns, exact selection, masks, schedules. Tensors only."""
 
 from prune_callbacks.sparsity.masks import MaskSet
-from prune_callbacks.sparsity.patterns import NM, Block, Columns, Pattern, Rows, Unstructured
+from prune_callbacks.sparsity.patterns import NM, Pattern, Unstructured
 from prune_callbacks.sparsity.schedules import ConstantSchedule, CubicSchedule, IMPSchedule, LinearSchedule, Schedule
 from prune_callbacks.sparsity.selection import keep_largest, keep_largest_of_all
+from prune_callbacks.sparsity.structures import Block, Columns, Rows
 
 __all__ = [
     "NM",

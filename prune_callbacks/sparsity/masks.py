@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prune_callbacks.sparsity.matching import Parameters
 from prune_callbacks.sparsity.patterns import Pattern
 from prune_callbacks.writing import whole_file
 
@@ -27,31 +28,6 @@ def _pack(keep: Bool[Tensor, "..."]) -> UInt8[Tensor, " bytes"]:
 
 def _items(named: NamedTensors) -> dict[str, Tensor]:
     return dict(named.items() if isinstance(named, Mapping) else named)
-
-
-class _Parameters:
-    """
-    The parameters of a module, by name, to look masks up in.
-
-    A layer may have been wrapped, and the wrapper hold it under a further name: `up_proj.weight` is then found as
-    `up_proj.NAME.weight`, and the other way round, if exactly one such parameter has the mask's shape.
-    """
-
-    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self._wrapped: dict[str, list[str]] = {}
-        for name in self.shapes:
-            owner, _, last = name.rpartition(".")
-            self._wrapped.setdefault(f"{owner.rpartition('.')[0]}.{last}", []).append(name)
-
-    def find(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """Returns the name of a mask's parameter, or None."""
-        if name in self.shapes:
-            return name
-        owner, _, last = name.rpartition(".")
-        places = [*self._wrapped.get(name, ()), f"{owner.rpartition('.')[0]}.{last}"]
-        fitting = [place for place in places if self.shapes.get(place) == shape]
-        return fitting[0] if len(fitting) == 1 else None
 
 
 class MaskSet(Mapping[str, Tensor]):
@@ -165,7 +141,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     def fits(self, named_parameters: NamedTensors) -> bool:
         """Returns whether every mask has a parameter of exactly its name and shape, but for wrapped layers."""
-        known = _Parameters({name: parameter.shape for name, parameter in _items(named_parameters).items()})
+        known = Parameters({name: parameter.shape for name, parameter in _items(named_parameters).items()})
         return all(known.find(name, shape) is not None for name, shape in self._shapes.items())
 
     def places(self, shapes: Mapping[str, Sequence[int]], trained: Collection[str] = ()) -> dict[str, str]:
@@ -179,8 +155,8 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             ValueError: see `matching`.
         """
-        known = _Parameters(shapes)
-        prefix = self._prefix(known, trained)
+        known = Parameters(shapes)
+        prefix = known.prefix(self._shapes, trained)
         found = {name: known.find(prefix + name, shape) for name, shape in self._shapes.items()}
         places = {name: place for name, place in found.items() if place is not None}
         problems = [f"{name}: no such parameter" for name in self if name not in places]
@@ -196,26 +172,6 @@ class MaskSet(Mapping[str, Tensor]):
                 + f". The model has {len(shapes)} parameters, first {', '.join(list(shapes)[:3])}."
             )
         return places
-
-    def _prefix(self, known: _Parameters, trained: Collection[str]) -> str:
-        """Returns what precedes the masks' names in the parameters'; of several models, the only trained one's."""
-        first, shape = next(iter(self._shapes.items()), ("", ()))
-        if not first or known.find(first, shape) is not None:
-            return ""
-        owner, _, last = first.rpartition(".")
-        ends = [name.partition(f".{owner}.") for name in known.shapes if name.rpartition(".")[2] == last]
-        prefixes = [f"{before}." for before in dict.fromkeys(before for before, dot, _ in ends if dot)]
-        fitting = [p for p in prefixes if all(known.find(p + name, s) is not None for name, s in self._shapes.items())]
-        if len(fitting) < 2:
-            return next(iter(fitting), "")
-        learning = [prefix for prefix in fitting if any(name.startswith(prefix) for name in trained)]
-        if len(learning) != 1:
-            raise ValueError(
-                f"these masks fit {len(fitting)} models, {[prefix.rstrip('.') for prefix in fitting]}, of which "
-                f"{len(learning)} are trained; one must be: freeze the others (requires_grad_(False)), or give the "
-                "parameters of the one that is meant"
-            )
-        return learning[0]
 
     @torch.no_grad()
     def apply_(self, named_parameters: NamedTensors) -> None:

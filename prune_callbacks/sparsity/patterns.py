@@ -41,7 +41,8 @@ class Pattern(Protocol):
         """Whether a mask has this pattern: at least as sparse, and of the right structure."""
 
 
-def _check_sparsity(pattern: str, sparsity: float) -> None:
+def check_sparsity(pattern: str, sparsity: float) -> None:
+    """Raises ValueError, in the name of a pattern, for a sparsity outside [0, 1)."""
     if not 0 <= sparsity < 1:
         raise ValueError(
             f"{pattern}: sparsity is the fraction of weights removed and must lie in [0, 1), "
@@ -49,7 +50,7 @@ def _check_sparsity(pattern: str, sparsity: float) -> None:
         )
 
 
-def _removed(sparsity: float, total: int, before: int = 0) -> int:
+def removed_units(sparsity: float, total: int, before: int = 0) -> int:
     """How many of the units `before`..`total` go, so that consecutive ranges add up exactly."""
     return round(sparsity * total) - round(sparsity * before)
 
@@ -73,7 +74,7 @@ class Unstructured:
     unit: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        _check_sparsity("Unstructured", self.sparsity)
+        check_sparsity("Unstructured", self.sparsity)
         if self.per not in ("row", "even", "tensor", None):
             raise ValueError(f'Unstructured: per must be "row", "tensor" or None, or "even", got {self.per!r}')
 
@@ -83,8 +84,8 @@ class Unstructured:
         rows, columns = scores.shape
         end = start + columns
         if self.per == "row":
-            return keep_largest(scores, columns - _removed(self.sparsity, end, start))
-        removed = _removed(self.sparsity, rows * end, rows * start)
+            return keep_largest(scores, columns - removed_units(self.sparsity, end, start))
+        removed = removed_units(self.sparsity, rows * end, rows * start)
         if self.per == "even":
             return _keep_evenly(scores, removed)
         return keep_largest(scores.flatten(), scores.numel() - removed).view(scores.shape)
@@ -103,8 +104,8 @@ class Unstructured:
     def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
         """Whether enough weights are gone, by the count that `per` names; None: by either count."""
         columns, in_rows = keep.shape[1], count_true(keep)
-        by_row = bool((in_rows <= columns - _removed(self.sparsity, columns)).all())
-        by_tensor = int(in_rows.sum()) <= keep.numel() - _removed(self.sparsity, keep.numel())
+        by_row = bool((in_rows <= columns - removed_units(self.sparsity, columns)).all())
+        by_tensor = int(in_rows.sum()) <= keep.numel() - removed_units(self.sparsity, keep.numel())
         evenly = by_tensor and int(in_rows.max() - in_rows.min()) <= 1
         return {"row": by_row, "even": evenly, "tensor": by_tensor, None: by_row or by_tensor}[self.per]
 
@@ -186,106 +187,3 @@ class NM:
         if keep.shape[1] % self.m:
             return False
         return bool((keep.unflatten(-1, (-1, self.m)).sum(-1) <= self.n).all())
-
-
-@dataclass(frozen=True)
-class Block:
-    """Square blocks of `size` x `size` weights; `round(sparsity * blocks)` of them are removed, by summed score."""
-
-    size: int
-    sparsity: float
-
-    def __post_init__(self) -> None:
-        _check_sparsity("Block", self.sparsity)
-        if self.size < 1:
-            raise ValueError(f"Block: size is the side of a square block and must be at least 1, got {self.size}")
-
-    @property
-    def column_group(self) -> int:
-        """`size`."""
-        return self.size
-
-    def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
-        """The mask of the blocks with the largest summed scores; see `Pattern`."""
-        refuse_nan(scores)
-        self.check_shape((scores.shape[0], scores.shape[1]))
-        totals = self._tiles(scores).sum((1, 3))
-        rows, columns = totals.shape
-        before = start // self.size
-        removed = _removed(self.sparsity, rows * (before + columns), rows * before)
-        kept = keep_largest(totals.flatten(), totals.numel() - removed).view(totals.shape)
-        return kept.repeat_interleave(self.size, 0).repeat_interleave(self.size, 1)
-
-    def check_shape(self, shape: tuple[int, int]) -> None:
-        """Raises ValueError unless the block's side divides both dimensions."""
-        if shape[0] % self.size or shape[1] % self.size:
-            raise ValueError(
-                f"Block({self.size}, {self.sparsity}) needs both dimensions divisible by {self.size}, got a weight "
-                f"of shape {tuple(shape)}. Choose another size, or leave this layer out of `targets`."
-            )
-
-    def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
-        """Whether every block is wholly kept or removed, and enough are removed."""
-        if keep.shape[0] % self.size or keep.shape[1] % self.size:
-            return False
-        tiles = self._tiles(keep)
-        some, every = tiles.any(3).any(1), tiles.all(3).all(1)
-        allowed = some.numel() - _removed(self.sparsity, some.numel())
-        return bool((some == every).all()) and int(some.sum()) <= allowed
-
-    def _tiles(self, matrix: Tensor) -> Tensor:
-        rows, columns = matrix.shape
-        return matrix.reshape(rows // self.size, self.size, columns // self.size, self.size)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Whole output neurons: `round(sparsity * out)` rows are removed, by summed score."""
-
-    sparsity: float
-
-    removes_rows: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _check_sparsity("Rows", self.sparsity)
-
-    def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
-        """The mask of the rows with the largest summed scores; see `Pattern`."""
-        refuse_nan(scores)
-        rows = scores.shape[0]
-        kept = keep_largest(scores.sum(1), rows - _removed(self.sparsity, rows))
-        return kept[:, None].expand(scores.shape).contiguous()
-
-    def check_shape(self, shape: tuple[int, int]) -> None:
-        """Every shape will do."""
-
-    def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
-        """Whether every row is wholly kept or removed, and enough are removed."""
-        some, rows = keep.any(1), keep.shape[0]
-        return bool((some == keep.all(1)).all()) and int(some.sum()) <= rows - _removed(self.sparsity, rows)
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Whole input features: `round(sparsity * in)` columns are removed, by summed score."""
-
-    sparsity: float
-
-    removes_columns: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _check_sparsity("Columns", self.sparsity)
-
-    def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
-        """The mask of the columns with the largest summed scores; see `Pattern`."""
-        refuse_nan(scores)
-        columns = scores.shape[1]
-        kept = keep_largest(scores.sum(0), columns - _removed(self.sparsity, start + columns, start))
-        return kept[None, :].expand(scores.shape).contiguous()
-
-    def check_shape(self, shape: tuple[int, int]) -> None:
-        """Every shape will do."""
-
-    def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
-        """Whether every column is wholly kept or removed, and enough are removed."""
-        return Rows(self.sparsity).holds(keep.T)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 State = dict[str, Any]
 
 
-class Checkpoint(ABC):
+class TrainingCheckpoint(ABC):
     """
     Weights of a checkpoint by name, read when asked for; files are mapped into memory, not loaded.
 
@@ -40,7 +40,7 @@ class Checkpoint(ABC):
         """One whole weight, on the CPU: where there are fp32 masters, of these."""
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path) -> TrainingCheckpoint:
     """
     Opens a checkpoint of one device, DDP, FSDP2 (a folder, or one file) or DeepSpeed ZeRO-1, 2 or 3.
 
@@ -130,7 +130,7 @@ class _IndexUnpickler(pickle.Unpickler):
         raise ValueError(f"the checkpoint's .metadata asks for {module}.{name}, which no index needs: it is not read")
 
 
-class _File(Checkpoint):
+class _File(TrainingCheckpoint):
     def __init__(self, path: Path) -> None:
         state = _load(path)
         super().__init__(state)
@@ -143,7 +143,7 @@ class _File(Checkpoint):
         return self._weights[name]
 
 
-class _Sharded(Checkpoint):
+class _Sharded(TrainingCheckpoint):
     """torch.distributed.checkpoint, as `ModelParallelStrategy` writes it."""
 
     def __init__(self, folder: Path) -> None:
@@ -166,7 +166,7 @@ class _Sharded(Checkpoint):
         return tensor
 
 
-class _Zero(Checkpoint):
+class _Zero(TrainingCheckpoint):
     """
     DeepSpeed: for every rank a file with its flat fp32 masters, and files that say where what lies in them.
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prune_callbacks.parallel.packed import count_removed
 from prune_callbacks.sparsity import MaskSet
-from prune_callbacks.storage.checkpoints import Checkpoint, newest_checkpoint, open_checkpoint
+from prune_callbacks.storage.checkpoints import TrainingCheckpoint, newest_checkpoint, open_checkpoint
+from prune_callbacks.storage.run_record import RunRecord, Zeros
 from prune_callbacks.writing import replaced_folder, write_json
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf", "*.pt")
@@ -75,7 +77,7 @@ def consolidate(
         config.save_pretrained(partial)
         counted = _write(source, places, skeleton, config.dtype, masks, partial, max_shard_size, progress)
     masks.save(Path(dirpath) / "masks.safetensors")
-    report = _report(source, counted) | {"stage": "consolidated", "checkpoint": str(path)}
+    report = replace(_report(source, counted), stage="consolidated", checkpoint=str(path)).to_json()
     write_json(Path(dirpath) / "report.json", report)
     if progress:
         print(
@@ -86,7 +88,7 @@ def consolidate(
     return report
 
 
-def _places(skeleton: nn.Module, source: Checkpoint, prefix: str | None) -> dict[str, str]:
+def _places(skeleton: nn.Module, source: TrainingCheckpoint, prefix: str | None) -> dict[str, str]:
     """The checkpoint's name of every weight; of tied ones the first, which is what transformers saves."""
     aliases: dict[int, list[str]] = {}
     for name, tensor in skeleton.state_dict(keep_vars=True).items():
@@ -108,7 +110,7 @@ def _places(skeleton: nn.Module, source: Checkpoint, prefix: str | None) -> dict
     return {names[0]: next(fitting[0] + name for name in names if fitting[0] + name in known) for names in groups}
 
 
-def _masks(source: Checkpoint, places: dict[str, str], skeleton: nn.Module) -> MaskSet:
+def _masks(source: TrainingCheckpoint, places: dict[str, str], skeleton: nn.Module) -> MaskSet:
     """The masks in the checkpoint, under the names of the model (they may be those of a module around it)."""
     states = [source.callbacks.get(name, {}) for name in ("MaskEnforcer", "IterativePrune", "OneShotPrune")]
     found = next((MaskSet.from_state_dict(state["masks"]) for state in states if "masks" in state), None)
@@ -126,7 +128,7 @@ def _masks(source: Checkpoint, places: dict[str, str], skeleton: nn.Module) -> M
 
 
 def _write(
-    source: Checkpoint,
+    source: TrainingCheckpoint,
     places: dict[str, str],
     skeleton: nn.Module,
     dtype: torch.dtype,
@@ -163,17 +165,18 @@ def _write(
     return counted
 
 
-def _report(source: Checkpoint, counted: dict[str, tuple[int, int, int]]) -> dict[str, Any]:
-    """What RunReport had noted by then, and what was counted now."""
-    record: dict[str, Any] = dict(source.callbacks.get("RunReport", {}).get("record", {}))
+def _report(source: TrainingCheckpoint, counted: dict[str, tuple[int, int, int]]) -> RunRecord:
+    """Makes the record of what RunReport had noted by then, and what was counted now."""
+    record = RunRecord.from_json(source.callbacks.get("RunReport", {}).get("record", {}))
     zeros, total = sum(zeros for zeros, _, _ in counted.values()), sum(size for _, _, size in counted.values())
-    layers = {name: zeros / size for name, (zeros, _, size) in counted.items()}
-    violations = {name: removed for name, (_, removed, _) in counted.items() if removed}
-    sparsity = record.get("sparsity", {}) | {"achieved": zeros / max(1, total), "layers": layers}
-    if violations:
+    record.violations = {name: removed for name, (_, removed, _) in counted.items() if removed}
+    if record.violations:
         warnings.warn(
-            f"{sum(violations.values())} pruned weights are not zero in the checkpoint, first in "
-            f"{next(iter(violations))}: the masks were not held",
+            f"{sum(record.violations.values())} pruned weights are not zero in the checkpoint, first in "
+            f"{next(iter(record.violations))}: the masks were not held",
             stacklevel=3,
         )
-    return record | {"optimizer_steps": source.step, "sparsity": sparsity, "violations": violations}
+    layers = {name: zeros / size for name, (zeros, _, size) in counted.items()}
+    record.sparsity = Zeros(record.sparsity.target, zeros / max(1, total), layers)
+    record.optimizer_steps = source.step
+    return record

@@ -5,45 +5,12 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prune_callbacks.sparsity import MaskSet
-from prune_callbacks.storage.run_record import STAGES
+from prune_callbacks.storage.run_record import STAGES, RunRecord, read_record
 
 TRACES = ("report.json", "config.yaml", "masks.safetensors", "model")
 """What tells a run's folder from any other."""
-
-ABSENT: dict[str, Any] = {
-    "recipe": None,
-    "model": None,
-    "stage": None,
-    "command": None,
-    "perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None},
-    "corpora": {},
-    "zero_shot": {},
-    "rounds": [],
-    "changes": [],
-    "training_loss": [],
-    "seconds": {"prune": None, "recover": None, "evaluate": None},
-    "peak_memory_bytes": None,
-    "pruner": None,
-    "allocation": None,
-    "schedule": None,
-    "optimizer_steps": None,
-    "strategy": None,
-    "processes": None,
-    "precision": None,
-    "adapter": None,
-    "sparsity": {"target": None, "achieved": None, "layers": {}},
-    "violations": None,
-    "reconstruction_loss": {},
-    "skipped": {},
-    "by_magnitude": {},
-    "warnings": None,
-    "versions": {},
-    "device": None,
-}
-"""The record of a run that has measured nothing yet; it supplies the keys that a report lacks."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +20,7 @@ class Run:
 
     Attributes:
         dirpath: the folder.
-        record: what `report.json` holds, with all keys of `ABSENT`.
+        record: what `report.json` holds; empty if there is none.
         config: the text of `config.yaml`; None if there is none.
         masks: the masks; None if they cannot be read.
         architecture: kind and size of the model, from `model/config.json`; None if there is none.
@@ -62,7 +29,7 @@ class Run:
     """
 
     dirpath: Path
-    record: dict[str, Any]
+    record: RunRecord
     config: str | None
     masks: MaskSet | None
     architecture: str | None
@@ -90,42 +57,21 @@ def read_run(dirpath: str | Path) -> Run:
     studied = [path.name for stem in ("sweep", "sensitivity") for path in sorted(dirpath.glob(f"{stem}.*"))]
     if studied and not (dirpath / "report.json").exists():
         raise ValueError(f"{dirpath} holds no run but a study, whose results are in {' and '.join(studied)}")
-    written = _read_record(dirpath / "report.json")
-    record = _complete(written or {})
+    written = read_record(dirpath)
+    record = RunRecord() if written is None else written
+    reached = [stage for stage in STAGES if record.perplexity.at(stage) is not None]
+    record.stage = record.stage or (reached[-1] if reached else None)
     config_file = dirpath / "config.yaml"
     config = config_file.read_text(encoding="utf-8", errors="replace") if config_file.is_file() else None
-    if record["recipe"] is None and config is not None:
+    if record.recipe is None and config is not None:
         name = re.search(r"^name: *(\S.*?) *$", config, re.MULTILINE)
-        record["recipe"] = name.group(1) if name else None
+        record.recipe = name.group(1) if name else None
     masks, problem = _read_masks(dirpath / "masks.safetensors")
     missing = [*_unmeasured(record, measured=written is not None, job=_is_job(config)), *problem]
     if not (dirpath / "model").is_dir():
         missing.append("The sparse model: there is no folder model/.")
     go_on = _go_on(dirpath, record, config) if missing else None
     return Run(dirpath, record, config, masks, _architecture(dirpath / "model/config.json"), tuple(missing), go_on)
-
-
-def _read_record(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. Delete it to see what else the folder holds") from error
-    if not isinstance(record, dict) or not isinstance(record.get("perplexity"), dict):
-        raise ValueError(f"{path} is not the report of a run, which RunReport writes: it has no perplexity")
-    return record
-
-
-def _complete(written: dict[str, Any]) -> dict[str, Any]:
-    """With all keys; None where a list or mapping is expected means that there is none."""
-    record = {}
-    for key, absent in ABSENT.items():
-        value = written.get(key)
-        record[key] = absent if value is None else absent | value if isinstance(absent, dict) else value
-    reached = [stage for stage in STAGES if record["perplexity"][stage] is not None]
-    record["stage"] = record["stage"] or (reached[-1] if reached else None)
-    return record
 
 
 def _read_masks(path: Path) -> tuple[MaskSet | None, list[str]]:
@@ -153,31 +99,31 @@ def _is_job(config: str | None) -> bool:
     return bool(config and re.search(r"^job:\s*$", config, re.MULTILINE))
 
 
-def _unmeasured(record: dict[str, Any], *, measured: bool, job: bool) -> list[str]:
+def _unmeasured(record: RunRecord, *, measured: bool, job: bool) -> list[str]:
     if job and not measured:
         return ["A report: this recipe calls a function in place of a training, whose results are in its own files."]
     if not measured:
         return ["All measurements: report.json is first written when the model is pruned, and there is none yet."]
-    if record["stage"] == "streamed":  # by prune_checkpoint, which neither trains nor measures
+    if record.stage == "streamed":  # by prune_checkpoint, which neither trains nor measures
         return []
-    reached = STAGES.index(record["stage"]) if record["stage"] in STAGES else -1
+    reached = STAGES.index(record.stage) if record.stage in STAGES else -1
     due = {"pruned": "the masks' last change is still to come", "recovered": "training has not come to its end"}
     missing = []
     for number, stage in enumerate(STAGES):
         if number > reached:
             missing.append(f"The {stage} model's perplexity: {due.get(stage, 'it has not been measured yet')}.")
-        elif record["perplexity"][stage] is None:
+        elif record.perplexity.at(stage) is None:
             missing.append(f"The {stage} model's perplexity: it was not measured, or is no finite number.")
     return missing
 
 
-def _go_on(dirpath: Path, record: dict[str, Any], config: str | None) -> str:
-    if record["stage"] == STAGES[-1]:
+def _go_on(dirpath: Path, record: RunRecord, config: str | None) -> str:
+    if record.stage == STAGES[-1]:
         return "The run has come to its end. To have what is missing, repeat the run in another folder."
-    if record["command"]:
-        command, overrides = record["command"], ""
-    elif record["recipe"] and config is not None:
-        command = f"python train.py recipe={shlex.quote(record['recipe'])}"
+    if record.command:
+        command, overrides = record.command, ""
+    elif record.recipe and config is not None:
+        command = f"python train.py recipe={shlex.quote(record.recipe)}"
         overrides = ", with the overrides it was started with (config.yaml below holds all settings)"
     else:
         return (

@@ -1,12 +1,163 @@
-"""Writes and reads the files of a run's folder."""
+"""The record of a run, as `report.json` holds it."""
 
 import json
-import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 STAGES = ("dense", "pruned", "recovered")
+
+SCHEMA = 1
+"""The version of `report.json`; it rises when a key changes its meaning or goes."""
+
+
+@dataclass
+class Perplexities:
+    """
+    Perplexity of the three models on one text; None: not measured, or no finite number.
+
+    Attributes:
+        dataset: the text's title.
+        seq_len: tokens of a window; perplexities at different lengths cannot be compared.
+        dense: before pruning.
+        pruned: after pruning.
+        recovered: after training with the masks held.
+    """
+
+    dataset: str | None = None
+    seq_len: int | None = None
+    dense: float | None = None
+    pruned: float | None = None
+    recovered: float | None = None
+
+    def at(self, stage: str) -> float | None:
+        """Returns the value of one of `STAGES`."""
+        value: float | None = getattr(self, stage)
+        return value
+
+
+@dataclass
+class Seconds:
+    """Wall time of a run's parts; None: not known."""
+
+    prune: float | None = None
+    recover: float | None = None
+    evaluate: float | None = None
+
+
+@dataclass
+class Zeros:
+    """
+    Fractions of zeros, counted in the weights.
+
+    Attributes:
+        target: asked for.
+        achieved: of all pruned layers together.
+        layers: of each, by parameter name.
+    """
+
+    target: float | None = None
+    achieved: float | None = None
+    layers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class RunRecord:
+    """
+    What is known of a run; `to_json` is what `report.json` holds.
+
+    Attributes:
+        schema: version of the keys, `SCHEMA`.
+        recipe: name of the recipe.
+        model: name of the model.
+        stage: what was measured last, one of `STAGES`, or "streamed" or "consolidated".
+        command: the shell line that repeats the run.
+        perplexity: on the evaluation windows.
+        corpora: on further texts, by name: dataset, seq_len, windows, and a value a stage.
+        zero_shot: accuracies, by task: metric, limit, examples, data, and a value a stage.
+        rounds: of pruning in rounds: step, sparsity and perplexity before each change and at the end.
+        changes: optimizer steps at which masks changed.
+        training_loss: (optimizer step, loss).
+        seconds: wall time of the parts.
+        peak_memory_bytes: largest peak of the process or device.
+        pruner: how weights were chosen; `repr` of the pruners.
+        allocation: how sparsity was spread over layers; None: evenly.
+        schedule: when it rose; None: at once.
+        optimizer_steps: trained so far.
+        strategy: class name of Lightning's strategy.
+        processes: how many.
+        precision: of the trainer.
+        adapter: folder of an adapter beside the model; None: there is none.
+        sparsity: fractions of zeros.
+        violations: weights that are not zero where the mask says so, by parameter name; {} if there are none.
+        reconstruction_loss: relative loss of each layer's output when it was pruned.
+        skipped: layers that stayed dense, with the reason.
+        by_magnitude: experts that too few tokens reached, with how many.
+        warnings: what was warned of.
+        versions: of packages and Python.
+        device: name of the device.
+        files: bytes of the files that were streamed.
+        setting: what a streamed pruning was made with.
+        checkpoint: that was consolidated.
+    """
+
+    schema: int = SCHEMA
+    recipe: str | None = None
+    model: str | None = None
+    stage: str | None = None
+    command: str | None = None
+    perplexity: Perplexities = field(default_factory=Perplexities)
+    corpora: dict[str, dict[str, Any]] = field(default_factory=dict)
+    zero_shot: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    changes: list[int] = field(default_factory=list)
+    training_loss: list[list[Any]] = field(default_factory=list)
+    seconds: Seconds = field(default_factory=Seconds)
+    peak_memory_bytes: int | None = None
+    pruner: str | None = None
+    allocation: str | None = None
+    schedule: str | None = None
+    optimizer_steps: int | None = None
+    strategy: str | None = None
+    processes: int | None = None
+    precision: str | None = None
+    adapter: str | None = None
+    sparsity: Zeros = field(default_factory=Zeros)
+    violations: dict[str, int] | None = None
+    reconstruction_loss: dict[str, float | None] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    by_magnitude: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str | None = None
+    files: dict[str, int] | None = None
+    setting: dict[str, Any] | None = None
+    checkpoint: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the record as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "RunRecord":
+        """
+        Reads what `to_json` gave, or as much of it as there is; ignores keys that it does not know.
+
+        Raises:
+            ValueError: it is no record, or one of a later version.
+        """
+        if not isinstance(record, Mapping) or not isinstance(record.get("perplexity", {}), Mapping):
+            raise ValueError("this is not the record of a run: it has no perplexity")
+        if record.get("schema", SCHEMA) > SCHEMA:
+            raise ValueError(
+                f"the record has schema {record['schema']}, and this version of prune-callbacks reads up to {SCHEMA}; "
+                "install a later one"
+            )
+        known = {f.name for f in fields(cls)}
+        given = {name: value for name, value in record.items() if value is not None and name in known}
+        parts = {"perplexity": Perplexities, "seconds": Seconds, "sparsity": Zeros}
+        return cls(**(given | {name: kind(**given.get(name, {})) for name, kind in parts.items()}))
 
 
 def refuse_existing_run(dirpath: Path) -> None:
@@ -19,46 +170,23 @@ def refuse_existing_run(dirpath: Path) -> None:
         )
 
 
-def repeat_command(argv: Sequence[str]) -> str | None:
-    """The shell line that repeats a run of train.py, in a folder of its own; None if `argv` is of another program."""
-    if not argv or Path(argv[0]).name != "train.py":
-        return None
-    left_out = ("output_dir", "ckpt_path")
-    return shlex.join(
-        [
-            "python",
-            "train.py",
-            *(argument for argument in argv[1:] if argument.split("=")[0].lstrip("+") not in left_out),
-        ]
-    )
-
-
-def read_report(dirpath: Path) -> dict[str, Any] | None:
-    """What the `report.json` of a run's folder holds; None if there is none yet."""
-    path = dirpath / "report.json"
-    record: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    return record
-
-
-def open_results(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
+def read_record(dirpath: Path) -> RunRecord | None:
     """
-    The cells that an earlier measurement of the same setting has written, to go on from; empty if there was none.
+    Returns the record in a run's folder; None if there is none yet.
 
     Raises:
-        ValueError: the file holds results of another setting.
+        ValueError: `report.json` is damaged, or is not the record of a run.
     """
-    results: dict[str, Any] = {"setting": setting, "cells": {}}
-    if path.is_file():
-        results = json.loads(path.read_text())
-        if results["setting"] != setting:
-            before = results["setting"]
-            told = "; ".join(
-                f"{key} was {before.get(key)!r} and is {setting.get(key)!r}"
-                for key in {**before, **setting}
-                if before.get(key) != setting.get(key)
-            )
-            raise ValueError(
-                f"{path} holds results of another setting: {told}. Choose another folder, or give the same setting "
-                "again to go on"
-            )
-    return results
+    path = dirpath / "report.json"
+    if not path.is_file():
+        return None
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Delete it to see what else the folder holds") from error
+    if not isinstance(written, dict) or not isinstance(written.get("perplexity"), dict):
+        raise ValueError(f"{path} is not the report of a run, which RunReport writes: it has no perplexity")
+    try:
+        return RunRecord.from_json(written)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not the report of a run, which RunReport writes: {error}") from error

@@ -4,6 +4,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_callbacks.calibration.capture import Batch
+from prune_callbacks.storage.run_record import RunRecord, Seconds, Zeros
 from prune_callbacks.streaming.files import copy_file, size_of, sizes, write_json
 from prune_callbacks.streaming.journal import MASKS, MODEL, SCALES, Journal
 from prune_callbacks.streaming.shards import Shards, join_files
@@ -67,7 +69,7 @@ def finish(journal: Journal, walk: BlockWalk, about: Mapping[str, Any]) -> None:
     scales = [p for p in map(journal.scales, numbers) if p.exists()]
     if scales:
         join_files(scales, journal.target / SCALES)
-    journal.finish(_report(journal, walk) | dict(about))
+    journal.finish(replace(_report(journal, walk), **about))
 
 
 def _copy_others(source: Path, target: Path) -> None:
@@ -81,43 +83,34 @@ def _copy_others(source: Path, target: Path) -> None:
             copy_file(path, target / inner)
 
 
-def _report(journal: Journal, walk: BlockWalk) -> dict[str, Any]:
-    """With the keys that the report of a run has; of perplexity nothing is known."""
+def _report(journal: Journal, walk: BlockWalk) -> RunRecord:
+    """Makes the record of the run, of which no perplexity is known."""
     layers = [layer for record in journal.records for layer in record["layers"]]
     parameters = {name: counts for record in journal.records for name, counts in record["parameters"].items()}
     removed, weights = (sum(counts[i] for counts in parameters.values()) for i in (0, 1))
     skipped = dict(walk.plan.skipped)
     for record in journal.records:
         skipped |= record["skipped"]
-    # run_folder has a table of absent values, but importing it brings matplotlib into the memory that is saved here.
-    return {
-        "stage": "streamed",
-        "optimizer_steps": 0,
-        "processes": 1,
-        "device": torch.cuda.get_device_name(walk.where) if walk.where.type == "cuda" else platform.machine(),
-        "perplexity": {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None},
-        **dict.fromkeys(("allocation", "schedule", "strategy", "precision", "adapter")),
-        **{key: [] for key in ("rounds", "changes", "training_loss")},
-        **{key: {} for key in ("corpora", "zero_shot")},
-        "pruner": repr(walk.plan.pruner),
-        "sparsity": {
-            "target": walk.plan.pruner.pattern.sparsity,
-            "achieved": removed / max(1, weights),
-            "layers": {name: gone / size for name, (gone, size) in parameters.items()},
-        },
-        "violations": {name: count for record in journal.records for name, count in record["violations"].items()},
-        "reconstruction_loss": {layer["name"]: layer["relative_loss"] for layer in layers},
-        "skipped": skipped,
-        "by_magnitude": {name: n for record in journal.records for name, n in record["by_magnitude"].items()},
-        "seconds": {
-            "prune": sum(record["seconds"] for record in journal.records),
-            "recover": 0.0,
-            "evaluate": 0.0,
-        },
-        "files": sizes(
+    return RunRecord(
+        stage="streamed",
+        optimizer_steps=0,
+        processes=1,
+        device=torch.cuda.get_device_name(walk.where) if walk.where.type == "cuda" else platform.machine(),
+        pruner=repr(walk.plan.pruner),
+        sparsity=Zeros(
+            walk.plan.pruner.pattern.sparsity,
+            removed / max(1, weights),
+            {name: gone / size for name, (gone, size) in parameters.items()},
+        ),
+        violations={name: count for record in journal.records for name, count in record["violations"].items()},
+        reconstruction_loss={layer["name"]: layer["relative_loss"] for layer in layers},
+        skipped=skipped,
+        by_magnitude={name: n for record in journal.records for name, n in record["by_magnitude"].items()},
+        seconds=Seconds(sum(record["seconds"] for record in journal.records), 0.0, 0.0),
+        files=sizes(
             *sorted((journal.target / MODEL).glob("*.safetensors*")),
             *(journal.target / MODEL / "config.json", journal.target / MASKS, journal.target / SCALES),
         ),
-        "peak_memory_bytes": max((record["peak_memory_bytes"] for record in journal.records), default=0),
-        "versions": {name: version(name) for name in ("prune-callbacks", "torch", "transformers", "safetensors")},
-    }
+        peak_memory_bytes=max((record["peak_memory_bytes"] for record in journal.records), default=0),
+        versions={name: version(name) for name in ("prune-callbacks", "torch", "transformers", "safetensors")},
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.streaming.prune import prune_checkpoint
-from prune_callbacks.streaming.source import Checkpoint
+from prune_callbacks.streaming.source import CheckpointFolder
 
 
 @runtime_checkable
@@ -24,7 +24,7 @@ class Calibration(Protocol):
 
 def checked_source(source: str) -> str:
     """The folder itself, or what is wrong with it, before its tokenizer is looked for."""
-    Checkpoint(source)
+    CheckpointFolder(source)
     return source
 
 
@@ -63,7 +63,7 @@ def prune_on_windows(
     """
     # Here, so that matplotlib does not take of the memory that importing `prune_checkpoint` is to save.
     from prune_callbacks.reporting.page import write_page
-    from prune_callbacks.storage.run_record import repeat_command
+    from prune_callbacks.storage.commands import repeat_command
 
     given = [key for key, value in (whole_model or {}).items() if value]
     if given:

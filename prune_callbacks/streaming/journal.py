@@ -5,9 +5,11 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prune_callbacks.storage.run_record import RunRecord
 from prune_callbacks.streaming.files import remove_folder, write_json
 from prune_callbacks.writing import PARTIAL
 
@@ -97,9 +99,9 @@ class Journal:
             if folder != self.hidden(len(self.records)):
                 remove_folder(folder)
 
-    def finish(self, report: Mapping[str, Any]) -> None:
+    def finish(self, report: RunRecord) -> None:
         """All is written."""
-        self.report = dict(report) | {"setting": self.setting}
+        self.report = replace(report, setting=dict(self.setting)).to_json()
         write_json(self.target / REPORT, self.report)
         remove_folder(self.work)
 

@@ -18,7 +18,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from prune_callbacks.streaming.source import Checkpoint
+from prune_callbacks.streaming.source import CheckpointFolder
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ Place = str | Conversion
 """Where a weight comes from: the tensor's name in the checkpoint, or what makes it of several."""
 
 
-def find_places(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Place]:
+def find_places(model: PreTrainedModel, checkpoint: CheckpointFolder) -> dict[str, Place]:
     """
     Where every weight of the model comes from, by the rules of `from_pretrained`; of tied ones the first.
 
@@ -81,7 +81,9 @@ def find_places(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Pla
     return places
 
 
-def read_weights(checkpoint: Checkpoint, model: PreTrainedModel, places: Mapping[str, Place]) -> dict[str, Tensor]:
+def read_weights(
+    checkpoint: CheckpointFolder, model: PreTrainedModel, places: Mapping[str, Place]
+) -> dict[str, Tensor]:
     """Weights by name, in memory of their own; those that are converted in the model's dtype."""
     keys = {name: place for name, place in places.items() if isinstance(place, str)}
     read = checkpoint.read(keys.values())
@@ -100,7 +102,7 @@ def as_saved(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str,
     return saved
 
 
-def _found(model: PreTrainedModel, checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> dict[str, Place]:
+def _found(model: PreTrainedModel, checkpoint: CheckpointFolder, state: Mapping[str, Tensor]) -> dict[str, Place]:
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -136,7 +138,7 @@ def _found(model: PreTrainedModel, checkpoint: Checkpoint, state: Mapping[str, T
 
 
 def _check_conversion(
-    conversion: Conversion, model: PreTrainedModel, checkpoint: Checkpoint, state: Mapping[str, Tensor]
+    conversion: Conversion, model: PreTrainedModel, checkpoint: CheckpointFolder, state: Mapping[str, Tensor]
 ) -> list[str]:
     """The names of the weights that it makes; ValueError if they are not those of the model."""
     entries = {key: checkpoint.entries[key] for _, key in conversion.keys}
@@ -157,7 +159,7 @@ def _check_conversion(
     return list(made)
 
 
-def _check_entry(checkpoint: Checkpoint, key: str, name: str, wanted: Tensor) -> None:
+def _check_entry(checkpoint: CheckpointFolder, key: str, name: str, wanted: Tensor) -> None:
     entry = checkpoint.entries[key]
     if entry.shape != tuple(wanted.shape):
         raise ValueError(
@@ -168,7 +170,7 @@ def _check_entry(checkpoint: Checkpoint, key: str, name: str, wanted: Tensor) ->
         _check_floating(checkpoint, key)
 
 
-def _check_floating(checkpoint: Checkpoint, key: str) -> None:
+def _check_floating(checkpoint: CheckpointFolder, key: str) -> None:
     entry = checkpoint.entries[key]
     if entry.dtype is None or not entry.dtype.is_floating_point:
         raise ValueError(
@@ -177,7 +179,7 @@ def _check_floating(checkpoint: Checkpoint, key: str) -> None:
         )
 
 
-def _check_tied(checkpoint: Checkpoint, names: list[str], present: list[str]) -> None:
+def _check_tied(checkpoint: CheckpointFolder, names: list[str], present: list[str]) -> None:
     for other in present[1:]:
         pairs = zip(checkpoint.pieces(present[0]), checkpoint.pieces(other), strict=True)
         if not all(torch.equal(a, b) for a, b in pairs):

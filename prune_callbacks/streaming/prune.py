@@ -11,13 +11,13 @@ from prune_callbacks.calibration.capture import Batch
 from prune_callbacks.engine.plan import make_plan
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import coupled, needs_calibration
-from prune_callbacks.recorded_warnings import HeardWarnings
+from prune_callbacks.recorded_warnings import RecordedWarnings
 from prune_callbacks.streaming.finishing import check_space, finish
 from prune_callbacks.streaming.inputs import described_batches
 from prune_callbacks.streaming.journal import Journal, alone
 from prune_callbacks.streaming.memory import returning_memory
 from prune_callbacks.streaming.skeleton import build_skeleton, model_dtype
-from prune_callbacks.streaming.source import Checkpoint
+from prune_callbacks.streaming.source import CheckpointFolder
 from prune_callbacks.streaming.walk import BlockWalk
 
 
@@ -80,9 +80,9 @@ def prune_checkpoint(
             f"{type(pruner).__name__} removes units from layers of all blocks at once, which takes the whole model: "
             "load it and use prune_sequentially"
         )
-    with HeardWarnings() as heard:
+    with RecordedWarnings() as heard:
         given = _given_batches(pruner, batches)
-        checkpoint = Checkpoint(source)
+        checkpoint = CheckpointFolder(source)
         model = build_skeleton(checkpoint.config, model_dtype(checkpoint, dtype))
         device = device or "cpu"
         plan = make_plan(

@@ -13,7 +13,7 @@ from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.sparsity.masks import METADATA
 from prune_callbacks.streaming.files import DTYPES, Pieces, whole, write_tensors
 from prune_callbacks.streaming.places import Place, as_saved
-from prune_callbacks.streaming.source import Checkpoint
+from prune_callbacks.streaming.source import CheckpointFolder
 
 FORMAT = {"format": "pt"}
 """Without it transformers does not read a file."""
@@ -63,7 +63,7 @@ class Shards:
         here = {name: weight.cpu() for name, weight in weights.items()}  # parts of experts are copies: not on a GPU
         write_tensors(path, {name: whole(weight) for name, weight in as_saved(self.model, here).items()}, FORMAT)
 
-    def copy_outside(self, checkpoint: Checkpoint, path: Path) -> None:
+    def copy_outside(self, checkpoint: CheckpointFolder, path: Path) -> None:
         """Writes the weights outside of the blocks as they are, but for the dtype, a piece at a time."""
         state = self.model.state_dict()
 

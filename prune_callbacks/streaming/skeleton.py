@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from prune_callbacks.streaming.source import Checkpoint
+from prune_callbacks.streaming.source import CheckpointFolder
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -36,7 +36,7 @@ def _glob(pattern: str) -> re.Pattern[str]:
     return re.compile(re.escape(pattern).replace(r"\*", ".*"))
 
 
-def model_dtype(checkpoint: Checkpoint, dtype: str | torch.dtype | None) -> torch.dtype:
+def model_dtype(checkpoint: CheckpointFolder, dtype: str | torch.dtype | None) -> torch.dtype:
     """The dtype asked for; if none was, the one that `from_pretrained` takes: the configuration's or the weights'."""
     if isinstance(dtype, str):
         found = getattr(torch, dtype, None)

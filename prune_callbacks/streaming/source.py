@@ -33,7 +33,7 @@ class Entry:
     dtype_name: str
 
 
-class Checkpoint:
+class CheckpointFolder:
     """
     The tensors of a Hugging Face folder by name, none of which is read before it is asked for.
 

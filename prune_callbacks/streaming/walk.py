@@ -21,7 +21,7 @@ from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.engine.solving import BlockPruning
 from prune_callbacks.memory import peak_memory, reset_peak_memory
 from prune_callbacks.ranks import ALONE
-from prune_callbacks.recorded_warnings import HeardWarnings
+from prune_callbacks.recorded_warnings import RecordedWarnings
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.streaming.files import sizes, whole, write_tensors
 from prune_callbacks.streaming.inputs import StoredInputs, store_inputs, store_next
@@ -29,7 +29,7 @@ from prune_callbacks.streaming.journal import Journal
 from prune_callbacks.streaming.places import find_places, read_weights
 from prune_callbacks.streaming.shards import Shards, masks_in_pieces
 from prune_callbacks.streaming.skeleton import drop, fill, refuse_shared
-from prune_callbacks.streaming.source import Checkpoint
+from prune_callbacks.streaming.source import CheckpointFolder
 
 Advance = Callable[[int], None]
 
@@ -54,7 +54,7 @@ class BlockWalk:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: CheckpointFolder,
         model: PreTrainedModel,
         plan: Plan,
         batches: Sequence[Batch],
@@ -70,7 +70,7 @@ class BlockWalk:
             check_batch(model, batch)
         self.few_tokens = False
 
-    def run(self, journal: Journal, progress: bool, heard: HeardWarnings) -> None:
+    def run(self, journal: Journal, progress: bool, heard: RecordedWarnings) -> None:
         """All blocks that are not finished; every record holds all that was warned of so far."""
         begin = len(journal.records)
         if begin:

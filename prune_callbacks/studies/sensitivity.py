@@ -31,7 +31,7 @@ from prune_callbacks.pruners.questions import coupled
 from prune_callbacks.ranks import ALONE
 from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.solvers.linalg import quadratic_form
-from prune_callbacks.storage.run_record import open_results
+from prune_callbacks.storage.cells import open_results
 from prune_callbacks.writing import write_json
 
 Unit = Literal["layer", "block"]

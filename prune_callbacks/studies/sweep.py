@@ -15,14 +15,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from prune_callbacks.allocation.rules import Allocation
+from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.engine.sequential import prune_sequentially
 from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.memory import reset_peak_memory
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.reporting.curves import draw_curves, sweep_table
 from prune_callbacks.sparsity.questions import kept_of_group
-from prune_callbacks.storage.run_record import open_results
+from prune_callbacks.storage.cells import open_results
 from prune_callbacks.studies.sensitivity_job import CalibrationAndEvaluation
 from prune_callbacks.writing import write_json
 

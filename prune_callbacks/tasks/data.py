@@ -1,96 +1,20 @@
 """TokenDataModule: windows of tokens for training, calibration and evaluation."""
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.calibration.windows import contiguous_windows, random_windows
 from prune_callbacks.tasks.corpora import SHARES, Corpus, Part, TextFile
+from prune_callbacks.tasks.loader import ResumableLoader, Shuffled, Windows
 from prune_callbacks.tasks.named_corpora import corpus
-
-
-class _Windows(Dataset[dict[str, Tensor]]):
-    def __init__(self, windows: Tensor) -> None:
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows[index]}
-
-
-class _Shuffled(DistributedSampler[int]):
-    """
-    The part of one rank of an order that depends on the seed and the epoch only; Lightning calls `set_epoch`.
-
-    The ranks take turns, so that their batches together are those of one process with a larger batch. Where they do
-    not come out even, the first windows of the order are used again. (Of torch's class, so that Lightning leaves it
-    as it is.)
-    """
-
-    def __iter__(self) -> Iterator[int]:
-        length = len(self.dataset)  # type: ignore[arg-type]
-        mixed = torch.Generator().manual_seed(self.seed)
-        seed = int(torch.randint(2**62, (self.epoch + 1,), generator=mixed)[-1])
-        order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
-        places = torch.arange(self.rank, self.total_size, self.num_replicas) % length
-        yield from order[places].tolist()
-
-
-class _ResumableLoader(DataLoader[Any]):
-    """
-    A loader that goes on where a checkpoint left it, in the middle of an epoch.
-
-    (torchdata's StatefulDataLoader is exact to the end of the epoch, but the epochs after it draw another order than
-    in a run that was not interrupted.)
-    """
-
-    _given = 0
-    _left_at: dict[str, int] | None = None
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # All of this runs when the first batch is asked for: Lightning has named the epoch by then.
-        left_at, self._left_at = self._left_at or {}, None
-        self._given = left_at["given"] if left_at.get("epoch") == self._epoch else 0
-        for batch in islice(super().__iter__(), self._given, None):
-            self._given += 1
-            yield batch
-
-    @property
-    def _epoch(self) -> int:
-        return getattr(self.sampler, "epoch", 0)
-
-    @property
-    def _ranks(self) -> int:
-        return getattr(self.sampler, "num_replicas", 1)
-
-    @property
-    def _step(self) -> int:
-        """How many windows all ranks together take at a time."""
-        assert self.batch_size is not None
-        return self.batch_size * self._ranks
-
-    def state_dict(self) -> dict[str, int]:
-        return {"windows": self._given * self._step, "epoch": self._epoch, "step": self._step}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        if state_dict["step"] != self._step:
-            rank_zero_warn(
-                f"the checkpoint was trained {state_dict['step']} windows at a time, and now it is {self._step} "
-                "(batch_size x processes): the data goes on where it was, but an epoch has another number of steps, by "
-                "which training ends (set max_steps) and learning-rate schedules are made"
-            )
-        self._left_at = {"epoch": state_dict["epoch"], "given": state_dict["windows"] // self._step}
 
 
 class TokenDataModule(LightningDataModule):
@@ -172,7 +96,7 @@ class TokenDataModule(LightningDataModule):
         self.calibration_batch_size = calibration_batch_size
         self.seed = seed
         self._limits = {"train": train_windows, "calibration": calibration_windows, "evaluation": evaluation_windows}
-        self._loader: _ResumableLoader | None = None
+        self._loader: ResumableLoader | None = None
         self._left_at: dict[str, int] | None = None
         self.train_windows: Int[Tensor, "windows tokens"] | None = None
         self.calibration_windows: Int[Tensor, "windows tokens"] | None = None
@@ -212,12 +136,12 @@ class TokenDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.train_windows is not None
-        windows = _Windows(self.train_windows)
+        windows = Windows(self.train_windows)
         ranks = {"num_replicas": 1, "rank": 0}
         if self.trainer is not None and self.trainer.world_size > 1:
             ranks = self.trainer.strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]
-        sampler = _Shuffled(windows, ranks["num_replicas"], ranks["rank"], seed=self.seed)
-        self._loader = _ResumableLoader(windows, self.batch_size, sampler=sampler, generator=torch.Generator())
+        sampler = Shuffled(windows, ranks["num_replicas"], ranks["rank"], seed=self.seed)
+        self._loader = ResumableLoader(windows, self.batch_size, sampler=sampler, generator=torch.Generator())
         if self._left_at is not None:
             self._loader.load_state_dict(self._left_at)
         return self._loader
@@ -243,7 +167,7 @@ class TokenDataModule(LightningDataModule):
 
     def _in_order(self, windows: Tensor) -> DataLoader[Any]:
         # A loader without a generator of its own takes a number from the one that dropout uses.
-        return DataLoader(_Windows(windows), self.calibration_batch_size, generator=torch.Generator())
+        return DataLoader(Windows(windows), self.calibration_batch_size, generator=torch.Generator())
 
     def _contiguous(self, part: str) -> Tensor:
         return self._cut(part, self.corpora[part], contiguous_windows, self.seq_len, self._limits[part])

@@ -1,0 +1,55 @@
+"""OWL: blocks with more outliers stay denser."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prune_callbacks.allocation.counts import by_outliers, check_reach
+from prune_callbacks.allocation.protocol import Values, check_single_weights, layer_sizes, with_counts
+from prune_callbacks.pruners import Pruner
+from prune_callbacks.solvers import InputNorm
+from prune_callbacks.solvers.statistics import Statistic
+from prune_callbacks.sparsity import Pattern
+
+
+@dataclass(frozen=True)
+class OWL:
+    """
+    Blocks with more outliers stay denser (Yin et al. 2024); see `by_outliers`.
+
+    A weight is an outlier whose Wanda score exceeds `threshold` times the mean of its block.
+
+    Args:
+        threshold: the paper's M (5 or 7 there).
+        reach: the paper's lambda: sparsities lie within twice of it of each other.
+    """
+
+    threshold: float = 5.0
+    reach: float = 0.08
+
+    def check(self, pattern: Pattern) -> None:
+        """Takes `Unstructured`."""
+        check_single_weights("OWL", pattern)
+        check_reach(pattern.sparsity, self.reach)
+
+    def statistic(self, in_features: int, device: torch.device | str | None = None) -> InputNorm:
+        """The norms that Wanda's score needs."""
+        return InputNorm(in_features, device)
+
+    def measure(
+        self, pruner: Pruner, weights: Mapping[str, Tensor], statistics: Mapping[str, Statistic]
+    ) -> dict[str, Any]:
+        """The block's share of outliers, for each of its layers."""
+        scores = {n: w.float().abs() * statistics[n].squared_norm.to(w.device).sqrt() for n, w in weights.items()}
+        count = sum(score.numel() for score in scores.values())
+        mean = sum(float(score.sum(dtype=torch.float64)) for score in scores.values()) / count
+        outliers = sum(int((score > self.threshold * mean).count_nonzero()) for score in scores.values())
+        return dict.fromkeys(weights, outliers / count)
+
+    def choose(self, values: Values, shapes: Mapping[str, tuple[int, int]], pattern: Pattern) -> dict[str, Pattern]:
+        """See `by_outliers`."""
+        sizes = layer_sizes(shapes)
+        return with_counts(by_outliers(values, sizes, pattern.sparsity, self.reach), sizes, pattern)
