@@ -1,4 +1,4 @@
-"""How much memory there is, and how much was used."""
+"""Memory of a model, a device and the process, in bytes."""
 
 import sys
 from contextlib import suppress
@@ -9,17 +9,21 @@ from torch import nn
 
 
 def model_bytes(model: nn.Module) -> int:
-    """What the parameters take."""
+    """Returns the bytes that the parameters occupy; tied ones count once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that are left on a CUDA device; of the CPU's memory nothing is known: infinity."""
+    """Returns the free bytes on a CUDA device; infinity for other devices, whose free memory is not measured."""
     return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else float("inf")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: of allocated device memory on CUDA, else the process's resident set; 0 where no system call tells."""
+    """
+    Returns the peak in bytes: of allocated device memory on CUDA, else of the process's resident set.
+
+    Returns 0 where the system does not report the resident set (Windows).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -31,7 +35,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Lets `peak_memory` begin again at what is in use; of a process's resident set only Linux can."""
+    """Resets `peak_memory` to the memory in use now; the peak of the resident set is reset on Linux only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):

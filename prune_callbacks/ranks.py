@@ -1,4 +1,4 @@
-"""Ranks: the processes of a job that share work, or one process by itself."""
+"""Ranks: the processes of a job that share work, or a single process."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,19 +14,19 @@ T = TypeVar("T")
 
 class Ranks:
     """
-    Sums, broadcasts and errors over the processes of a `torch.distributed` group; every method is a collective.
+    The processes of a `torch.distributed` group: sums, broadcasts and gathers over them. Every method is a collective.
 
-    Without a group, one process by itself: nothing is communicated.
+    Without a group it stands for a single process, and nothing is communicated.
 
     Args:
         group: a process group, e.g. `torch.distributed.group.WORLD`.
-        device: where tensors are communicated, if the group's backend serves that one only (NCCL's); None: where they
-            are.
-        device_group: the same processes, for tensors that are not on the CPU, if `group` does not serve these.
+        device: the device that tensors are moved to for communication, if the group's backend (NCCL) serves only that
+            device; None: they stay on their own device.
+        device_group: a group of the same processes for tensors that are not on the CPU, if `group` does not serve them.
 
     Attributes:
-        rank: this process's place in the group.
-        size: how many there are.
+        rank: the rank of this process in the group.
+        size: the number of processes.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Ranks:
         self.size = 1 if group is None else dist.get_world_size(group)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Adds up over the ranks, in place and in the tensor's dtype."""
+        """Sums a tensor over the ranks, in place and in its dtype; returns it."""
         if self.size > 1:
             moved = tensor if self.device is None else tensor.to(self.device)
             dist.all_reduce(moved, group=self._group_for(moved))
@@ -51,13 +51,13 @@ class Ranks:
         return tensor
 
     def before(self, counts: Tensor) -> Tensor:
-        """The sum of the counts of all lower ranks."""
+        """Returns the sum of the counts of all lower ranks, in the shape of `counts`."""
         table = torch.zeros(self.size, *counts.shape, dtype=counts.dtype, device=counts.device)
         table[self.rank] = counts
         return self.sum(table)[: self.rank].sum(0)
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        """Overwrites the tensor with that of rank `source`."""
+        """Overwrites a tensor with that of rank `source`; returns it."""
         if self.size > 1:
             moved = tensor.contiguous() if self.device is None else tensor.to(self.device).contiguous()
             dist.broadcast(moved, group=self._group_for(moved), group_src=source)
@@ -69,14 +69,14 @@ class Ranks:
         return self.group if tensor.device.type == "cpu" else self.device_group
 
     def share(self, value: T, source: int = 0) -> T:
-        """The value of rank `source`, which must be picklable."""
+        """Returns the value of rank `source` on every rank; it must be picklable."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, group=self.group, group_src=source)
         return values[0]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in order, on every rank."""
+        """Returns the values of all ranks, ordered by rank, on every rank; they must be picklable."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, group=self.group)
@@ -84,11 +84,13 @@ class Ranks:
 
     def attempt(self, work: Callable[[], T]) -> T:
         """
-        What `work`, which communicates with nobody, returned on this rank.
+        Calls `work` and returns its result on this rank; if it fails on one rank, raises an error on all.
+
+        `work` must not communicate. No rank is left waiting for the one that failed.
 
         Raises:
-            ValueError: on every rank, when it failed on any: none is left waiting for it. (On one rank by itself, and
-                on the rank that failed, the error is its own.)
+            ValueError: on every rank, if `work` failed on any. The rank that failed, and a single process, raise the
+                original error instead.
         """
         if self.size == 1:
             return work()
@@ -107,16 +109,17 @@ class Ranks:
 
 
 ALONE = Ranks()
-"""One process by itself."""
+"""A single process."""
 
 
 @contextmanager
 def patient_ranks(device: torch.device) -> Iterator[Ranks]:
     """
-    All processes of the job, if there are several; on the CPU they wait for each other as long as it takes.
+    Yields all processes of the job, in a group whose collectives on the CPU time out after 30 days only.
 
-    One layer may take a rank longer than the default group's timeout (half an hour). Tensors on a CUDA `device` go
-    through the default group, so let a collective on the CPU (`attempt`, `gather`) come before.
+    Yields `ALONE` for a single process. The long timeout is needed because one layer may take a rank longer than the
+    default group's timeout (half an hour). Tensors on a CUDA `device` still go through the default group; call a
+    collective on the CPU (`attempt`, `gather`) before those, so that the ranks are in step.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield ALONE

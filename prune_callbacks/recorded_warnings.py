@@ -1,26 +1,27 @@
-"""What is warned of meanwhile, for a report."""
+"""Records the warnings of a run, for its report."""
 
 import warnings
 from collections.abc import Callable, Iterable
 from typing import TextIO
 
 MOST = 50
-"""Texts that are kept; who gives more says the same in other words."""
+"""The most texts that are kept; a run with more repeats one warning in varying words."""
 
 
 class RecordedWarnings:
     """
-    Keeps the texts of warnings that a user should know, each once and in order; all are shown as they would be.
+    Keeps the texts of `UserWarning` and `RuntimeWarning`, each once and in order; warnings are shown as usual.
 
-    Those are `UserWarning` and `RuntimeWarning`; not what libraries are about to change.
+    Deprecation warnings are not kept: a user of the package cannot act on them.
 
-    One at a time in a process, or stopped in the reverse order: what is listened at is the process's.
+    It replaces `warnings.showwarning`, of which a process has one. So start one recorder at a time in a process, or
+    stop several in the reverse order of their start.
 
     Args:
-        but: kinds of warnings that are not kept either, such as a library's hints.
+        but: further kinds of warnings to leave out, such as a library's hints.
 
     Attributes:
-        texts: what was kept.
+        texts: the texts that were kept, at most `MOST`.
     """
 
     def __init__(self, but: type[Warning] | tuple[type[Warning], ...] = ()) -> None:
@@ -30,10 +31,10 @@ class RecordedWarnings:
         self._hear: Callable[..., None] | None = None
 
     def start(self) -> None:
-        """Begins to listen; to be stopped by `stop`."""
+        """Starts recording; `stop` ends it."""
         self.stop()
         with warnings.catch_warnings():
-            pass  # lets what was shown before, in the same process, be shown and heard again
+            pass  # makes Python show warnings again that it has shown before in this process
         shown = warnings.showwarning
 
         def hear(
@@ -44,7 +45,7 @@ class RecordedWarnings:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> None:
-            if self._hear is hear:  # else stopped, while another who listens still calls this
+            if self._hear is hear:  # a later recorder may still call this one after its `stop`
                 self._keep(str(message), category)
             shown(message, category, filename, lineno, file, line)
 
@@ -52,7 +53,7 @@ class RecordedWarnings:
         warnings.showwarning = hear
 
     def stop(self) -> None:
-        """Listens no more; what showed warnings before does so again."""
+        """Stops recording and restores `warnings.showwarning`; does nothing if it was not started."""
         if self._hear is not None and warnings.showwarning is self._hear:
             assert self._shown is not None
             warnings.showwarning = self._shown
@@ -66,7 +67,7 @@ class RecordedWarnings:
         self.stop()
 
     def put_before(self, texts: Iterable[str]) -> None:
-        """Adds what was warned of earlier."""
+        """Inserts the texts of earlier warnings before those that were recorded, each text once."""
         self.texts[:] = list(dict.fromkeys([*texts, *self.texts]))[:MOST]
 
     def _keep(self, text: str, category: type[Warning]) -> None:

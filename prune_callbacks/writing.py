@@ -1,8 +1,8 @@
 """
-Files and folders that are there whole or not at all.
+Writes files and folders atomically: they exist complete or not at all.
 
-Everything is written under a temporary name first and renamed when it is complete, with the permissions that a new file
-gets here (the umask's). This module is the only place that renames.
+Everything is written under a temporary name first. When complete it gets the permissions of a new file (those of the
+umask) and is renamed. This module is the only place that renames.
 """
 
 import json
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial"
-"""Ends the name of what is not complete."""
+"""The suffix of a file or folder that is not complete."""
 
 
 @contextmanager
 def whole_file(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
     """
-    Yields a temporary path beside `path`, which is renamed to `path` if the block ends without an error.
+    Yields a temporary path in the folder of `path`, and renames it to `path` if the block ends without an error.
 
-    The folder is made if there is none. After an error `path` is as it was, and the temporary file is removed.
+    Creates the folder if it does not exist. After an error `path` is unchanged and the temporary file removed.
 
     Args:
         path: the file.
@@ -59,7 +59,7 @@ def write_json(path: str | Path, record: Mapping[str, Any], *, durable: bool = F
 
 
 def rename(old: Path, new: Path, *, durable: bool = False) -> None:
-    """Renames within a folder. If `durable`, either name is there after a power failure, never neither."""
+    """Renames a file within its folder. If `durable`, one of the two names exists after a power failure."""
     old.replace(new)
     if durable:
         _sync(new.parent)
@@ -67,7 +67,7 @@ def rename(old: Path, new: Path, *, durable: bool = False) -> None:
 
 @contextmanager
 def replaced_folder(folder: str | Path) -> Iterator[Path]:
-    """Yields a new folder beside `folder`, which replaces it if the block ends without an error."""
+    """Yields a new folder next to `folder`, and replaces `folder` by it if the block ends without an error."""
     folder = Path(folder)
     partial, old = folder.with_name(folder.name + PARTIAL), folder.with_name(f"{folder.name}.old")
     if old.exists() and not folder.exists():
@@ -85,7 +85,7 @@ def replaced_folder(folder: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def filled_folder(folder: str | Path) -> Iterator[Path]:
-    """Yields a new folder beside `folder`, whose files move into `folder` if the block ends without an error."""
+    """Yields a new folder next to `folder`, and moves its files into `folder` if the block ends without an error."""
     folder = Path(folder).resolve()
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
@@ -94,7 +94,7 @@ def filled_folder(folder: str | Path) -> Iterator[Path]:
     apply_umask(partial)
     folder.mkdir(exist_ok=True)
     for file in sorted(partial.iterdir()):
-        if file.is_dir():  # of tokenizers with several chat templates; a folder is not replaced by one
+        if file.is_dir():  # tokenizers with several chat templates write one; renaming does not replace a folder
             shutil.rmtree(folder / file.name, ignore_errors=True)
         rename(file, folder / file.name)
     partial.rmdir()
@@ -102,10 +102,10 @@ def filled_folder(folder: str | Path) -> Iterator[Path]:
 
 def apply_umask(path: Path) -> None:
     """
-    Gives a file, or all files in a folder, the permissions that `open` gives a new file here.
+    Sets the permissions of a file, or of all files in a folder, to those that `open` gives a new file.
 
-    safetensors writes through a temporary file that only its owner may read, and leaves it at that: another user, a
-    web server or a container could not read the model.
+    safetensors leaves its files readable by their owner only, so that another user, a web server or a container could
+    not read the model.
     """
     probe = path.with_name(f"{path.name}.mode")
     probe.touch()
@@ -117,9 +117,9 @@ def apply_umask(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Syncs a file, or the names in a folder, to the disk."""
     if path.is_dir() and os.name != "posix":
-        return  # Windows opens no folders
+        return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -678,7 +678,7 @@ def test_what_was_lost_between_two_calls_is_noticed(tmp_path, source, batches, m
     shard = target / "model.partial/model-00002-of-00004.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-10])
-    refuses(source, target, batches, f"which was finished, has {len(whole) - 10} bytes and had {len(whole)}")
+    refuses(source, target, batches, f"which was finished, has {len(whole) - 10} bytes instead of {len(whole)}")
     shard.write_bytes(whole)
     report = prune(source, target, batches)  # with all of it back it goes on
     same(source, target, batches)
@@ -691,7 +691,7 @@ def test_what_was_lost_between_two_calls_is_noticed(tmp_path, source, batches, m
     refuses(source, target, batches, r"config.json of the finished model is missing in .*/target: it was changed")
     (tmp_path / "away").rename(target / "model/config.json")
     (target / "masks.safetensors").write_bytes(b"")
-    refuses(source, target, batches, r"masks.safetensors of the finished model has 0 bytes and had \d+")
+    refuses(source, target, batches, r"masks.safetensors of the finished model has 0 bytes instead of \d+")
 
 
 def test_a_source_that_changed_in_place_is_refused(tmp_path, source, batches, monkeypatch):

@@ -8,7 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prune_callbacks.anatomy.blocks import find_language_model
+from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
+from prune_callbacks.anatomy.finding import find_targets, parameters_of
 from prune_callbacks.callbacks.kinds import PrunesOnce, PruningCallback
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
@@ -17,6 +18,8 @@ from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.deploy.shrinking import changed_settings, logits_difference, shrink
 from prune_callbacks.memory import model_bytes
 from prune_callbacks.pruners.questions import coupled
+from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.storage.model_card import write_model_card
 from prune_callbacks.writing import replaced_folder, write_json
 
 
@@ -85,6 +88,8 @@ class ShrinkModel(PruningCallback):
             self.model.save_pretrained(partial)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)
+            zeros = MaskSet.from_nonzero(parameters_of(find_targets(find_blocks(self.model)).values()))
+            write_model_card(partial, zeros.sparsity(), len(zeros), note="Removed channels and heads are taken out.")
         self.record = {
             "parameters": {name: _parameters(m) for name, m in (("whole", whole), ("shrunk", self.model))},
             "parameter_bytes": {name: model_bytes(m) for name, m in (("whole", whole), ("shrunk", self.model))},

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from prune_callbacks.parallel.packed import count_removed
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.checkpoints import TrainingCheckpoint, newest_checkpoint, open_checkpoint
+from prune_callbacks.storage.model_card import write_model_card
 from prune_callbacks.storage.run_record import RunRecord, Zeros
 from prune_callbacks.writing import replaced_folder, write_json
 
@@ -76,6 +77,8 @@ def consolidate(
         shutil.copytree(template, partial, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
         config.save_pretrained(partial)
         counted = _write(source, places, skeleton, config.dtype, masks, partial, max_shard_size, progress)
+        note = f"Consolidated from a checkpoint of optimizer step {source.step}."
+        write_model_card(partial, masks.sparsity(), len(masks), note=note)
     masks.save(Path(dirpath) / "masks.safetensors")
     report = replace(_report(source, counted), stage="consolidated", checkpoint=str(path)).to_json()
     write_json(Path(dirpath) / "report.json", report)

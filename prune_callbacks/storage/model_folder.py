@@ -9,11 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_callbacks.anatomy.adapters import base_state_dict
 from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.storage.model_card import write_model_card
 from prune_callbacks.writing import replaced_folder, whole_file
 
 
 def savable(model: nn.Module) -> PreTrainedModel:
-    """The model itself, or ValueError: not of `transformers`, so without a common format."""
+    """Returns the model; raises ValueError if it is not of `transformers`, so that there is no common format."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"only transformers models can be saved, got {type(model).__name__}; save its state_dict instead"
@@ -29,10 +30,10 @@ def save_sparse_model(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """
-    Writes `dirpath/model` (plain `save_pretrained`, dense with zeros) and `dirpath/masks.safetensors`.
+    Writes `dirpath/model` (plain `save_pretrained`, dense with zeros), its model card and `dirpath/masks.safetensors`.
 
-    Of a model with adapters (peft) it is the base that is written, under its own names. What was there is replaced only
-    once the new files are complete.
+    Of a model with adapters (peft) the base is written, under its own names. Older files are replaced only once the new
+    ones are complete.
 
     Args:
         model: of `transformers`.
@@ -52,6 +53,7 @@ def save_sparse_model(
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        write_model_card(partial, masks.sparsity(), len(masks), source=getattr(model.config, "_name_or_path", None))
         masks.save(masks_file)
 
 

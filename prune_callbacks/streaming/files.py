@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and safetensors files written one tensor at a time."""
+"""Files that are written completely or not at all, and safetensors files written one tensor at a time."""
 
 import errno
 import json
@@ -26,18 +26,18 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""What safetensors calls the dtypes that are read and written here."""
+"""The dtypes that are read and written here, by their names in safetensors files."""
 
 
 @dataclass(frozen=True)
 class Pieces:
     """
-    A tensor that is written without being held whole.
+    A tensor that is written piece by piece, without being held whole in memory.
 
     Attributes:
-        dtype: of the tensor.
-        shape: of the tensor.
-        read: makes its consecutive pieces along the first dimension, one after another.
+        dtype: dtype of the tensor.
+        shape: shape of the tensor.
+        read: yields consecutive pieces of the tensor along its first dimension.
     """
 
     dtype: torch.dtype
@@ -46,25 +46,32 @@ class Pieces:
 
     @property
     def nbytes(self) -> int:
+        """The bytes of the whole tensor."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 def whole(tensor: Tensor) -> Pieces:
-    """A tensor in one piece."""
+    """Returns a tensor as a single piece."""
     return Pieces(tensor.dtype, tuple(tensor.shape), lambda: iter([tensor]))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[str, str] | None = None) -> None:
     """
-    Writes a safetensors file, whose bytes depend on the tensors alone, and which is there only once it is complete.
+    Writes a safetensors file, which gets its name only once it is complete.
 
-    (safetensors' own `save_file` wants all tensors at once, and of a full disk it says only that it failed.)
+    The bytes of the file depend on the tensors and the metadata only. safetensors' own `save_file` needs all tensors in
+    memory at once, and its error does not say that the disk is full.
+
+    Args:
+        path: the file.
+        tensors: tensors by name.
+        metadata: text values for the header of the file.
 
     Raises:
         ValueError: the disk is full; see `writing`.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
-    # Wide dtypes first, as safetensors has them: every tensor then lies at a multiple of its own width.
+    # Wide dtypes first, as safetensors orders them: every tensor then starts at a multiple of its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata or {})}
     end = 0
@@ -84,7 +91,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Pieces], metadata: Mapping[s
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a JSON file; see `writing`."""
+    """Writes a mapping to a JSON file; see `writing`."""
     with writing(path) as file:
         file.write(json.dumps(record, indent=1).encode())
 
@@ -92,10 +99,10 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """
-    Opens a file that gets its name once it is complete and on the disk.
+    Yields a binary file, which gets its name once it is complete and synced to the disk.
 
     Raises:
-        ValueError: the disk is full, or a quota is used up. What was there before is untouched.
+        ValueError: the disk is full, or a quota is used up. An earlier file at `path` is untouched.
     """
     try:
         with whole_file(path, durable=True) as partial, partial.open("wb") as file:
@@ -105,27 +112,27 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             raise
         raise ValueError(
             f"the disk is full ({error.strerror}) while {path} was written. Finished blocks are kept: make room and "
-            "make the same call again, it goes on behind them"
+            "repeat the same call, which resumes after them"
         ) from error
 
 
 def copy_file(old: Path, new: Path) -> None:
-    """Copies a file's content."""
+    """Copies the content of `old` to `new`; see `writing`."""
     with old.open("rb") as source, writing(new) as file:
         shutil.copyfileobj(source, file)
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder, if it is there."""
+    """Removes a folder if it exists."""
     if folder.exists():
         shutil.rmtree(folder)
 
 
 def size_of(folder: Path) -> int:
-    """The bytes of all files in a folder; 0 if there is none."""
+    """Returns the bytes of all files in a folder; 0 if the folder does not exist."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def sizes(*paths: Path) -> dict[str, int]:
-    """The bytes of those files that are there, by name."""
+    """Returns the bytes of the files that exist, by file name."""
     return {path.name: path.stat().st_size for path in paths if path.is_file()}

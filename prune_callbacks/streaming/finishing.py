@@ -1,4 +1,4 @@
-"""What is written once all blocks are, and whether there is room for it all."""
+"""Checks for disk space before the walk; writes the remaining files of the target after all blocks."""
 
 import json
 import platform
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_callbacks.calibration.capture import Batch
+from prune_callbacks.storage.model_card import write_model_card
 from prune_callbacks.storage.run_record import RunRecord, Seconds, Zeros
 from prune_callbacks.streaming.files import copy_file, size_of, sizes, write_json
 from prune_callbacks.streaming.journal import MASKS, MODEL, SCALES, Journal
@@ -23,14 +24,14 @@ from prune_callbacks.streaming.walk import BlockWalk
 from prune_callbacks.writing import rename
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt", ".index.json")
-"""How the names of files of weights end."""
+"""Suffixes of weight files."""
 
 
 def check_space(journal: Journal, shards: Shards, batches: Sequence[Batch], model: PreTrainedModel) -> None:
     """
     Raises ValueError if the disk has no room for the model, its masks, and two sets of hidden states.
 
-    What an earlier, unfinished call has written is counted as there.
+    Bytes that an earlier, unfinished call has written count as available.
     """
     width = getattr(model.config.get_text_config(decoder=True), "hidden_size", 0)
     tokens = 0
@@ -50,12 +51,12 @@ def check_space(journal: Journal, shards: Shards, batches: Sequence[Batch], mode
 
 def finish(journal: Journal, walk: BlockWalk, about: Mapping[str, Any]) -> None:
     """
-    Writes what is outside of the blocks, the files beside the weights, all masks and the report, which ends it.
+    Writes the weights outside of the blocks, the other files of the model, all masks and scales, and the report.
 
-    `about` goes into the report as it is.
+    The report is written last and marks the pruning as finished. The entries of `about` are copied into the report.
     """
     shards, checkpoint = walk.shards, walk.checkpoint
-    if journal.model.exists():  # else it has its name already
+    if journal.model.exists():  # otherwise an earlier call has renamed it already
         shards.copy_outside(checkpoint, journal.model / shards.file(len(shards.of_block)))
         write_json(journal.model / INDEX, shards.index(journal.model))
         _copy_others(checkpoint.folder, journal.model)
@@ -63,6 +64,9 @@ def finish(journal: Journal, walk: BlockWalk, about: Mapping[str, Any]) -> None:
         config.dtype = walk.model.dtype
         config.architectures = [type(walk.model).__name__]
         write_json(journal.model / "config.json", json.loads(config.to_json_string()))
+        counts = [counts for record in journal.records for counts in record["parameters"].values()]
+        removed, weights = (sum(count[i] for count in counts) for i in (0, 1))
+        write_model_card(journal.model, removed / max(1, weights), len(counts))
         rename(journal.model, journal.target / MODEL, durable=True)
     numbers = range(len(journal.records))
     join_files([p for p in map(journal.masks, numbers) if p.exists()], journal.target / MASKS)
@@ -73,10 +77,10 @@ def finish(journal: Journal, walk: BlockWalk, about: Mapping[str, Any]) -> None:
 
 
 def _copy_others(source: Path, target: Path) -> None:
-    """Tokenizer, generation settings, licence: all that is no weight."""
+    """Copies all files that are not weights: tokenizer, generation settings, licence."""
     for path in sorted(source.rglob("*")):
         inner = path.relative_to(source)
-        # Folders: a tokenizer's further chat templates. Others hold weights in other formats, or caches.
+        # The only folder to copy holds further chat templates; others hold weights in other formats, or caches.
         wanted = len(inner.parts) == 1 or inner.parts[0] == "additional_chat_templates"
         if path.is_file() and wanted and not path.name.endswith(WEIGHTS) and not path.name.startswith("."):
             (target / inner).parent.mkdir(exist_ok=True)
@@ -84,7 +88,7 @@ def _copy_others(source: Path, target: Path) -> None:
 
 
 def _report(journal: Journal, walk: BlockWalk) -> RunRecord:
-    """Makes the record of the run, of which no perplexity is known."""
+    """Returns the record of the run, without any perplexity: none is measured while streaming."""
     layers = [layer for record in journal.records for layer in record["layers"]]
     parameters = {name: counts for record in journal.records for name, counts in record["parameters"].items()}
     removed, weights = (sum(counts[i] for counts in parameters.values()) for i in (0, 1))

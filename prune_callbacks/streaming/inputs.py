@@ -1,4 +1,4 @@
-"""What the decoder blocks are called with: hidden states in files, everything else once for all windows."""
+"""The inputs of the decoder blocks: hidden states in files, all other arguments stored once for all windows."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,10 +20,10 @@ HIDDEN = "hidden"
 
 class StoredInputs(BlockInputs):
     """
-    The inputs of a batch, with the hidden states in a file.
+    The inputs of a block for one calibration batch, with the hidden states in a file.
 
     Args:
-        path: the file of the hidden states.
+        path: the safetensors file with the hidden states.
         calls: see `BlockInputs`.
         tokens: see `BlockInputs`.
     """
@@ -35,15 +35,15 @@ class StoredInputs(BlockInputs):
 
     @property
     def hidden(self) -> Tensor:  # type: ignore[override]
-        """Read whenever it is asked for."""
+        """The hidden states; every access reads them from the file. Raises ValueError if it is missing or damaged."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 view: Tensor = file.get_tensor(HIDDEN)
-                return view.clone()  # aligned as any other tensor: kernels may round differently where it is not
+                return view.clone()  # aligned memory: kernels may round differently on unaligned tensors
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{self.path}, with hidden states that enter a block, is missing or damaged ({error}): put it back and "
-                "make the same call again, or delete the target to begin anew"
+                "repeat the same call, or delete the target to start again"
             ) from error
 
 
@@ -51,13 +51,16 @@ def store_inputs(
     model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Batch], folder: Path
 ) -> list[StoredInputs]:
     """
-    Captures what the blocks are called with; hidden states that enter the first block go into `folder`.
+    Captures the inputs of the blocks; hidden states that enter the first block are written to `folder`.
 
     Args:
-        model: with weights in front of the blocks, and in the first one.
-        blocks: its decoder blocks.
-        batches: of token ids.
-        folder: is complete if it is there; then nothing is written.
+        model: a model whose modules before the blocks, and whose first block, have weights.
+        blocks: the decoder blocks of the model.
+        batches: calibration batches of token ids.
+        folder: the folder of the hidden states. If it exists, it is complete, and nothing is written.
+
+    Returns:
+        the inputs of the first block, one entry for each batch.
     """
     shared: dict[bytes, Tensor] = {}
     stored = []
@@ -70,7 +73,7 @@ def store_inputs(
 
 
 def store_next(index: int, block: nn.Module, inputs: Sequence[StoredInputs], where: torch.device, folder: Path) -> None:
-    """Runs block `index`; the hidden states that leave it are those of `inputs` then, in `folder`."""
+    """Runs block `index`, writes its outputs to `folder`, and makes them the hidden states of `inputs`."""
     with _completing(folder) as partial:
         for number, batch in enumerate(inputs if partial is not None else ()):
             assert partial is not None
@@ -81,7 +84,7 @@ def store_next(index: int, block: nn.Module, inputs: Sequence[StoredInputs], whe
 
 @contextmanager
 def _completing(folder: Path) -> Iterator[Path | None]:
-    """A new folder under a temporary name, which gets its own in the end; None if the folder is already there."""
+    """Yields a new folder under a temporary name and renames it at the end; yields None if `folder` exists."""
     if folder.exists():
         yield None
         return
@@ -97,11 +100,11 @@ def _name(number: int) -> str:
 
 
 def _once(calls: list[tuple[tuple[Any, ...], dict[str, Any]]], shared: dict[bytes, Tensor]) -> list[Any]:
-    """Arguments of blocks in which tensors that were met before, with the same values, are those that were met."""
+    """Returns the arguments of the blocks, with equal tensors replaced by the one that is in `shared`."""
     known: dict[int, Tensor] = {}
 
     def first(tensor: Tensor) -> Tensor:
-        if id(tensor) not in known:  # the calls hold their tensors, so that ids stay their own
+        if id(tensor) not in known:  # the calls keep their tensors alive, so no id is used twice
             content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             mark = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.device}".encode())
             mark.update(content.data)
@@ -112,7 +115,7 @@ def _once(calls: list[tuple[tuple[Any, ...], dict[str, Any]]], shared: dict[byte
 
 
 def described_batches(batches: Iterable[Batch]) -> Iterator[str]:
-    """For every batch a line that tells it from others."""
+    """Yields a hash of the content of every batch, 16 hexadecimal digits each."""
     for batch in batches:
         parts = batch if isinstance(batch, Mapping) else {"input_ids": batch}
         digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""What a target folder holds while a checkpoint is pruned into it, and how far that has come."""
+"""The target folder of a streamed pruning, and its record of finished blocks."""
 
 import json
 import os
@@ -18,22 +18,22 @@ REPORT, MASKS, SCALES, MODEL = "report.json", "masks.safetensors", "scales.safet
 
 class Journal:
     """
-    The folder of one pruning, from the first block to the finished model.
+    The target folder of one streamed pruning, from the first block to the finished model.
 
-    `model.partial/` gets one file of weights per block, `streaming/` has what is needed to go on: the setting, the
-    masks and a record of every finished block, and the hidden states that enter the first one that is not finished. A
-    block is finished once its record is there, which is written last. `report.json` ends it all.
+    `model.partial/` gets one file of weights per block. `streaming/` holds all that is needed to resume: the setting,
+    the masks and a record of every finished block, and the hidden states that enter the first unfinished block. The
+    record of a block is written last and marks the block as finished. `report.json` marks the pruning as finished.
 
     Args:
-        target: the folder; is made if it is not there.
-        setting: what the result depends on.
+        target: the folder; created if it does not exist.
+        setting: all settings on which the result depends.
 
     Attributes:
-        records: of the finished blocks, in order.
-        report: of the finished pruning, if it is.
+        records: the records of the finished blocks, in order.
+        report: the report of the finished pruning; None while it is unfinished.
 
     Raises:
-        ValueError: the folder holds something else, or was begun with another setting.
+        ValueError: the folder holds other files, or was started with another setting.
     """
 
     def __init__(self, target: Path, setting: Mapping[str, Any]) -> None:
@@ -47,8 +47,8 @@ class Journal:
             self._begin()
         elif before != self.setting:
             raise ValueError(
-                f"{target} was begun with another setting: {_difference(before, self.setting)}. Choose another "
-                "target, give the same setting again to go on, or delete the folder to begin anew"
+                f"{target} was started with another setting: {_difference(before, self.setting)}. Choose another "
+                "target, repeat the earlier setting to resume, or delete the folder to start again"
             )
         self.records: list[dict[str, Any]] = []
         while self._record(len(self.records)).is_file():
@@ -58,28 +58,28 @@ class Journal:
             remove_folder(self.work)
 
     def commit(self, record: Mapping[str, Any]) -> None:
-        """The next block is finished: its weights and masks are written, and the hidden states that leave it."""
+        """Records the next block as finished; call it after its weights, masks and output hidden states are written."""
         write_json(self._record(len(self.records)), record)
         self.records.append(dict(record))
         self.tidy()
 
     def prepare(self) -> None:
         """
-        Before the walk goes on.
+        Checks the files of the finished blocks and creates the model folder; call it before the walk resumes.
 
         Raises:
-            ValueError: a file of a finished block is missing, or of another size than it was.
+            ValueError: a file of a finished block is missing, or its size has changed.
         """
         for number, record in enumerate(self.records):
             for name, size in record["files"].items():
                 places = (self.model / name, self.target / MODEL / name, self.work / name)
                 self._check(f"of block {number}, which was finished,", name, size, places)
-        if not (self.target / MODEL).exists():  # else all that is left to write stands beside it
+        if not (self.target / MODEL).exists():  # otherwise the remaining files are written next to it
             self.model.mkdir(exist_ok=True)
         self.tidy()
 
     def check_finished(self) -> None:
-        """Raises ValueError if a file of the finished model is missing, or of another size than it was."""
+        """Raises ValueError if a file of the finished model is missing, or its size has changed."""
         assert self.report is not None
         for name, size in self.report["files"].items():
             self._check("of the finished model", name, size, [self.target / MODEL / name, self.target / name])
@@ -87,34 +87,34 @@ class Journal:
     def _check(self, whose: str, name: str, size: int, places: Sequence[Path]) -> None:
         sizes = [path.stat().st_size for path in places if path.is_file()]
         if sizes != [size]:
-            found = f"has {sizes[0]} bytes and had {size}" if sizes else "is missing"
+            found = f"has {sizes[0]} bytes instead of {size}" if sizes else "is missing"
             raise ValueError(
                 f"{name} {whose} {found} in {self.target}: it was changed by something else. Put it back, or delete "
-                "the folder to begin anew"
+                "the folder to start again"
             )
 
     def tidy(self) -> None:
-        """Removes hidden states that are not needed any more, or not complete."""
+        """Removes hidden states that are incomplete or no longer needed."""
         for folder in sorted(self.work.glob("hidden_*")):
             if folder != self.hidden(len(self.records)):
                 remove_folder(folder)
 
     def finish(self, report: RunRecord) -> None:
-        """All is written."""
+        """Writes the report, which marks the pruning as finished, and removes the working files."""
         self.report = replace(report, setting=dict(self.setting)).to_json()
         write_json(self.target / REPORT, self.report)
         remove_folder(self.work)
 
     def hidden(self, index: int) -> Path:
-        """The folder of the hidden states that enter a block."""
+        """Returns the folder of the hidden states that enter a block."""
         return self.work / f"hidden_{index:05d}"
 
     def masks(self, index: int) -> Path:
-        """The masks of a block."""
+        """Returns the path of the masks of a block."""
         return self.work / f"masks_{index:05d}.safetensors"
 
     def scales(self, index: int) -> Path:
-        """The scales of a block's layers, if its weights were rounded too."""
+        """Returns the path of the quantization scales of a block; the file exists only for pruners that quantize."""
         return self.work / f"scales_{index:05d}.safetensors"
 
     def _record(self, index: int) -> Path:
@@ -133,7 +133,7 @@ class Journal:
         if found:
             raise ValueError(
                 f"{self.target} already holds something else ({', '.join(found)}), which is not written over. Choose "
-                "another target, or delete it"
+                "another target, or delete the folder"
             )
         self.work.mkdir(parents=True, exist_ok=True)
         write_json(self.work / "setting.json", {"setting": self.setting})
@@ -141,7 +141,7 @@ class Journal:
 
 @contextmanager
 def alone(target: Path) -> Iterator[None]:
-    """Raises ValueError if another process is pruning into this folder."""
+    """Locks a folder, which it creates if needed; raises ValueError if another process is pruning into it."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -158,7 +158,7 @@ def alone(target: Path) -> Iterator[None]:
             ) from error
         except OSError as error:
             warnings.warn(
-                f"the file system of {target} has no locks ({error.strerror}): take care that no other process prunes "
+                f"the file system of {target} has no locks ({error.strerror}): make sure that no other process prunes "
                 "into it",
                 stacklevel=2,
             )
@@ -171,7 +171,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. Delete the folder to begin anew") from error
+        raise ValueError(f"{path} is damaged: {error}. Delete the folder to start again") from error
     return record
 
 
@@ -190,7 +190,7 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _told(items: Sequence[Any], others: Sequence[Any]) -> str:
-    """How many, and which of them, at most three, are not among the others."""
+    """Returns the number of items, and the first three that are not among the others."""
     known = set(others)
     only = [str(item) for item in items if item not in known]
     more = f" and {len(only) - 3} more" if len(only) > 3 else ""

@@ -1,4 +1,4 @@
-"""What is freed goes back to the system."""
+"""Returns freed memory to the operating system."""
 
 import ctypes
 import os
@@ -6,21 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 M_MMAP_THRESHOLD = -3
-"""glibc's number (malloc.h) for the size from which memory is mapped, and unmapped when it is freed."""
+"""glibc's `mallopt` parameter (malloc.h): allocations of this size and above are mapped, and unmapped when freed."""
 
 LARGE, LARGEST = 2**17, 2**25
 """
-What counts as large: where glibc begins by itself (with 1 MB the masks and smaller layers of block after block scatter
-over the heap); and the largest threshold that it takes, to which it comes by itself in the end.
+Thresholds in bytes. `LARGE` is glibc's initial threshold; with 1 MB instead, masks and small layers of all blocks
+fragment the heap. `LARGEST` is the maximum that glibc accepts, which its dynamic threshold reaches in the end.
 """
 
 
 @contextmanager
 def returning_memory() -> Iterator[None]:
     """
-    Memory of large tensors is returned when they are freed, where the C library is glibc; elsewhere nothing changes.
+    Makes glibc return the memory of large tensors as soon as they are freed; other C libraries are left as they are.
 
-    By itself glibc keeps such memory between pieces in use: on SmolLM2-135M up to 200 MB, the blocks being 14 MB each.
+    Without this, glibc keeps such memory between allocations in use: on SmolLM2-135M up to 200 MB, with blocks of 14 MB
+    each. Does nothing if the environment sets MALLOC_MMAP_THRESHOLD_.
     """
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:
         yield

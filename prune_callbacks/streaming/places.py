@@ -1,4 +1,4 @@
-"""Where in a checkpoint the weights of a model are, and what transformers makes of its tensors when it loads them."""
+"""Maps the weights of a model to the tensors of its checkpoint, with the conversions that transformers applies."""
 
 import re
 import warnings
@@ -24,13 +24,13 @@ from prune_callbacks.streaming.source import CheckpointFolder
 @dataclass(frozen=True, eq=False)
 class Conversion:
     """
-    Weights of a model that are made of several tensors of a checkpoint, or are parts of one: experts, in most cases.
+    A conversion from checkpoint tensors to model weights, where the two are not one to one: experts, in most cases.
 
     Attributes:
-        converter: makes them, as transformers does it.
-        name: of the first of them.
-        dtype: of the weights.
-        keys: the tensors that it takes, each with the pattern by which the converter knows it.
+        converter: the converter of transformers.
+        name: name of the first converted weight in the model.
+        dtype: dtype of the weights.
+        keys: pairs of the converter's source pattern and the name of a tensor in the checkpoint.
     """
 
     converter: WeightConverter
@@ -39,7 +39,7 @@ class Conversion:
     keys: list[tuple[str, str]]
 
     def convert(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights, of the checkpoint's tensors; in memory of their own or in that of the tensors."""
+        """Returns the converted weights by name; they may share memory with `tensors`, the checkpoint's tensors."""
         converter = deepcopy(self.converter)
         for pattern, key in self.keys:
             converter.add_tensor(self.name, key, pattern, tensors[key].to(self.dtype))  # type: ignore[arg-type]
@@ -48,18 +48,18 @@ class Conversion:
 
 
 Place = str | Conversion
-"""Where a weight comes from: the tensor's name in the checkpoint, or what makes it of several."""
+"""The source of a weight: the name of a tensor in the checkpoint, or a conversion."""
 
 
 def find_places(model: PreTrainedModel, checkpoint: CheckpointFolder) -> dict[str, Place]:
     """
-    Where every weight of the model comes from, by the rules of `from_pretrained`; of tied ones the first.
+    Returns the source of every weight of the model, by the rules of `from_pretrained`; of tied weights only the first.
 
-    The model is told what was done to names and weights, as `from_pretrained` does it, so that they are saved as they
-    were; see `as_saved`.
+    Records the applied renamings and conversions in the model, as `from_pretrained` does, so that `as_saved` can revert
+    them.
 
     Raises:
-        ValueError: the checkpoint lacks a weight, or has one of another shape or without values that can be changed.
+        ValueError: a weight is missing from the checkpoint, has another shape, or is quantized; or tied weights differ.
     """
     state = model.state_dict(keep_vars=True)
     found = _found(model, checkpoint, state)
@@ -84,7 +84,7 @@ def find_places(model: PreTrainedModel, checkpoint: CheckpointFolder) -> dict[st
 def read_weights(
     checkpoint: CheckpointFolder, model: PreTrainedModel, places: Mapping[str, Place]
 ) -> dict[str, Tensor]:
-    """Weights by name, in memory of their own; those that are converted in the model's dtype."""
+    """Returns copies of weights by name; converted weights have the model's dtype, others the checkpoint's."""
     keys = {name: place for name, place in places.items() if isinstance(place, str)}
     read = checkpoint.read(keys.values())
     found = {name: read[key] for name, key in keys.items()}
@@ -97,7 +97,7 @@ def read_weights(
 
 
 def as_saved(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights by name as `save_pretrained` writes them: as they were found, in parts and by other names if need be."""
+    """Returns weights as `save_pretrained` writes them, with the names and the layout of the source checkpoint."""
     saved: dict[str, Tensor] = revert_weight_conversion(model, dict(weights))
     return saved
 
@@ -111,7 +111,7 @@ def _found(model: PreTrainedModel, checkpoint: CheckpointFolder, state: Mapping[
     conversions: dict[str, Conversion] = {}
     unknown = []
     names = dict(state)
-    # In this order transformers has them too: that of experts is their number.
+    # transformers sorts by the same key: experts must come in the order of their numbers.
     for key in sorted(checkpoint.entries, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
         if name not in state and key in state:
@@ -140,21 +140,21 @@ def _found(model: PreTrainedModel, checkpoint: CheckpointFolder, state: Mapping[
 def _check_conversion(
     conversion: Conversion, model: PreTrainedModel, checkpoint: CheckpointFolder, state: Mapping[str, Tensor]
 ) -> list[str]:
-    """The names of the weights that it makes; ValueError if they are not those of the model."""
+    """Returns the names of the converted weights; raises ValueError if they do not match the model."""
     entries = {key: checkpoint.entries[key] for _, key in conversion.keys}
     for key in entries:
         _check_floating(checkpoint, key)
     whose = f"{conversion.name} is made of {len(entries)} tensors of {checkpoint.folder}, first {next(iter(entries))}"
     try:
         made = conversion.convert(model, {k: torch.empty(entry.shape, device="meta") for k, entry in entries.items()})
-    except Exception as error:  # of whatever kind; transformers' operations have no errors of their own
+    except Exception as error:  # transformers' operations define no error type of their own
         raise ValueError(f"{whose}, which do not fit together: one is missing, or has another shape") from error
     for name, tensor in made.items():
         if name not in state or tensor.shape != state[name].shape:
-            wanted = tuple(state[name].shape) if name in state else "not there"
+            wanted = tuple(state[name].shape) if name in state else "not part of the model"
             raise ValueError(
                 f"{whose}. They make {name} of shape {tuple(tensor.shape)}, and by config.json it is {wanted}: one of "
-                "them is missing, or they are not of one model"
+                "them is missing, or they belong to different models"
             )
     return list(made)
 
@@ -164,7 +164,7 @@ def _check_entry(checkpoint: CheckpointFolder, key: str, name: str, wanted: Tens
     if entry.shape != tuple(wanted.shape):
         raise ValueError(
             f"{key} in {entry.file} has shape {entry.shape}, and config.json makes {name} of shape "
-            f"{tuple(wanted.shape)}: they are not of one model"
+            f"{tuple(wanted.shape)}: they belong to different models"
         )
     if wanted.is_floating_point():
         _check_floating(checkpoint, key)
@@ -174,7 +174,7 @@ def _check_floating(checkpoint: CheckpointFolder, key: str) -> None:
     entry = checkpoint.entries[key]
     if entry.dtype is None or not entry.dtype.is_floating_point:
         raise ValueError(
-            f"{key} in {entry.file} is {entry.dtype_name}; quantized weights cannot be pruned, save the model "
+            f"{key} in {entry.file} is {entry.dtype_name}; quantized weights cannot be pruned: save the model "
             "dequantized"
         )
 
@@ -184,6 +184,6 @@ def _check_tied(checkpoint: CheckpointFolder, names: list[str], present: list[st
         pairs = zip(checkpoint.pieces(present[0]), checkpoint.pieces(other), strict=True)
         if not all(torch.equal(a, b) for a, b in pairs):
             raise ValueError(
-                f"config.json ties {' and '.join(names)}, and {checkpoint.folder} has different values for them; say "
-                '"tie_word_embeddings": false in config.json if they are two weights'
+                f"config.json ties {' and '.join(names)}, and {checkpoint.folder} has different values for them: set "
+                '"tie_word_embeddings": false in config.json if they are separate weights'
             )
