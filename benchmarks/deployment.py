@@ -131,8 +131,8 @@ def one_shot(pruner: Any) -> Callable[[Any, Any], Cell]:
             packing = pruner.pattern if isinstance(pruner.pattern, NM) else None
             saved = (report.masks, folder + "/model")
             size = save_compressed(model, *saved, pattern=packing, scales=report.scales, grid=grid)
-            half = None if grid else save_compressed(copy.deepcopy(model).half(), *saved, pattern=packing).record()
-        return {"compression": size.record(), "compression_fp16": half, "prune_seconds": round(report.seconds, 1)}
+            half = None if grid else save_compressed(copy.deepcopy(model).half(), *saved, pattern=packing).to_dict()
+        return {"compression": size.to_dict(), "compression_fp16": half, "prune_seconds": round(report.seconds, 1)}
 
     return measure
 

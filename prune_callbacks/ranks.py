@@ -119,7 +119,7 @@ def patient_ranks(device: torch.device) -> Iterator[Ranks]:
 
     Yields `ALONE` for a single process. The long timeout is needed because one layer may take a rank longer than the
     default group's timeout (half an hour). Tensors on a CUDA `device` still go through the default group; call a
-    collective on the CPU (`attempt`, `gather`) before those, so that the ranks are in step.
+    collective on the CPU (`attempt`, `gather`) first, so that the ranks wait for each other there.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield ALONE

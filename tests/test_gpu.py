@@ -285,7 +285,7 @@ def test_zeros_hold_under_fsdp2_on_the_device(tmp_path):
 def test_rounding_at_the_end_of_a_fit(tmp_path):
     """Lightning has moved the module to the CPU by then; scales and codes come together on it."""
     batches = list(torch.randint(3, 200, (6, 64)).split(2))
-    quantize = QuantizeWeights(tmp_path, Grid(4, 32), batches, progress=False)
+    quantize = QuantizeWeights(tmp_path, Grid(4, 32), batches=batches, progress=False)
     prune = OneShotPrune(Wanda(NM(2, 4)), batches, progress=False)
     module = fit([prune, MaskEnforcer(), quantize], "32-true", tmp_path)
     loaded = load_compressed(tmp_path / "compressed").state_dict()

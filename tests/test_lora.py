@@ -168,7 +168,7 @@ def test_masked_recovery_in_a_fit_ends_with_a_plain_sparse_model(tmp_path):
 def test_plain_recovery_keeps_base_and_adapter_apart(tmp_path):
     model, masks = sparse_llama()
     save_sparse_model(model, masks, tmp_path)
-    recovery = LoRARecovery(LoraConfig(r=4), masked=False, save_dir=tmp_path)
+    recovery = LoRARecovery(LoraConfig(r=4), masked=False, dirpath=tmp_path)
     fit([recovery, MaskEnforcer(masks)], tmp_path, model)
     expected = logits(model)
     save_sparse_model(model, masks, tmp_path / "again")
@@ -244,7 +244,7 @@ def test_a_fit_that_failed_leaves_no_adapters_for_the_next(tmp_path):
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_fit_resumed_at_its_last_step_merges_and_saves_too(tmp_path, masked):
     def run(model, **settings):
-        lora = LoRARecovery(LoraConfig(r=4), masked=masked, save_dir=None if masked else tmp_path)
+        lora = LoRARecovery(LoraConfig(r=4), masked=masked, dirpath=None if masked else tmp_path)
         checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=6)
         fit([lora, MaskEnforcer(), checkpoint], tmp_path, model, enable_checkpointing=True, **settings)
 
@@ -264,7 +264,7 @@ def test_a_fit_resumed_at_its_last_step_merges_and_saves_too(tmp_path, masked):
 def test_lists_of_a_configuration_library_are_written_too(tmp_path):
     config = instantiate({"_target_": "peft.LoraConfig", "r": 4, "target_modules": ["q_proj", "v_proj"]})
     model, _ = sparse_llama()
-    fit([LoRARecovery(config, masked=False, save_dir=tmp_path), MaskEnforcer()], tmp_path, model)
+    fit([LoRARecovery(config, masked=False, dirpath=tmp_path), MaskEnforcer()], tmp_path, model)
     assert sorted(LoraConfig.from_pretrained(tmp_path / "adapter").target_modules) == ["q_proj", "v_proj"]
 
 
@@ -310,8 +310,8 @@ def test_bad_settings_are_refused_before_training(tmp_path, unchecked):
         fit([one_shot, attention, MaskEnforcer()], tmp_path, dense)
     with pytest.raises(ValueError, match="LoRARecovery: config is a peft.LoraConfig, got {'r': 4}"):
         LoRARecovery({"r": 4})
-    with pytest.raises(ValueError, match="save_dir is for the adapter of masked=False"):
-        LoRARecovery(save_dir=tmp_path)
+    with pytest.raises(ValueError, match="dirpath is for the adapter of masked=False"):
+        LoRARecovery(dirpath=tmp_path)
     with pytest.raises(ValueError, match="nothing else: leave out modules_to_save"):
         LoRARecovery(LoraConfig(modules_to_save=["lm_head"]))
     with pytest.raises(ValueError, match="takes peft's wrapper around the model, got LlamaForCausalLM"):

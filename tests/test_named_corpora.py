@@ -105,7 +105,7 @@ def test_a_run_measures_every_text(tmp_path, tiny, tokenizer, root):
     given = {"evaluate": ["lambada", str(root / "again.txt"), "c4"], "root": root}
     data = TokenDataModule(tokenizer, *docs, **sizes, **given)
     report = RunReport(tmp_path / "run", progress=False)
-    one_shot = OneShotPrune(Magnitude(Unstructured(0.5)), save_dir=tmp_path / "pruned", progress=False)
+    one_shot = OneShotPrune(Magnitude(Unstructured(0.5)), dirpath=tmp_path / "pruned", progress=False)
     module = CausalLM(tiny, lambda p: torch.optim.AdamW(p, lr=1e-2))
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     Trainer(accelerator="cpu", max_epochs=1, callbacks=[report, one_shot, MaskEnforcer()], **quiet).fit(

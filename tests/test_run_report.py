@@ -56,7 +56,7 @@ def test_the_numbers_are_those_of_the_models(tmp_path, tiny, data):
     data.setup("fit")
     expected = {"dense": perplexity(tiny, data.evaluation_windows, progress=False)}
     module = CausalLM(tiny, lambda p: torch.optim.AdamW(p, lr=1e-2))
-    one_shot = OneShotPrune(Magnitude(NM(2, 4)), save_dir=tmp_path / "pruned", progress=False)
+    one_shot = OneShotPrune(Magnitude(NM(2, 4)), dirpath=tmp_path / "pruned", progress=False)
     report = RunReport(tmp_path / "run", recipe="mine", model="tiny", progress=False)
     fit([report, one_shot, MaskEnforcer()], tmp_path, module, data)
     pruned = type(tiny).from_pretrained(tmp_path / "pruned/model")
@@ -258,7 +258,7 @@ def test_a_model_that_cannot_be_saved_is_refused_before_pruning(tmp_path, data):
         def training_step(self, batch, batch_idx):
             return None
 
-    one_shot = OneShotPrune(Magnitude(NM(2, 4)), save_dir=tmp_path / "out", progress=False)
+    one_shot = OneShotPrune(Magnitude(NM(2, 4)), dirpath=tmp_path / "out", progress=False)
     module = Plain()
     with (
         pytest.warns(UserWarning, match="will not last"),

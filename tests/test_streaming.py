@@ -447,7 +447,7 @@ def test_damaged_files_are_named(tmp_path, source, batches):
     for damaged in (data[:-100], data[:4], b"\xff" * 8 + data[8:], b""):
         shard.write_bytes(damaged)
         refuses(
-            source, target, batches, rf"{shard.name} is no whole safetensors file .* truncated or damaged; download"
+            source, target, batches, rf"{shard.name} is no complete safetensors file .* truncated or damaged; download"
         )
     shard.unlink()
     refuses(source, target, batches, rf"{shard.name} is missing, and {INDEX} says that it has tensors")
@@ -661,7 +661,7 @@ def test_what_was_lost_between_two_calls_is_noticed(tmp_path, source, batches, m
     lost = {
         "model.partial/model-00001-of-00004.safetensors": "of block 0, which was finished, is missing",
         "streaming/masks_00001.safetensors": "of block 1, which was finished, is missing",
-        "streaming/hidden_00002": "hidden_00002 is missing, with what enters block 2",
+        "streaming/hidden_00002": "hidden_00002 is missing, with the hidden states that enter block 2",
     }
     for name, message in lost.items():
         shutil.rmtree(target, ignore_errors=True)

@@ -531,7 +531,7 @@ def fit(callbacks, tmp_path, module, data, **settings):
 def test_a_run_reports_every_stage(tmp_path, root, tiny, data, tokenizer):
     zero_shot = ZeroShot(("lambada_openai", "hellaswag"), root=root, limit=2)
     expected = {"dense": zero_shot(tiny, tokenizer)}
-    one_shot = OneShotPrune(Magnitude(NM(1, 4)), save_dir=tmp_path / "pruned", progress=False)
+    one_shot = OneShotPrune(Magnitude(NM(1, 4)), dirpath=tmp_path / "pruned", progress=False)
     report = RunReport(tmp_path / "run", tokenizer=tokenizer, zero_shot=zero_shot, progress=False)
     module = CausalLM(tiny, lambda p: torch.optim.AdamW(p, lr=3e-2))
     trainer = fit([report, one_shot, MaskEnforcer()], tmp_path, module, data)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.results import Result
 from prune_callbacks.sparsity import MaskSet
 
 OPTIONS = {
@@ -76,7 +77,7 @@ class MaskedLoraLinear(LoraLinear):
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Result):
     """
     What merging a plain LoRA into a sparse model cost.
 

@@ -1,5 +1,7 @@
 """What callbacks know of each other: by kind, without importing each other's modules."""
 
+import warnings
+from pathlib import Path
 from typing import ClassVar
 
 from lightning.pytorch import Callback, Trainer
@@ -8,6 +10,14 @@ from prune_callbacks.engine.report import PruneReport
 from prune_callbacks.parallel.access import ParamAccess
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.sparsity import MaskSet
+
+
+def renamed(who: str, old: str, old_value: str | Path | None, new: str, value: str | Path | None) -> str | Path | None:
+    """Returns the value of an argument that has a new name; one given by its old name is taken, with a warning."""
+    if old_value is None:
+        return value
+    warnings.warn(f"{who}: {old}= is now {new}=; the old name goes in the next release", FutureWarning, stacklevel=3)
+    return old_value
 
 
 class PruningCallback(Callback):

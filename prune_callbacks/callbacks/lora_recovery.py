@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
 from prune_callbacks.anatomy.finding import SPARSE, find_targets, sparse_experts
-from prune_callbacks.callbacks.kinds import FinishesWeights, PrunesOnce
+from prune_callbacks.callbacks.kinds import FinishesWeights, PrunesOnce, renamed
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.sparsity import MaskSet
@@ -32,13 +32,14 @@ class LoRARecovery(FinishesWeights):
     - `masked=True`: the update is zero wherever the base is, in every forward pass. It is merged when training ends:
       the model is a plain sparse model again, with every zero in its place. (A checkpoint written after that, such as
       the `last.ckpt` of the end of training, is one of the merged model.)
-    - `masked=False`: plain LoRA. The base stays sparse and the adapter stays an adapter, saved to `save_dir/adapter`;
+    - `masked=False`: plain LoRA. The base stays sparse and the adapter stays an adapter, saved to `dirpath/adapter`;
       merging would fill the zeros (`prune_callbacks.adapters.merge_lora` says what that costs).
 
     Args:
         config: peft's; `target_modules` may name pruned layers only, None means all of them. None: `LoraConfig()`.
         masked: see above.
-        save_dir: where a plain adapter is saved when training ends; None: nowhere.
+        dirpath: where a plain adapter is saved when training ends; None: nowhere.
+        save_dir: the old name of `dirpath`.
 
     Attributes:
         peft_model: peft's wrapper around the model, while it has LoRA layers.
@@ -47,7 +48,12 @@ class LoRARecovery(FinishesWeights):
     needs_whole_weights = True
 
     def __init__(
-        self, config: LoraConfig | None = None, *, masked: bool = True, save_dir: str | Path | None = None
+        self,
+        config: LoraConfig | None = None,
+        *,
+        masked: bool = True,
+        dirpath: str | Path | None = None,
+        save_dir: str | Path | None = None,
     ) -> None:
         try:
             from peft import LoraConfig
@@ -55,14 +61,15 @@ class LoRARecovery(FinishesWeights):
             raise ValueError("LoRARecovery needs peft: pip install prune-callbacks[lora]") from error
         if config is not None and not isinstance(config, LoraConfig):
             raise ValueError(f"LoRARecovery: config is a peft.LoraConfig, got {config!r}")
-        if masked and save_dir is not None:
-            raise ValueError("LoRARecovery: save_dir is for the adapter of masked=False; a masked one is merged")
+        dirpath = renamed("LoRARecovery", "save_dir", save_dir, "dirpath", dirpath)
+        if masked and dirpath is not None:
+            raise ValueError("LoRARecovery: dirpath is for the adapter of masked=False; a masked one is merged")
         from prune_callbacks.adapters import check_options
 
         self.config = LoraConfig() if config is None else config
         check_options(self.config, masked)
         self.masked = masked
-        self.save_dir = save_dir
+        self.dirpath = dirpath
         self.peft_model: PeftModel | None = None
         self._trained: dict[str, bool] = {}
         self._unfinished = False
@@ -105,13 +112,13 @@ class LoRARecovery(FinishesWeights):
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(self._trained[name])
             self.peft_model = None
-        elif self.save_dir is None:
-            rank_zero_warn("LoRARecovery(masked=False) without save_dir: the adapter is in the model only, not saved")
+        elif self.dirpath is None:
+            rank_zero_warn("LoRARecovery(masked=False) without dirpath: the adapter is in the model only, not saved")
         elif trainer.is_global_zero:
-            base = Path(self.save_dir) / "model"
+            base = Path(self.dirpath) / "model"
             if base.exists():
                 self.peft_model.peft_config["default"].base_model_name_or_path = str(base)
-            with replaced_folder(Path(self.save_dir) / "adapter") as partial:
+            with replaced_folder(Path(self.dirpath) / "adapter") as partial:
                 self.peft_model.save_pretrained(str(partial))
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from prune_callbacks.allocation.measuring import check_allocation
 from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
-from prune_callbacks.callbacks.kinds import PrunesOnce
+from prune_callbacks.callbacks.kinds import PrunesOnce, renamed
 from prune_callbacks.callbacks.lightning_internals import logs_now, resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
@@ -44,10 +44,11 @@ class OneShotPrune(PrunesOnce):
         blocks: name of the list of decoder blocks, where it cannot be found.
         allocation: spreads the pattern's sparsity over the layers, with the same total: `OWL()`,
             `LagrangianAllocation()`, `SensitivityAllocation(...)`; None: the same in every layer.
-        save_dir: write the pruned model and its masks here as soon as they exist, so that whatever fails later
+        dirpath: write the pruned model and its masks here as soon as they exist, so that whatever fails later
             costs nothing: `model/` (`save_pretrained`) and `masks.safetensors`.
         min_expert_tokens: an expert that fewer calibration tokens reach is pruned by Magnitude, with a warning.
         progress: show a progress bar.
+        save_dir: the old name of `dirpath`.
 
     Attributes:
         report: the `PruneReport`, once pruned (also after resuming).
@@ -57,14 +58,15 @@ class OneShotPrune(PrunesOnce):
         self,
         pruner: Pruner,
         batches: Iterable[Any] | None = None,
+        *,
         num_batches: int | None = None,
         targets: Sequence[str] | str | None = None,
-        *,
         blocks: str | None = None,
         allocation: Allocation | None = None,
-        save_dir: str | Path | None = None,
+        dirpath: str | Path | None = None,
         min_expert_tokens: int = 32,
         progress: bool = True,
+        save_dir: str | Path | None = None,
     ) -> None:
         check_pruner("OneShotPrune", pruner)
         if num_batches is not None and num_batches < 1:
@@ -77,7 +79,7 @@ class OneShotPrune(PrunesOnce):
         self.num_batches = num_batches
         self.targets = targets
         self.blocks = blocks
-        self.save_dir = save_dir
+        self.dirpath = renamed("OneShotPrune", "save_dir", save_dir, "dirpath", dirpath)
         self.min_expert_tokens = min_expert_tokens
         self.progress = progress
         self.report: PruneReport | None = None
@@ -101,7 +103,7 @@ class OneShotPrune(PrunesOnce):
                 "called, so build the model in __init__"
             )
         model = find_language_model(pl_module)
-        if self.save_dir is not None:
+        if self.dirpath is not None:
             savable(model)
         with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:
             needed = any(part is not None and part.statistic(1) is not None for part in (self.pruner, self.allocation))
@@ -117,7 +119,7 @@ class OneShotPrune(PrunesOnce):
                 progress=self.progress,
                 ranks=ranks,
             )
-            if self.save_dir is not None:
+            if self.dirpath is not None:
                 ranks.attempt(lambda: self._save(trainer, model))
         assert self.report is not None
         rank_zero_info(
@@ -125,9 +127,9 @@ class OneShotPrune(PrunesOnce):
         )
 
     def _save(self, trainer: Trainer, model: nn.Module) -> None:
-        if trainer.is_global_zero and self.save_dir is not None:
+        if trainer.is_global_zero and self.dirpath is not None:
             assert self.report is not None
-            save_sparse_model(model, self.report.masks, self.save_dir)
+            save_sparse_model(model, self.report.masks, self.dirpath)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path is not None and not self._restored:

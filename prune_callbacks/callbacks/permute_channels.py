@@ -40,8 +40,8 @@ class PermuteChannels(PruningCallback):
         self,
         pattern: NM,
         batches: Iterable[Any] | None = None,
-        num_batches: int | None = None,
         *,
+        num_batches: int | None = None,
         blocks: str | None = None,
         progress: bool = True,
     ) -> None:

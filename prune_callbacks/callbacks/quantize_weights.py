@@ -59,10 +59,10 @@ class QuantizeWeights(PruningCallback):
         self,
         dirpath: str | Path,
         grid: Grid = Grid(),
+        *,
         batches: Iterable[Any] | None = None,
         num_batches: int | None = None,
         targets: Sequence[str] | str | None = None,
-        *,
         blocks: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         batch_size: int = 1,
@@ -144,7 +144,7 @@ class QuantizeWeights(PruningCallback):
             tokenizer=self.tokenizer,
         )
         windows = getattr(trainer.datamodule, "evaluation_windows", None)
-        record: dict[str, Any] = {"grid": repr(self.pruner.grid)} | self.compression.record()
+        record: dict[str, Any] = {"grid": repr(self.pruner.grid)} | self.compression.to_dict()
         if self.perplexity is not None and windows is not None:
             record["perplexity"] = {
                 "dataset": getattr(trainer.datamodule, "evaluation_title", None),

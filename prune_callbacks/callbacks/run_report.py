@@ -43,7 +43,7 @@ class RunReport(PruningCallback):
     Writes `report.html`, `report.json`, `report.png`, `masks.safetensors` and `model/` into one folder.
 
     Put it **before** `OneShotPrune` and `IterativePrune`: it measures what they are about to prune. The one-shot
-    pruned model and its masks are saved before the first training step (`OneShotPrune(save_dir=...)` does so earlier),
+    pruned model and its masks are saved before the first training step (`OneShotPrune(dirpath=...)` does so earlier),
     the recovered one when the fit ends.
 
     Perplexity is measured on the data module's `evaluation_windows`, (windows, tokens) of token ids, and reported
@@ -133,7 +133,7 @@ class RunReport(PruningCallback):
             return  # if resumed, the checkpoint brings what was measured, under some strategies only after this
         if not world(trainer).share(
             (self.dirpath / "masks.safetensors").exists()
-        ):  # OneShotPrune(save_dir=...) may have done it
+        ):  # OneShotPrune(dirpath=...) may have done it
             self._save(trainer, pl_module)
         elif self.tokenizer is not None and trainer.is_global_zero:
             self.tokenizer.save_pretrained(self.dirpath / "model")

@@ -74,7 +74,7 @@ class ShrinkModel(PruningCallback):
         assert prune is not None
         if prune.report is None:
             raise ValueError("OneShotPrune has pruned nothing: the checkpoint was written without it")
-        return shrink(find_language_model(pl_module), prune.report.masks, prune.blocks)
+        return shrink(find_language_model(pl_module), prune.report.masks, blocks=prune.blocks)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:

@@ -174,7 +174,7 @@ class SparsityBenchmark(PruningCallback):
         else:
             record["left_out"]["CSR"] = "it is for CPUs, and this is a GPU"
             attempt(kernels, lambda: copy.deepcopy(model).to(device) if converted else self._two_four(dense))
-        attempt("shrunk", lambda: shrink(dense, masks, self.blocks))
+        attempt("shrunk", lambda: shrink(dense, masks, blocks=self.blocks))
         return models, record
 
     def _csr(self, dense: nn.Module, record: dict[str, Any]) -> nn.Module:

@@ -27,7 +27,7 @@ class SparsityMonitor(PruningCallback):
         history: one entry a count: `{"step", "sparsity": {layer: fraction}, "violations": {layer: count}}`.
     """
 
-    def __init__(self, dirpath: str | Path | None = None, every_n_steps: int = 100) -> None:
+    def __init__(self, dirpath: str | Path | None = None, *, every_n_steps: int = 100) -> None:
         if every_n_steps < 1:
             raise ValueError(f"SparsityMonitor: every_n_steps must be at least 1, got {every_n_steps}")
         self.dirpath = dirpath

@@ -1,4 +1,4 @@
-"""Which kernels multiply 2:4 weights on this hardware, and which weights they take."""
+"""The choice of kernels for 2:4 weights by hardware, and the weights that each accepts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ TENSORS: Mapping[Backend, type[SparseSemiStructuredTensor]] = {
     "cusparselt": SparseSemiStructuredTensorCUSPARSELT,
 }
 SEARCH_TOKENS = 1024
-"""cuSPARSELt's algorithms are timed on a product with this many tokens."""
+"""Number of tokens in the product on which cuSPARSELt's algorithms are timed."""
 
 
 @dataclass(frozen=True)
 class Hardware:
     """
-    What the choice of a back end depends on.
+    The hardware and library versions on which the choice of a backend depends.
 
     Attributes:
         cuda: whether torch sees an NVIDIA GPU.
-        capability: compute capability of the device that the model is on; None on the CPU.
-        cusparselt: version of the cuSPARSELt that torch is built with (0.6.2 is 602), None without.
+        capability: compute capability of the model's device; None on the CPU.
+        cusparselt: version of the cuSPARSELt that torch is built with (602 for 0.6.2); None without it.
     """
 
     cuda: bool
@@ -41,7 +41,7 @@ class Hardware:
 
     @classmethod
     def of(cls, device: torch.device) -> "Hardware":
-        """That of a model on `device`."""
+        """Returns the hardware for a model on `device`."""
         cuda = torch.cuda.is_available() and torch.version.cuda is not None
         return cls(
             cuda,
@@ -50,7 +50,7 @@ class Hardware:
         )
 
     def lacks(self, capability: tuple[int, int], what: str) -> str | None:
-        """Why there is no GPU of at least this capability under the model, which `what` needs; None if there is."""
+        """Returns why the model is not on a GPU of at least this capability, which `what` needs; None if it is."""
         if not self.cuda:
             return "torch sees no NVIDIA GPU"
         if self.capability is None:
@@ -62,7 +62,7 @@ class Hardware:
 
 
 class Choice(NamedTuple):
-    """A back end, or the reason why there is none."""
+    """A backend, or the reason why there is none."""
 
     backend: Backend | None
     reason: str | None = None
@@ -70,10 +70,10 @@ class Choice(NamedTuple):
 
 def choose_backend(hardware: Hardware) -> Choice:
     """
-    The kernels that multiply 16-bit 2:4 weights on this hardware.
+    Chooses the kernels for 16-bit 2:4 weights on this hardware.
 
-    Compute capability 8.x: CUTLASS, which every CUDA build of torch has. From 9.0 on: cuSPARSELt, since torch's CUTLASS
-    kernels refuse everything but 8.x.
+    On compute capability 8.x: CUTLASS, which every CUDA build of torch has. From 9.0 on: cuSPARSELt, because torch's
+    CUTLASS kernels support 8.x only.
     """
     lack = hardware.lacks((8, 0), "2:4")
     if lack is not None:
@@ -87,9 +87,9 @@ def choose_backend(hardware: Hardware) -> Choice:
 
 
 def why_not(shape: Sequence[int], dtype: torch.dtype, backend: Backend) -> str | None:
-    """Why a back end does not take a weight of this shape (out, in) and dtype; None if it does."""
+    """Returns why a backend does not accept a weight of this shape (out, in) and dtype; None if it does."""
     limits = TENSORS[backend]._DTYPE_SHAPE_CONSTRAINTS
-    # CUTLASS lists float32 too, but tensor cores keep 1 of 2 there: 2:4 weights would lose some.
+    # CUTLASS lists float32 too, but its sparsity is 1:2 there: 2:4 weights would lose values.
     accepted = [str(known).removeprefix("torch.") for known in limits if known != torch.float32]
     name = str(dtype).removeprefix("torch.")
     if name not in accepted:
@@ -103,7 +103,7 @@ def why_not(shape: Sequence[int], dtype: torch.dtype, backend: Backend) -> str |
 
 
 def why_not_two_four(weight: Tensor) -> str | None:
-    """Why a weight (out, in) is not 2:4; None if no group of four along the input keeps more than two."""
+    """Returns why a weight (out, in) is not 2:4; None if no group of four along the input keeps more than two."""
     if NM(2, 4).holds(weight != 0):
         return None
     if weight.shape[1] % 4:

@@ -1,37 +1,39 @@
-"""What a compressed file says of itself: how its tensors are packed, and the bytes of every part."""
+"""Reads from the header of a compressed file how its tensors are packed, and the bytes of every part."""
 
 import json
 import math
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from prune_callbacks.results import Result
+
 FILE = "compressed.safetensors"
 METADATA = "prune_callbacks.compressed"
-"""The key under which a compressed file says how its tensors are packed."""
+"""The metadata key for the layout of the packed tensors."""
 
 ROLES = ("values", "indices", "scales")
-"""What the parts of a packed weight are called in the file: NAME.values and so on."""
+"""Suffixes of the parts of a packed weight in the file: NAME.values and so on."""
 
 
 @dataclass(frozen=True)
-class Compression:
+class Compression(Result):
     """
-    The bytes of a file of weights, counted in the file itself.
+    The bytes of a compressed file by part, counted in the file itself.
 
     Attributes:
-        packed_weights: how many weights the packed layers have, zeros included.
-        dense_bytes: what these take in their own dtype.
-        value_bytes: of kept values or codes.
-        index_bytes: of masks or places.
-        scale_bytes: of scales.
-        other_bytes: of all tensors that are not packed (embeddings, norms, biases, layers that were left dense).
-        header_bytes: of names, shapes and metadata.
-        file_bytes: of the file, the sum of the last five.
+        packed_weights: number of weights in the packed layers, zeros included.
+        dense_bytes: bytes of these weights when they are stored dense in their own dtype.
+        value_bytes: bytes of kept values or integer codes.
+        index_bytes: bytes of masks or positions in groups.
+        scale_bytes: bytes of quantization scales.
+        other_bytes: bytes of all tensors that are not packed (embeddings, norms, biases, layers that stay dense).
+        header_bytes: bytes of names, shapes and metadata.
+        file_bytes: bytes of the file, the sum of the last five.
     """
 
     packed_weights: int
@@ -45,17 +47,17 @@ class Compression:
 
     @property
     def ratio(self) -> float:
-        """Bytes of the packed layers over what they take dense."""
+        """Returns the bytes of the packed layers over their bytes when stored dense."""
         return self._packed_bytes / self.dense_bytes
 
     @property
     def effective_bits(self) -> float:
-        """Bits a weight of the packed layers, with those of the mask and the scales."""
+        """Returns the bits per weight of the packed layers, including masks and scales."""
         return 8 * self._packed_bytes / self.packed_weights
 
     @property
     def file_ratio(self) -> float:
-        """Bytes of the file over those of all its tensors dense."""
+        """Returns the bytes of the file over the bytes of all its tensors when stored dense."""
         return self.file_bytes / (self.dense_bytes + self.other_bytes)
 
     @property
@@ -64,13 +66,13 @@ class Compression:
 
     def __str__(self) -> str:
         return (
-            f"{self.effective_bits:.2f} bits a weight in the packed layers, {self.ratio:.3f} of what they take dense; "
+            f"{self.effective_bits:.2f} bits per weight in the packed layers, {self.ratio:.3f} of their dense size; "
             f"the file has {self.file_bytes / 1e6:.1f} MB, {self.file_ratio:.3f} of dense"
         )
 
-    def record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values for a report."""
-        return asdict(self) | {
+        return super().to_dict() | {
             "effective_bits": self.effective_bits,
             "packed_over_dense": self.ratio,
             "file_over_dense": self.file_ratio,
@@ -79,10 +81,10 @@ class Compression:
 
 def packed_layout(path: Path) -> dict[str, dict[str, Any]]:
     """
-    Reads how the tensors of a compressed file are packed, by name.
+    Reads the layout of a compressed file: how each packed weight is stored, by parameter name.
 
     Raises:
-        ValueError: there is no such file, or it is damaged.
+        ValueError: the file does not exist, is damaged, or was not written by `save_compressed`.
     """
     if not path.is_file():
         raise ValueError(f"no compressed model in {path.parent}: {path.name} is missing; save_compressed writes it")
@@ -99,10 +101,13 @@ def packed_layout(path: Path) -> dict[str, dict[str, Any]]:
 
 def measure_compression(dirpath: str | Path) -> Compression:
     """
-    Counts the bytes of what `save_compressed` wrote, from the header of the file: masks, places and scales included.
+    Counts the bytes of a file that `save_compressed` wrote, from its header; includes masks, positions and scales.
+
+    Args:
+        dirpath: the folder with the file.
 
     Raises:
-        ValueError: there is no such file, or it is damaged.
+        ValueError: the file does not exist, is damaged, or was not written by `save_compressed`.
     """
     path = Path(dirpath) / FILE
     layout = packed_layout(path)

@@ -14,6 +14,7 @@ from torch.sparse import SparseSemiStructuredTensor
 from prune_callbacks.anatomy.blocks import find_blocks
 from prune_callbacks.anatomy.finding import find_targets, sparse_experts
 from prune_callbacks.deploy.backends import Backend, why_not_two_four
+from prune_callbacks.results import Result
 
 CHECK_TOKENS = (64, 13)
 """Layers are verified on this many tokens: the kernels want multiples of 8 or 16 and pad the rest."""
@@ -22,7 +23,7 @@ EXPERTS = "it holds the weights of several layers (experts) in one tensor, and 2
 
 
 @dataclass(frozen=True)
-class Conversion:
+class Conversion(Result):
     """
     What a conversion did.
 

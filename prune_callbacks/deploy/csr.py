@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prune_callbacks.anatomy.blocks import find_blocks
 from prune_callbacks.anatomy.finding import find_targets, sparse_experts
+from prune_callbacks.results import Result
 
 DTYPES = (torch.float32, torch.float64)
 """What torch multiplies CSR matrices in on a CPU; half precision is not implemented."""
@@ -50,7 +51,7 @@ class CSRLinear(nn.Linear):
 
 
 @dataclass(frozen=True)
-class CSRReport:
+class CSRReport(Result):
     """
     What a conversion to CSR did to the bytes of the weights.
 

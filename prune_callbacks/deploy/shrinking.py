@@ -18,7 +18,7 @@ from prune_callbacks.storage.model_folder import from_state, savable
 
 
 @torch.no_grad()
-def shrink(model: nn.Module, masks: Mapping[str, Tensor], blocks: str | None = None) -> PreTrainedModel:
+def shrink(model: nn.Module, masks: Mapping[str, Tensor], *, blocks: str | None = None) -> PreTrainedModel:
     """
     A smaller model without the channels and heads whose columns are zero in the layer that reads them.
 

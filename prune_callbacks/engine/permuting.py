@@ -22,6 +22,7 @@ from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.engine.sharing import share_weights
 from prune_callbacks.pruners import Wanda
 from prune_callbacks.ranks import ALONE, Ranks
+from prune_callbacks.results import Result
 from prune_callbacks.solvers.permutation import channel_permutation, kept_score
 from prune_callbacks.solvers.statistics import Statistic
 from prune_callbacks.sparsity import NM
@@ -29,7 +30,7 @@ from prune_callbacks.sparsity.questions import kept_of_group
 
 
 @dataclass(frozen=True)
-class Permuted:
+class Permuted(Result):
     """
     What permuting did for a layer: shares of its score `(|W_ij| ||X_j||)^2` that N:M keeps.
 

@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from prune_callbacks.pruners import Pruner
+from prune_callbacks.results import Result
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.sparsity.questions import removes_single_weights
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class LayerReport(Result):
     """
     One pruned layer.
 
@@ -36,7 +37,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class PruneReport:
+class PruneReport(Result):
     """
     What `prune_sequentially` did.
 

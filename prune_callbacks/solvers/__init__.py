@@ -1,4 +1,4 @@
-"""How survivors are scored, compensated and rounded: statistics, linear algebra, one solver a file. Tensors only."""
+"""Calibration statistics, linear algebra, and the solvers (one per file) that prune, compensate and round tensors."""
 
 from prune_callbacks.solvers.gptq import Grid
 from prune_callbacks.solvers.linalg import DampedGram, NumericalError

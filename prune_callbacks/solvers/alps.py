@@ -1,4 +1,4 @@
-"""ALPS (Meng et al. 2024): the mask and the weights sought together, by ADMM, then the exact weights for that mask."""
+"""ALPS (Meng et al. 2024): searches mask and weights together by ADMM, then solves for the weights of that mask."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,13 @@ from prune_callbacks.solvers.sparsegpt import Choose
 from prune_callbacks.solvers.split import product_dtype
 
 PENALTIES = (0.35, 0.7)
-"""The penalty of ADMM in two stages, as a fraction of each feature's diagonal in H."""
+"""The penalties of ADMM's two stages, as fractions of each feature's diagonal entry of H."""
 
 STEPS = 4
-"""Steps with each penalty."""
+"""ADMM steps with each penalty."""
 
 START = 0.05
-"""How near to the optimum, as a fraction of the loss, the solution is that the search starts from."""
+"""The tolerance of the solution that the search starts from: its distance from the optimum, relative to the loss."""
 
 
 def alps(
@@ -32,27 +32,27 @@ def alps(
     """
     Prunes and compensates one layer, or several that share their input, stacked.
 
-    Equivalent to ADMM on `min (X - W) H (X - W)^T` subject to `X = D` and D having the pattern, followed by exact
-    least squares on the support of D. Differs from the paper's in what it costs: it starts from the solution for
-    the mask of eq. 14 of MRP and from its multipliers, where the paper starts from the dense weights; it weighs the
-    penalty by the diagonal of H, so that a few steps at two penalties do what takes the paper's schedule dozens; a
-    step is one product with `(H + penalty)^-1`, in bfloat16 where that is faster, and no eigendecomposition is made.
+    Equivalent to ADMM on `min (X - W) H (X - W)^T` subject to `X = D`, with D having the pattern, followed by exact
+    least squares on the support of D. It is cheaper than the paper's ADMM in three ways. It starts from the solution
+    for the mask of MRP's eq. 14 and its multipliers; the paper starts from the dense weights. It scales the penalty by
+    the diagonal of H, so that a few steps at two penalties replace dozens of steps of the paper's schedule. A step is
+    one product with `(H + penalty)^-1`, in bfloat16 where that is faster, without an eigendecomposition.
 
-    A layer's loss, with the damping's part or without, is never above that of `mrp_sm` with `block_size=None`, up to
-    that function's tolerance: if the search does not surely win, that solution is computed too and compared.
+    A layer's loss, with or without the damping term, is never above that of `mrp_sm` with `block_size=None`, up to
+    that function's tolerance. Unless a bound proves this, the `mrp_sm` solution is computed too and the better kept.
 
     Args:
-        weight: dense weights.
+        weight: dense weights, (out, in), float32 or float64.
         system: the layers' damped Gram.
-        keep_best: `Pattern.keep` of a pattern that leaves something of every row to compensate with.
-        heights: the numbers of rows of the layers that are stacked in `weight`; None: it is one layer.
+        keep_best: `Pattern.keep` of a pattern that never removes a whole row, which could not be compensated.
+        heights: the numbers of rows of the layers that are stacked in `weight`; None: a single layer.
     """
     dense = weight * (~system.dead).to(weight)
     solution = MaskedLeastSquares(dense, system, heights)
     first = keep_best(eq_14(dense, system), 0)
     solution.restrict(first)
     solution.descend(START)
-    # What MRP's loss is at least. The damping's part of it is not known as well, so it gets a margin.
+    # A lower bound on MRP's loss. Its damping term is known less precisely, hence the margin below.
     least = solution.loss - solution.certify()
     penalty = solution.penalty()
     keep = _search(dense, system, keep_best, solution.weight, first, solution.gradient * (~first).to(dense))
@@ -61,7 +61,7 @@ def alps(
     found, loss, undamped = solution.weight, solution.loss, solution.undamped()
     if bool(((loss <= least) & (undamped <= least - 1.2 * penalty)).all()):
         return Solved(found, keep, undamped)
-    del solution  # several arrays of the weights' size, and another such is coming
+    del solution  # frees several arrays of the weights' size before the next such solution
     other = MaskedLeastSquares(dense, system, heights)
     other.restrict(first)
     other.solve()
@@ -74,17 +74,17 @@ def alps(
 def _search(
     dense: Tensor, system: DampedGram, keep_best: Choose, sparse: Tensor, keep: Tensor, multiplier: Tensor
 ) -> Tensor:
-    """ADMM from a sparse solution and the multipliers of what is removed; the mask it ends with."""
+    """Runs ADMM from a sparse solution and the multipliers of its removed weights; returns the final mask."""
     diagonal = system.matrix.diagonal()
     for penalty in PENALTIES:
         weights = penalty * diagonal
         inverse = ridge_inverse(system.matrix, weights).to(product_dtype(dense))
         for _ in range(STEPS):
             force = (dense - sparse).mul_(weights).add_(multiplier)
-            # X = W - (V + weights (W - D)) (H + weights)^-1 is the least of the augmented Lagrangian; X + V / weights
-            # is then split: its largest are the new D, the rest the new V.
+            # X = W - (V + weights (W - D)) (H + weights)^-1 minimises the augmented Lagrangian. X + V / weights is
+            # then split: its largest entries are the new D, the others give the new V.
             x = torch.addcdiv(dense, multiplier, weights).sub_(force.to(inverse.dtype) @ inverse)
             keep = keep_best(x.square().mul_(diagonal), 0)
-            sparse = keep.to(x.dtype).mul_(x)  # a product with booleans takes several times as long
+            sparse = keep.to(x.dtype).mul_(x)  # a product with booleans is several times slower
             multiplier = x.sub_(sparse).mul_(weights)
     return keep

@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al. 2022): rounding to a grid in SparseGPT's sweep, every error pushed onto the columns to come."""
+"""GPTQ (Frantar et al. 2022): rounds to a grid in SparseGPT's sweep, compensating errors in the later columns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,21 +12,24 @@ from prune_callbacks.solvers.solved import Solved
 from prune_callbacks.solvers.sparsegpt import Choose, masked, sweep, sweep_block
 
 CLIPS = torch.linspace(1.0, 0.5, 26)
-"""Shares of the largest magnitude that are tried as the end of a grid."""
+"""Fractions of the largest magnitude that are tried as the largest value of a grid."""
 
 
 @dataclass(frozen=True)
 class Grid:
     """
-    Whole multiples of a scale, symmetric about zero, so that zero stays zero.
+    A symmetric grid of whole multiples of a scale; zero lies on it, so pruned weights stay zero.
 
-    A weight is `scale * code` with a code in `-(2^(bits-1) - 1) .. 2^(bits-1) - 1`. A scale serves `group_size`
-    neighbouring input features of one output row (the last group may be smaller), or the whole row; scales have the 11
-    significant bits of float16, in which they are stored.
+    A weight is `scale * code` with a code in `-(2^(bits-1) - 1) .. 2^(bits-1) - 1`. One scale serves a group of
+    `group_size` neighbouring input features of one output row (the last group may be smaller), or the whole row.
+    Scales are stored in float16, so they have 11 significant bits.
 
     Args:
-        bits: of a code, 2 to 8.
-        group_size: input features that share a scale; None: all of a row.
+        bits: bits of a code, 2 to 8.
+        group_size: input features that share a scale; None: all features of a row.
+
+    Raises:
+        ValueError: `bits` or `group_size` is out of range.
     """
 
     bits: int = 4
@@ -40,25 +43,28 @@ class Grid:
 
     @property
     def largest(self) -> int:
-        """The largest code."""
+        """Returns the largest code."""
         return int(2 ** (self.bits - 1) - 1)
 
     def width(self, in_features: int) -> int:
-        """Input features that share a scale."""
+        """Returns the number of input features that share a scale."""
         return min(self.group_size or in_features, in_features)
 
     def groups(self, in_features: int) -> int:
-        """Scales of a row."""
+        """Returns the number of scales of a row."""
         return -(-in_features // self.width(in_features))
 
     def fit(
         self, weight: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None = None
     ) -> Float[Tensor, " out"]:
         """
-        The scale for every row, all of whose weights share one; representable in float16, in the weight's dtype.
+        Returns one scale for each row, in the weight's dtype and representable in float16; 1 for a row of zeros.
 
-        Of the ends of the grid that `CLIPS` names, that with the least squared error, weighted by `importance`; 1 for a
-        row of zeros.
+        Of the clipping fractions in `CLIPS` it takes the one of least squared error, weighted by `importance`.
+
+        Args:
+            weight: one group of every row.
+            importance: the weight of each input feature's squared error; None: 1.
 
         Raises:
             ValueError: a scale is too large for float16.
@@ -77,19 +83,20 @@ class Grid:
         return best
 
     def codes(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """The nearest codes, as floats; shapes broadcast."""
+        """Returns the nearest codes, as floats; shapes broadcast."""
         return (weight / scale).round_().clamp_(-self.largest, self.largest)
 
     def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """The nearest points of the grid; shapes broadcast."""
+        """Returns the nearest points of the grid; shapes broadcast."""
         return self.codes(weight, scale).mul_(scale)
 
     def encode(self, weight: Float[Tensor, "out in"], scale: Float[Tensor, "out groups"]) -> Int8[Tensor, "out in"]:
         """
-        The codes of weights that lie on the grid.
+        Returns the codes of weights that lie on the grid.
 
         Raises:
-            ValueError: a weight does not lie on the grid, to the rounding of its dtype, or the scales are of another.
+            ValueError: a weight does not lie on the grid, up to the rounding of its dtype, or the shape of the scales
+                belongs to another grid.
         """
         if scale.shape != (len(weight), self.groups(weight.shape[1])):
             raise ValueError(
@@ -109,16 +116,16 @@ class Grid:
     def decode(
         self, codes: Int8[Tensor, "out in"], scale: Float[Tensor, "out groups"], dtype: torch.dtype
     ) -> Float[Tensor, "out in"]:
-        """`scale * code`, in float32 and then in `dtype`: the inverse of `encode`."""
+        """Returns `scale * code`, computed in float32 and cast to `dtype`: the inverse of `encode`."""
         return (codes.float() * self.spread(scale, codes.shape[1]).float()).to(dtype)
 
     def spread(self, scale: Float[Tensor, "out groups"], in_features: int) -> Float[Tensor, "out in"]:
-        """The scale of every weight."""
+        """Returns the scale of every weight."""
         return scale.repeat_interleave(self.width(in_features), 1)[:, :in_features]
 
 
 def round_to_nearest(weight: Float[Tensor, "out in"], grid: Grid) -> tuple[Tensor, Tensor]:
-    """Every weight at the nearest point of its group's grid, and the scales: what GPTQ is measured against."""
+    """Rounds every weight to the nearest point of its group's grid, the baseline of GPTQ; returns weights and scales."""
     scale = torch.stack([grid.fit(part) for part in weight.split(grid.width(weight.shape[1]), 1)], 1)
     return grid.rounded(weight, grid.spread(scale, weight.shape[1])), scale
 
@@ -134,28 +141,34 @@ def gptq(
     heights: Sequence[int] | None = None,
 ) -> Solved:
     """
-    Rounds what `choose` keeps and removes the rest, in one sweep.
+    Rounds the weights that `choose` keeps and removes the others, in one sweep.
 
     Equivalent to Optimal Brain Surgeon applied to one column after another, left to right: the column is set to its
-    nearest point of the grid, or to zero, and the error pushed onto the columns on its right (Frantar et al. 2022, eq.
-    2 and 3; with a mask chosen on the way, the joint sparsification and quantization of Frantar & Alistarh 2023). A
-    group's scales are fitted when the sweep reaches it, to its survivors as they would be without rounding inside of
-    the group, by what their errors cost.
+    nearest point of the grid, or to zero, and its error is compensated in the columns on its right (Frantar et al.
+    2022, eq. 2 and 3). Where `choose` picks the mask during the sweep, it is the joint sparsification and quantization
+    of Frantar & Alistarh 2023.
+
+    A group's scales are fitted when the sweep reaches it. They are fitted to the survivors as pruning alone, without
+    rounding inside the group, would leave them. Each column's error is weighted by its cost after compensation.
 
     Args:
-        weight: dense weights, or pruned ones whose mask `choose` repeats.
+        weight: dense weights, or pruned ones whose mask `choose` repeats; (out, in), float32 or float64.
         system: their damped Gram.
-        choose: the mask of a slice of columns, from SparseGPT's scores `W_ij^2 / U_jj^2` and the number of the first.
+        choose: returns the mask of a slice of columns, given SparseGPT's scores `W_ij^2 / U_jj^2` and the index of the
+            slice's first column.
         step: columns whose mask is chosen together.
-        block_size: columns that are updated together; a multiple of `step`. A group must lie in one block, or begin
-            where one does.
-        grid: what is rounded to.
-        unseen: weights that give the scales to groups whose features are all dead; None: such weights become 0, and no
-            scale matters.
-        heights: the numbers of rows of the layers that are stacked in `weight`; None: it is one layer.
+        block_size: columns that are updated together; a multiple of `step`. A group must lie inside one block, or
+            begin at the first column of one.
+        grid: the grid to round to.
+        unseen: weights that determine the scales of groups whose features are all dead; None: the weights of such
+            groups become 0 and their scales do not matter.
+        heights: the numbers of rows of the layers that are stacked in `weight`; None: a single layer.
 
     Returns:
-        The result, whose `loss` is that against `weight`, and whose scales are in the weight's dtype.
+        The result. Its `loss` is taken against `weight`; its scales, (out, groups), are in the weight's dtype.
+
+    Raises:
+        ValueError: a scale is too large for float16.
     """
     scales: list[Tensor] = []
     width = grid.width(weight.shape[1])
@@ -166,11 +179,11 @@ def gptq(
 
     def settle(j: int, ahead: Tensor, kept: Tensor) -> Tensor:
         if j % width == 0:
-            # Pruning makes survivors grow: the grid must reach as far as they will.
+            # Compensation for pruning makes survivors grow, and the grid must reach their final values.
             foreseen, part = ahead[:width].clone(), slice(j, j + width)
             if bool((foreseen * ~mask(foreseen.T, j).T).any()):
                 sweep_block(foreseen, factor[part, part], foreseen.bool(), mask, min(step, width), masked, j)
-            # What rounding a column costs once those behind it make up for it.
+            # The loss of a column's rounding error once the later columns have compensated it.
             cost, dead = diagonal[part].square().reciprocal(), system.dead[part]
             if unseen is not None and bool(dead.all()):
                 foreseen = unseen.T[part]

@@ -1,4 +1,4 @@
-"""Least squares under a fixed mask, for all rows at once, to a certified distance from the optimum."""
+"""Least squares under a fixed mask, for all rows at once, to within a certified distance of the optimum."""
 
 import warnings
 from collections.abc import Sequence
@@ -13,45 +13,51 @@ from prune_callbacks.solvers.split import split
 
 class MaskedLeastSquares:
     """
-    The weights of least `(w - dense) H (w - dense)^T` in every row that are zero outside a mask.
+    Solver for the weights, zero outside a mask, that minimise `(w - dense) H (w - dense)^T` in every row.
 
     Equivalent to `w_S = H_SS^-1 (H dense)_S` row by row (Zhao et al. 2024, eq. 13, written as ridge least squares on
-    the kept set S). Computed by conjugate gradients on all rows at once, so that the cost is matrix products and no
-    row needs a factorisation of its own.
+    the kept set S). Computed by conjugate gradients on all rows at once: the cost is matrix products, and no row needs
+    a factorisation of its own.
 
     The preconditioner is the inverse of `M_SS`, with `M` the diagonal and low-rank part of H, by Woodbury's identity
-    in every row (`Split`). On Grams of SmolLM2's layers it takes 4 to 8 steps to 0.1 % of the optimum where a Jacobi
-    preconditioner takes 9 to 35 or does not get there. The steps' products are inexact (bfloat16) where that is
-    faster; the residual that is judged in the end never is.
+    in every row (`Split`). On Grams of SmolLM2's layers it needs 4 to 8 steps to come within 0.1 % of the optimum; a
+    Jacobi preconditioner needs 9 to 35 or never gets there. The products of the steps are inexact (bfloat16) where
+    that is faster. The residual that certifies the result is always exact.
 
     Layers that share their input may be stacked: one factorisation and one product then serve all their rows, and
-    every layer converges to the distance asked for.
+    every layer converges to the requested tolerance.
+
+    Args:
+        dense: dense weights, (out, in), float32 or float64.
+        system: the layers' damped Gram.
+        heights: the numbers of rows of the layers that are stacked in `dense`; None: a single layer.
 
     Attributes:
-        weight: the solution so far, (out, in), zero outside the mask.
-        gradient: `(dense - weight) H`, (out, in), for all features, kept or not; to the precision of the products.
-        loss: `(weight - dense) H (weight - dense)^T` summed over the rows of each layer, (layers,), likewise.
-        excess: how far the loss lies above the optimum for the mask, (layers,), as estimated by `descend`.
-        tolerance: a fit distance from the optimum for weights of this dtype, as a fraction of the loss.
+        weight: the current solution, (out, in), zero outside the mask.
+        gradient: `(dense - weight) H`, (out, in), for all features, kept or not; as precise as the products.
+        loss: `(weight - dense) H (weight - dense)^T` summed over the rows of each layer, (layers,), float64; as
+            precise as the products.
+        excess: the loss minus the optimum for the mask, (layers,), float64, as estimated by `descend`.
+        tolerance: the default tolerance for weights of this dtype: an excess as a fraction of the loss.
     """
 
     def __init__(
         self, dense: Float[Tensor, "out in"], system: DampedGram, heights: Sequence[int] | None = None
     ) -> None:
-        """`heights` are the numbers of rows of the stacked layers; None: one layer."""
+        """Begins at the dense weights; `restrict` must set a mask before the other methods are called."""
         self.dense = dense
         self.system = system
         self.heights = [len(dense)] if heights is None else list(heights)
         self.split = system.split
-        # The undamped loss is not stationary at the solution, so it is off by more than the damped one: on SmolLM2's
-        # layers and on synthetic ones by less than 0.1 % where this is 2e-4.
+        # The undamped loss is not stationary at the solution, so its error exceeds that of the damped loss. At a
+        # tolerance of 2e-4 it is below 0.1 % on SmolLM2's layers and on synthetic ones.
         self.tolerance = 2e-4 if dense.dtype == torch.float32 else 1e-15
         self.weight = dense.clone()
         self.gradient = torch.zeros_like(dense)
         self.loss = self.excess = dense.new_zeros(len(self.heights), dtype=torch.float64)
 
     def restrict(self, keep: Bool[Tensor, "out in"]) -> None:
-        """Sets the mask, and takes the step that would be exact if H were M."""
+        """Sets the mask, (out, in), True = kept, and takes the step that would be exact if H were M."""
         self.kept = (keep & ~self.system.dead).to(self.dense.dtype)
         self.inverse = self.split.restricted(self.kept)
         basis = self.split.basis
@@ -63,11 +69,11 @@ class MaskedLeastSquares:
 
     def descend(self, tolerance: Tensor | float, max_iterations: int = 500) -> bool:
         """
-        Conjugate gradients until the excess of the loss over the optimum is about `tolerance` of the loss.
+        Runs conjugate gradients until the excess of the loss over the optimum is about `tolerance` of the loss.
 
-        The excess is taken to be `r M_SS^-1 r^T`, a quantity that the iteration computes anyway; on Grams of
-        SmolLM2's layers it is 0.7 to 1.1 of the true excess. Returns False, having stopped early, where inexact
-        products have used up their digits or left the matrix indefinite.
+        The excess is estimated by `r M_SS^-1 r^T`, which the iteration computes anyway. On Grams of SmolLM2's layers
+        the estimate is 0.7 to 1.1 times the true excess. Returns False if it stopped early: the inexact products ran
+        out of precision, or made the matrix indefinite.
         """
         residual = self.gradient * self.kept
         scaled = self.inverse(residual)
@@ -86,7 +92,7 @@ class MaskedLeastSquares:
             curvature = torch.linalg.vecdot(direction, image)[:, None]
             if bool(((curvature <= 0) & (energy > floor.max())).any()):
                 return False
-            length = torch.where(curvature > 0, energy / curvature, 0)  # a finished row rests
+            length = torch.where(curvature > 0, energy / curvature, 0)  # converged rows do not move
             self.weight.addcmul_(length, direction)
             self.gradient.addcmul_(length, image, value=-1)
             self.loss = self.loss - self._by_layer(length * energy)
@@ -97,13 +103,13 @@ class MaskedLeastSquares:
         return False
 
     def approach(self, tolerance: float) -> None:
-        """Descends to about `tolerance`, uncertified; with exact products if inexact ones do not get there."""
+        """Descends to about `tolerance`, uncertified; switches to exact products if inexact ones do not reach it."""
         if not self.descend(tolerance):
             self._go_on_exactly()
             self.descend(tolerance)
 
     def certify(self) -> Float[Tensor, " layers"]:
-        """Computes gradient and loss anew, with exact products, and returns a bound on the excess of the loss."""
+        """Recomputes gradient and loss with exact products; returns an upper bound on the excess of each layer's loss."""
         self._refresh()
         return self._by_layer(self.system.excess_bound(self.gradient * self.kept, self.split.remainder.dtype))
 
@@ -111,9 +117,9 @@ class MaskedLeastSquares:
         """
         Descends until the excess of the loss is certified to be at most `tolerance` of the loss, in every layer.
 
-        Or to be below the rounding of the loss that the removed weights would cost uncompensated. Warns, with the
-        certified bound, if rounding errors or `max_rounds` come before either. Never ends at a larger loss than the
-        dense weights under the mask have.
+        It also stops where the excess is below the rounding error of the uncompensated loss of the removed weights.
+        If neither is reached within `max_rounds` or the available precision, it warns and reports the certified bound.
+        The final loss is never above that of the masked dense weights.
         """
         tolerance = self.tolerance if tolerance is None else tolerance
         removed = self.dense * (1 - self.kept)
@@ -122,7 +128,7 @@ class MaskedLeastSquares:
         for _ in range(max_rounds):
             self.descend(aim)
             bound = self.certify()
-            # Written so that NaN is never taken for convergence, nor for progress.
+            # Written so that NaN counts neither as convergence nor as progress.
             missed = ~(bound <= tolerance * self.loss + rounding)
             if not bool(missed.any()):
                 return
@@ -147,18 +153,18 @@ class MaskedLeastSquares:
 
     def _go_on_exactly(self) -> None:
         """
-        Takes products as exact as the weights from here on, and more directions into M.
+        Switches to products in the weights' dtype and to a larger basis of M.
 
-        For matrices too ill-conditioned for inexact products, as Grams of fewer tokens than features are.
+        Some matrices are too ill-conditioned for inexact products, such as Grams of fewer tokens than features.
         """
         if not self._exact:
             self.split = split(self.system.matrix, rank=128, dtype=self.dense.dtype)
-            del self.inverse  # the new one is large
+            del self.inverse  # frees it before the new one, which is large
             self.inverse = self.split.restricted(self.kept)
         self._fall_back()
 
     def _fall_back(self) -> None:
-        """To the dense weights under the mask, in layers where they are better than what was reached."""
+        """Resets layers to their masked dense weights where these have a lower loss than the current solution."""
         self._refresh()
         removed = self.dense * (1 - self.kept)
         masked = self._by_layer(torch.linalg.vecdot(removed @ self.system.matrix, removed))
@@ -168,27 +174,27 @@ class MaskedLeastSquares:
             self._refresh()
 
     def by_row(self, of_layers: Tensor) -> Tensor:
-        """A value of each layer, repeated for each of its rows."""
+        """Repeats a value of each layer, (layers,), for each of its rows; returns shape (out,)."""
         return of_layers.repeat_interleave(torch.tensor(self.heights, device=of_layers.device))
 
     def undamped(self) -> Float[Tensor, " layers"]:
-        """The loss without the damping's part, `(weight - dense) G (weight - dense)^T`."""
+        """Returns the loss of each layer without its damping term, `(weight - dense) G (weight - dense)^T`."""
         return self.loss - self.penalty()
 
     def undamped_of_rows(self) -> Float[Tensor, " out"]:
-        """The loss of every row without the damping's part, as `undamped`."""
+        """Returns the loss of every row without its damping term; `undamped` is its sum over a layer's rows."""
         change = self.weight - self.dense
         energy: Tensor = torch.linalg.vecdot(change, self.gradient)
         penalty: Tensor = torch.linalg.vecdot(change, change)
         return -energy - self.system.ridge * penalty
 
     def penalty(self) -> Float[Tensor, " layers"]:
-        """The damping's part of the loss."""
+        """Returns the damping term of each layer's loss, `ridge * |weight - dense|^2`."""
         change = self.weight - self.dense
         return self.system.ridge * self._by_layer(torch.linalg.vecdot(change, change))
 
     def _refresh(self) -> None:
-        """Gradient and loss of the weights as they are, by an exact product."""
+        """Recomputes gradient and loss of the current weights by an exact product."""
         self._set_gradient((self.dense - self.weight) @ self.system.matrix)
 
     def _set_gradient(self, gradient: Float[Tensor, "out in"]) -> None:

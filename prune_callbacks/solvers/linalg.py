@@ -14,20 +14,20 @@ CHOLESKY_ATTEMPTS = 4
 
 
 class NumericalError(ValueError):
-    """A factorisation or a solve failed; the text says what was tried. Nothing was changed."""
+    """Raised if a factorisation or a solve fails; its text says what was tried. No weight has been changed then."""
 
 
 @dataclass(frozen=True)
 class DampedGram:
     """
-    `H = G + damping * mean(diag G) * I` and the factor of its inverse.
+    The damped Gram `H = G + damping * mean(diag G) * I` and the factor of its inverse.
 
     Attributes:
-        matrix: `H`, shape (in, in). Rows and columns of dead features are those of the identity, scaled.
-        inverse_factor: `U`, upper triangular with `H^-1 = U^T U`: the factor that SparseGPT sweeps with.
-        dead: features that no token activated (`G_jj = 0`): their weights do nothing and become 0.
-        damping: the fraction that was used, larger than asked for if the first factorisation failed.
-        ridge: what was added to the diagonal.
+        matrix: `H`, (in, in). Rows and columns of dead features are those of the scaled identity.
+        inverse_factor: `U`, (in, in), upper triangular with `H^-1 = U^T U`: the factor of SparseGPT's sweep.
+        dead: marks the features that no token activated (`G_jj = 0`), (in,). Their weights have no effect and become 0.
+        damping: the fraction that was used; larger than requested if the first factorisation failed.
+        ridge: the number added to the diagonal, `damping * mean(diag G)`.
     """
 
     matrix: Float[Tensor, "in in"]
@@ -38,29 +38,29 @@ class DampedGram:
 
     @cached_property
     def inverse_diagonal(self) -> Float[Tensor, " in"]:
-        """`diag(H^-1)`."""
+        """Returns `diag(H^-1)`."""
         return self.inverse_factor.square().sum(0)
 
     def inverse_blocks(self, size: int) -> Float[Tensor, "blocks size size"]:
-        """The squares of `H^-1` along its diagonal, for groups of `size` neighbouring features."""
+        """Returns the diagonal blocks of `H^-1`, one for each group of `size` neighbouring features."""
         columns = self.inverse_factor.unflatten(1, (-1, size))
         return torch.einsum("iga,igb->gab", columns, columns)
 
     @cached_property
     def split(self) -> "Split":
-        """`H` as a diagonal, a low-rank part and a remainder; see `prune_callbacks.solvers.split`."""
-        # The rounding of inexact products must stay below the smallest eigenvalues, which the damping sets.
+        """Returns `H` as the sum of a diagonal, a low-rank part and a remainder; see `prune_callbacks.solvers.split`."""
+        # The rounding errors of inexact products must stay below the smallest eigenvalue, which the damping sets.
         return split(self.matrix, dtype=None if self.damping >= 0.005 else self.matrix.dtype)
 
     def excess_bound(
         self, residual: Float[Tensor, "out in"], dtype: torch.dtype | None = None
     ) -> Float[Tensor, " out"]:
         """
-        `r H^-1 r^T` of every row, for residuals that are zero outside the row's kept set S.
+        Computes `r H^-1 r^T` for every row r of residuals that are zero outside the row's kept set S.
 
-        It bounds from above how far a loss lies above the optimum for the mask, which is `r H_SS^-1 r^T`:
+        It is an upper bound on the excess of the row's loss over the optimum for the mask, `r H_SS^-1 r^T`, because
         `(H^-1)_SS - H_SS^-1` is positive semidefinite (Schur complement). The product is taken in `dtype` (None: the
-        residual's); the rounding errors of a coarser one add to the sum, and 1 % is added for them.
+        residual's). For the rounding errors of a coarser dtype 1 % is added.
         """
         dtype = residual.dtype if dtype is None else dtype
         factor, rounded = self.inverse_factor.to(dtype), residual.to(dtype)
@@ -76,10 +76,15 @@ def damp(gram: Float[Tensor, "in in"], damping: float) -> DampedGram:
     """
     Damps a Gram and factorises it.
 
-    Equivalent to `torch.linalg.cholesky(torch.linalg.inv(H), upper=True)`, by one Cholesky factorisation of
+    Equivalent to `torch.linalg.cholesky(torch.linalg.inv(H), upper=True)`. Computed by one Cholesky factorisation of
     `H` with its order reversed and one triangular inverse, so that no inverse is ever factorised.
 
-    A failed factorisation is repeated with ten times the damping, with a warning, at most three times.
+    If the factorisation fails, it is repeated with ten times the damping, at most three times, and a warning reports
+    the damping used.
+
+    Args:
+        gram: `G`, (in, in), float32 or float64.
+        damping: the fraction of `mean(diag G)` to add to the diagonal.
 
     Raises:
         NumericalError: the Gram holds NaN or inf, or could not be factorised.
@@ -100,10 +105,10 @@ def damp(gram: Float[Tensor, "in in"], damping: float) -> DampedGram:
         # H = R R^T with R upper triangular is the Cholesky factorisation of H read backwards; U = R^-1.
         lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
         if int(info) == 0 and all_finite(lower):
-            # Every copy of a wide layer's Gram weighs: one is let go before the next is made, or written over.
+            # Copies of a wide layer's Gram are large: each is freed or overwritten before the next is made.
             factor = lower.flip(0, 1)
             del lower
-            # Transposed, it has the layout of the solution.
+            # Transposed, it has the memory layout of the solution, which overwrites it.
             identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device).T
             inverse_factor = torch.linalg.solve_triangular(factor, identity, upper=True, out=identity)
             if attempt:
@@ -118,7 +123,7 @@ def damp(gram: Float[Tensor, "in in"], damping: float) -> DampedGram:
 
 
 def ridge_inverse(matrix: Float[Tensor, "in in"], added: Float[Tensor, " in"]) -> Float[Tensor, "in in"]:
-    """`(H + diag(added))^-1` of a positive definite H, by a Cholesky factorisation."""
+    """Computes `(H + diag(added))^-1` of a positive definite H, by a Cholesky factorisation."""
     regular = matrix.clone()
     regular.diagonal().add_(added)
     return torch.cholesky_inverse(torch.linalg.cholesky(regular))
@@ -126,9 +131,9 @@ def ridge_inverse(matrix: Float[Tensor, "in in"], added: Float[Tensor, " in"]) -
 
 def quadratic_form(rows: Float[Tensor, "rows in"], gram: Float[Tensor, "in in"]) -> float:
     """
-    Computes `sum over rows of r G r^T`, the squared norm of what rows of weights make of the inputs.
+    Computes `sum over rows of r G r^T`, the squared norm of the outputs of weights `rows` on G's inputs.
 
-    G is symmetric: products with what lies left of its diagonal are not made. Sums are added up in float64.
+    G is symmetric, so products with the part left of its diagonal are skipped. Sums are accumulated in float64.
     """
     total, size = torch.zeros((), dtype=torch.float64, device=rows.device), len(gram)
     for a in range(0, size, step := max(64, -(-size // 8))):
@@ -140,5 +145,5 @@ def quadratic_form(rows: Float[Tensor, "rows in"], gram: Float[Tensor, "in in"])
 
 
 def all_finite(x: Tensor) -> bool:
-    """Whether no number is NaN or inf, in one pass and without a copy."""
+    """Returns whether no number is NaN or inf, in one pass and without a copy."""
     return x.numel() == 0 or all(bool(torch.isfinite(end)) for end in torch.aminmax(x))

@@ -1,8 +1,8 @@
 """
-MRP, the multiple removal problem (Zhao et al. 2024): remove whole sets of weights, compensate exactly.
+MRP, the multiple removal problem (Zhao et al. 2024): removes whole sets of weights and compensates exactly.
 
-Of a variant's two letters the first says how the mask is chosen, the second how the survivors are compensated; S
-treats removed weights one at a time, M all at once. SS is SparseGPT.
+The first letter of a variant says how the mask is chosen, the second how the survivors are compensated. S treats
+removed weights one at a time, M all at once. SS is SparseGPT.
 """
 
 import itertools
@@ -19,13 +19,14 @@ from prune_callbacks.solvers.solved import Solved, sum_by_layer
 from prune_callbacks.solvers.sparsegpt import Choose, sweep
 
 CHUNK = 2**24
-"""How many weights `mask_m` scores at once; it holds a few numbers for each."""
+"""How many weights `mask_m` scores at once; it needs a few numbers of memory for each."""
 
 AT_ONCE = 2**27
 """
 How many weights are solved for at once: half a gigabyte for each array of the solver in float32.
 
-Rows of one mask are independent, so more of them make no product faster; a 70B model's gate_proj has twice as many.
+Rows are independent under a mask, and more rows at once would be no faster. A 70B model's gate_proj has twice as many
+weights.
 """
 
 
@@ -39,16 +40,16 @@ def mrp_sm(
     """
     Prunes and compensates one layer: mask S, compensation M.
 
-    Equivalent to choosing, block of columns after block of columns, the mask of the largest
-    `W_ij^2 / [H^-1]_jj` (eq. 14), and after each block solving eq. 13 with the mask of all blocks so far, which
-    changes **all** unpruned weights, those of earlier and later blocks included.
+    Equivalent to going through the blocks of columns and choosing, in each, the mask of the largest
+    `W_ij^2 / [H^-1]_jj` (eq. 14). After each block, eq. 13 is solved with the mask of all blocks so far, which changes
+    **all** unpruned weights, those of earlier and later blocks included.
 
     Args:
-        weight: dense weights.
+        weight: dense weights, (out, in), float32 or float64.
         system: the layer's damped Gram.
-        keep_best: `Pattern.keep` of a pattern that leaves something of every row to compensate with.
+        keep_best: `Pattern.keep` of a pattern that never removes a whole row, which could not be compensated.
         block_size: columns per block; None is the paper's `S = all`.
-        heights: the numbers of rows of the layers that are stacked in `weight`; None: it is one layer.
+        heights: the numbers of rows of the layers that are stacked in `weight`; None: a single layer.
     """
 
     def choose(current: Tensor, start: int) -> Tensor:
@@ -66,10 +67,10 @@ def mrp_mm(
     heights: Sequence[int] | None = None,
 ) -> Solved:
     """
-    Mask M, compensation M.
+    Prunes and compensates one layer to N:M: mask M, compensation M.
 
-    Equivalent to `mrp_sm` with the mask of least `w_P [(H^-1)_PP]^-1 w_P^T` (eq. 12) in every group of m, P being
-    what is removed of the group. `n` of every `m` columns are kept.
+    Equivalent to `mrp_sm` with the mask of least `w_P [(H^-1)_PP]^-1 w_P^T` (eq. 12) in every group of m, where P is
+    the set of columns removed from the group. `n` of every `m` columns are kept. For the other arguments see `mrp_sm`.
     """
     inverse = system.inverse_blocks(m)
 
@@ -89,11 +90,11 @@ def mrp_ms(
     heights: Sequence[int] | None = None,
 ) -> Solved:
     """
-    Mask M, compensation S.
+    Prunes and compensates one layer to N:M: mask M, compensation S.
 
-    Equivalent to SparseGPT with the mask of least eq. 12 in every group when the sweep reaches it, the inverse being
-    that of H over the columns not yet passed: `U_gg^T U_gg` for the group's square of SparseGPT's factor. `n` of every
-    `m` columns are kept.
+    Equivalent to SparseGPT with the mask of least eq. 12 in every group, chosen when the sweep reaches the group. Its
+    inverse is that of H over the columns not yet swept: `U_gg^T U_gg`, with `U_gg` the group's diagonal block of
+    SparseGPT's factor. `n` of every `m` columns are kept. For the other arguments see `sparsegpt`.
     """
 
     def choose(current: Tensor, start: int) -> Tensor:
@@ -104,7 +105,7 @@ def mrp_ms(
 
 
 def eq_14(current: Float[Tensor, "out columns"], system: DampedGram, start: int = 0) -> Float[Tensor, "out columns"]:
-    """The scores of mask S: `W_ij^2 / [H^-1]_jj` of a slice of columns."""
+    """Computes the scores of mask S, `W_ij^2 / [H^-1]_jj`, for a slice of columns that begins at column `start`."""
     return current.square() / system.inverse_diagonal[start : start + current.shape[1]]
 
 
@@ -112,15 +113,15 @@ def mask_m(
     weight: Float[Tensor, "out columns"], inverse: Float[Tensor, "groups m m"], n: int
 ) -> Bool[Tensor, "out columns"]:
     """
-    The subset of every group of m whose removal has the least loss `w_P [(H^-1)_PP]^-1 w_P^T`.
+    Returns the mask that keeps n of every group of m at the least removal loss `w_P [(H^-1)_PP]^-1 w_P^T`.
 
     Equivalent to trying all `C(m, n)` subsets of every group of every row (eq. 12 without its factor 1/2). Among
-    subsets of equal loss the one that keeps the lowest columns stays.
+    subsets of equal loss the one that keeps the lowest columns wins.
 
     Args:
         weight: (out, groups * m).
-        inverse: the squares of `H^-1` that belong to the groups.
-        n: how many of a group are kept.
+        inverse: the diagonal block of `H^-1` for each group.
+        n: how many columns of a group are kept.
     """
     m = inverse.shape[-1]
     removed, kept_table = (table.to(weight.device) for table in _subsets(n, m))
@@ -142,7 +143,7 @@ def mask_m(
 
 @cache
 def _subsets(n: int, m: int) -> tuple[Tensor, Tensor]:
-    """The columns that each subset of n of m removes, (subsets, m - n), and the masks, (subsets, m)."""
+    """Returns the columns that each subset of n of m removes, (subsets, m - n), and its mask, (subsets, m)."""
     removed = torch.tensor([[j for j in range(m) if j not in kept] for kept in itertools.combinations(range(m), n)])
     return removed, torch.ones(len(removed), m, dtype=torch.bool).scatter_(1, removed, False)
 
@@ -161,12 +162,12 @@ def _in_blocks(
     for a in range(0, columns, step):
         b = min(a + step, columns)
         keep[:, a:b] = choose(torch.cat([solution.weight[:, a:b] for solution in solutions]), a)
-        # What lies between two blocks only serves to choose the next block's mask.
+        # The solution between two blocks only serves to choose the next block's mask, so it is not certified.
         for solution, kept in zip(solutions if b < columns else (), masks, strict=False):
             solution.restrict(kept)
             solution.approach(2.5 * solution.tolerance)
     solved, losses = [], []
-    for kept in masks:  # each is let go before the next one is solved
+    for kept in masks:  # each solution is freed before the next one is computed
         solution = solutions.pop(0)
         solution.restrict(kept)
         solution.solve()
@@ -177,7 +178,7 @@ def _in_blocks(
 
 
 def _parts(heights: Sequence[int], most: int) -> list[list[int]]:
-    """Layers of so many rows, cut and put together to parts of at most `most` rows."""
+    """Divides layers of so many rows into parts of at most `most` rows; returns the rows of each part's layers."""
     parts: list[list[int]] = []
     for height in heights:
         for rows in [most] * (height // most) + [height % most] * (height % most > 0):

@@ -1,4 +1,4 @@
-"""Which input channels to put next to each other, so that N:M keeps more of the score (Pool & Yu 2021)."""
+"""Searches channel permutations that preserve more weight magnitude under N:M (Pool & Yu 2021)."""
 
 import torch
 from jaxtyping import Float, Int64
@@ -6,30 +6,31 @@ from torch import Tensor
 
 MOST_PASSES = 60
 ENOUGH = 2e-3
-"""The share of the lost score that `PATIENCE` passes together must bring back, or the search ends."""
+"""The fraction of the lost score that `PATIENCE` passes together must recover; otherwise the search ends."""
 PATIENCE = 5
 
 
 def kept_score(scores: Float[Tensor, "rows in"], n: int, m: int) -> float:
-    """The sum of the n largest scores of every m neighbours."""
+    """Returns the sum of the n largest scores of every group of m neighbouring columns."""
     return float(scores.unflatten(1, (-1, m)).topk(n, dim=-1).values.sum(dtype=torch.float64))
 
 
 def channel_permutation(scores: Float[Tensor, "rows in"], n: int, m: int) -> Int64[Tensor, " in"]:
     """
-    An order of the columns, `scores[:, order]`, of which N:M keeps at least as much as of the order they are in.
+    Returns an order of the columns for which N:M keeps at least as much score as for the given order.
 
-    Begins with the better of the given order and one that deals the columns out by their sums, largest first, so that
-    large ones do not meet. Then, again and again, one column is taken out of every group and all are put back where
-    they add most: with the others of a group fixed, a column adds `sum over rows of max(0, score - the n-th largest of
-    the others)`, so the best way to put them back is a linear assignment (scipy), and the kept score never falls.
-    Columns are taken out by a fixed random sequence.
+    The permuted scores are `scores[:, order]`. The search starts from the better of two orders: the given one, and one
+    that deals the columns out to the groups by falling sum, so that large columns are spread. Each pass then takes one
+    column out of every group and puts them back where they add most. With the others of a group fixed, a column adds
+    `sum over rows of max(0, score - the n-th largest of the others)`, so the best placement is a linear assignment
+    (scipy) and the kept score never falls. A fixed random sequence selects the columns to take out, so the result is
+    reproducible.
 
     Args:
-        scores: of weights; several layers, or stretches of one, whose columns must move together stand one below the
-            other.
-        n: kept of every group.
-        m: columns of a group; divides their number.
+        scores: scores of weights, (rows, in). Layers, or parts of one, whose columns must move together are stacked
+            along the rows.
+        n: columns kept in every group.
+        m: columns in a group; divides `in`.
     """
     size = scores.shape[1]
     identity = torch.arange(size, device=scores.device)
@@ -51,15 +52,15 @@ def channel_permutation(scores: Float[Tensor, "rows in"], n: int, m: int) -> Int
 
 
 def _dealt(sums: Tensor, groups: int) -> Tensor:
-    """Columns by falling sum, dealt out to groups forth and back; the groups one after another."""
+    """Deals columns of falling sum out to the groups, back and forth; returns the groups one after another."""
     rounds = sums.argsort(descending=True, stable=True).view(-1, groups)
     rounds[1::2] = rounds[1::2].flip(1)
     return rounds.T.flatten()
 
 
 def _reassign(scores: Tensor, groups: Tensor, slots: Tensor, n: int) -> None:
-    """Takes the column in `slots` out of every group and puts them back in the best way, in place."""
-    from scipy.optimize import linear_sum_assignment  # half a second, which only this function needs
+    """Takes the column at `slots` out of every group and reassigns these columns optimally, in place."""
+    from scipy.optimize import linear_sum_assignment  # imported here because the import takes half a second
 
     every = torch.arange(len(groups), device=groups.device)
     taken = groups[every, slots]
@@ -68,7 +69,7 @@ def _reassign(scores: Tensor, groups: Tensor, slots: Tensor, n: int) -> None:
     rest = groups[others].view(len(groups), -1)
     hurdle = scores[:, rest].topk(n, dim=-1).values[..., -1]
     columns = scores[:, taken]
-    # max(0, a - b) = (|a - b| + a - b) / 2, whose sum over rows is a distance.
+    # max(0, a - b) = (|a - b| + a - b) / 2, and the sum of |a - b| over rows is an L1 distance.
     distance = torch.cdist(columns.T.contiguous(), hurdle.T.contiguous(), p=1.0)
     gain = distance + columns.sum(0)[:, None] - hurdle.sum(0)
     _, places = linear_sum_assignment(gain.T.cpu().numpy(), maximize=True)

@@ -1,4 +1,4 @@
-"""What a solver returns."""
+"""The result of a solver."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,8 +16,8 @@ class Solved(NamedTuple):
         weight: the new weights, (out, in).
         keep: the mask, (out, in); True = kept.
         loss: `sum over rows of d G d^T` of every layer, with `d = weight - dense` and the undamped Gram `G`, (layers,);
-            None where the solver does not know it.
-        scale: what a weight is a whole multiple of, (out, groups), where the solver also rounds.
+            None where the solver does not compute it.
+        scale: the scale of every group of weights, (out, groups), where the solver also rounds; else None.
     """
 
     weight: Float[Tensor, "out in"]
@@ -27,6 +27,6 @@ class Solved(NamedTuple):
 
 
 def sum_by_layer(rows: Float[Tensor, " out"], heights: Sequence[int] | None) -> Float[Tensor, " layers"]:
-    """Adds up a value of each row over the rows of each stacked layer, in float64; `heights` None: one layer."""
+    """Sums a value of each row over the rows of each stacked layer, in float64; `heights` None: a single layer."""
     parts = [rows] if heights is None else rows.split(list(heights))
     return torch.stack([part.sum(dtype=torch.float64) for part in parts])

@@ -1,4 +1,4 @@
-"""SparseGPT (Frantar & Alistarh 2023): one sweep over the columns, pruning and compensating as it goes."""
+"""SparseGPT (Frantar & Alistarh 2023): prunes and compensates in one sweep over the columns."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,13 +10,13 @@ from prune_callbacks.solvers.linalg import DampedGram
 from prune_callbacks.solvers.solved import Solved, sum_by_layer
 
 Choose = Callable[[Float[Tensor, "out columns"], int], Bool[Tensor, "out columns"]]
-"""The mask of a slice of columns, from its scores or current weights and the number of its first column."""
+"""Returns the mask of a slice of columns, given its scores or current weights and the index of its first column."""
 
 Settle = Callable[[int, Float[Tensor, "columns out"], Bool[Tensor, " out"]], Float[Tensor, " out"]]
 """
-What a column becomes: from its number, the current weights from it on, one column a row, and its mask.
+Returns the final values of a column, given its index, the current weights from it on (one column per row), and its mask.
 
-Weights beyond the block that is swept are as they were before it.
+Weights beyond the current block do not yet include the block's compensation.
 """
 
 
@@ -31,17 +31,17 @@ def sparsegpt(
     """
     Prunes and compensates one layer.
 
-    Equivalent to Optimal Brain Surgeon applied to one column after another, left to right, with the error of
-    a column pushed onto the columns on its right only (Algorithm 1 of the paper). The mask of `step` columns (a
-    block, or a group of m for N:M) is chosen when the sweep reaches them, by the score `W_ij^2 / U_jj^2`.
+    Equivalent to Optimal Brain Surgeon applied to one column after another, left to right, with a column's error
+    compensated in the columns on its right only (Algorithm 1 of the paper). The mask of `step` columns (a block, or a
+    group of m for N:M) is chosen when the sweep reaches them, by the score `W_ij^2 / U_jj^2`.
 
     Args:
-        weight: dense weights; layers that share their input may be stacked.
+        weight: dense weights, (out, in), float32 or float64; layers that share their input may be stacked.
         system: their damped Gram.
         keep_best: `Pattern.keep`.
         step: columns whose mask is chosen together.
         block_size: columns that are updated together; a multiple of `step`.
-        heights: the numbers of rows of the layers that are stacked in `weight`; None: it is one layer.
+        heights: the numbers of rows of the layers that are stacked in `weight`; None: a single layer.
     """
     diagonal = system.inverse_factor.diagonal()
 
@@ -52,7 +52,7 @@ def sparsegpt(
 
 
 def masked(j: int, ahead: Float[Tensor, "columns out"], kept: Bool[Tensor, " out"]) -> Float[Tensor, " out"]:
-    """The column with its removed weights zero."""
+    """Returns the first column of `ahead` with its removed weights zeroed: the `Settle` of pruning alone."""
     return ahead[0] * kept
 
 
@@ -66,13 +66,22 @@ def sweep(
     heights: Sequence[int] | None = None,
 ) -> Solved:
     """
-    Settles one column after another, by what `choose` says of every `step` columns when the sweep reaches them.
+    Sets one column after another to its final values; `choose` gives the mask of every `step` columns on the way.
 
-    Equivalent to the loop over columns that updates all columns on the right at once. Here the columns right of a
-    block of `block_size` are updated together, as one matrix product.
+    Equivalent to the loop over columns that updates all columns on the right after each. Here the columns right of a
+    block of `block_size` are updated together, by one matrix product.
 
-    The loss costs no product: with the errors `E_j = (w_j - settled_j) / U_jj` the change of the weights is `-E U`, and
-    `U H U^T = I`, so that `d H d^T = |E|^2`. Less the damping's part that is `d G d^T`.
+    The loss needs no further product. With the errors `E_j = (w_j - settled_j) / U_jj` the change of the weights is
+    `d = -E U`, and `U H U^T = I`, so that `d H d^T = |E|^2`. Subtracting the damping term gives `d G d^T`.
+
+    Args:
+        weight: dense weights, (out, in), float32 or float64.
+        system: their damped Gram.
+        choose: returns the mask of a slice of columns.
+        step: columns whose mask is chosen together.
+        block_size: columns that are updated together; a multiple of `step`.
+        settle: returns the final values of a column.
+        heights: the numbers of rows of the layers that are stacked in `weight`; None: a single layer.
     """
     factor = system.inverse_factor
     # Transposed, so that a column of the weight is contiguous in memory.
@@ -99,16 +108,16 @@ def sweep_block(
     start: int,
 ) -> Float[Tensor, "block out"]:
     """
-    The part of a sweep inside of a block, in place; returns the errors that are still to be pushed beyond it.
+    Sweeps one block, in place; returns the errors, which the caller compensates in the columns after the block.
 
     Args:
-        columns: current weights from the block on, one column a row; only the block's change.
-        factor: the square of `U` that belongs to the block.
-        keep: the block's mask, which is filled in.
+        columns: current weights from the block on, one column per row; only those of the block change.
+        factor: the block's diagonal block of `U`.
+        keep: the block's mask, which this function fills in.
         choose: see `sweep`.
         step: see `sweep`.
         settle: see `sweep`.
-        start: number of the block's first column.
+        start: index of the block's first column.
     """
     size, diagonal = len(factor), factor.diagonal()
     block, errors = columns[:size], torch.empty_like(columns[:size])

@@ -1,4 +1,4 @@
-"""Streamed calibration statistics: sums over tokens, mergeable across batches and ranks (reduction: sum)."""
+"""Streamed calibration statistics: sums over tokens, which add up over batches and ranks."""
 
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
@@ -10,10 +10,10 @@ from torch import Tensor
 from prune_callbacks.ranks import Ranks
 
 AT_ONCE = 2**25
-"""How many numbers are converted to float32 at once: a batch in 16 bits is never copied whole."""
+"""How many numbers are converted to float32 at once, so that no 16-bit batch is copied as a whole."""
 
 STRIP = 256
-"""How many features a strip of a Gram has at least; for fewer tokens mirroring takes longer than it saves."""
+"""The least features of a strip of a Gram; also the least tokens for which computing half of it and mirroring is faster."""
 
 
 @runtime_checkable
@@ -27,15 +27,15 @@ class Statistic(Protocol):
         """Adds the input vectors `x`, of shape (..., in) and any floating dtype."""
 
     def reduce(self, ranks: Ranks) -> None:
-        """Adds up over ranks, each of which has seen tokens of its own; in float64 if any of them is."""
+        """Sums over the ranks, which have seen different tokens, in place; in float64 if any rank's sum is."""
 
     @property
     def squared_norm(self) -> Float[Tensor, " in"]:
-        """`||X_j||_2^2` of every input feature: the sum of its squares over all tokens."""
+        """Returns `||X_j||_2^2` of every input feature: the sum of its squares over all tokens."""
 
 
 def _vectors(x: Tensor, total: Tensor) -> tuple[Iterator[Tensor], Tensor]:
-    """The rows of `x`, some at a time, and the sum so far, in float64 if either is, else in float32."""
+    """Returns the rows of `x` in parts, and the running sum; both in float64 if either is, else in float32."""
     in_features = total.shape[-1]
     if x.shape[-1] != in_features:
         raise ValueError(f"expected inputs of shape (..., {in_features}), got {tuple(x.shape)}")
@@ -52,10 +52,10 @@ def _reduced(total: Tensor, tokens: int, ranks: Ranks) -> tuple[Tensor, int]:
 
 class Gram:
     """
-    `G = X X^T`, the sum of `x x^T` over all tokens: what SparseGPT, MRP and ALPS need.
+    The Gram `G = X X^T`, the sum of `x x^T` over all tokens, which SparseGPT, MRP and ALPS need.
 
-    `matrix` has shape (in, in) and is float32, or float64 once float64 inputs came; its memory is all that is ever
-    held. The sum is not divided by the number of tokens: no mask and no result depends on the scale.
+    `matrix` has shape (in, in). It is float32, or float64 after the first float64 inputs. No activations are stored.
+    The sum is not divided by the number of tokens, because no mask and no result depends on its scale.
     """
 
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
@@ -73,14 +73,14 @@ class Gram:
             self.tokens += len(rows)
 
     def _add_by_strips(self, rows: Float[Tensor, "tokens in"]) -> None:
-        """A Gram is symmetric: what is right of its diagonal is computed, strip by strip, and mirrored."""
+        """Adds `rows^T rows`, computing only the part right of the diagonal, in strips, and mirroring it."""
         for a in range(0, size := len(self.matrix), step := max(STRIP, -(-size // 8))):
             strip = self.matrix[a : a + step, a:]
             strip.addmm_(rows[:, a : a + step].T, rows[:, a:])
             self.matrix[a + step :, a : a + step] = strip[:, step:].T
 
     def reduce(self, ranks: Ranks) -> None:
-        """The sum over ranks; see `Statistic`."""
+        """Sums over the ranks; see `Statistic`."""
         self.matrix, self.tokens = _reduced(self.matrix, self.tokens, ranks)
 
     def merge(self, other: "Gram") -> None:
@@ -90,12 +90,12 @@ class Gram:
 
     @property
     def squared_norm(self) -> Float[Tensor, " in"]:
-        """The Gram's diagonal."""
+        """Returns the diagonal, (in,)."""
         return self.matrix.diagonal()
 
 
 class InputNorm:
-    """The sum of squares of every input feature, shape (in,), float32 or float64: all that Wanda needs."""
+    """The sum of squares of every input feature, shape (in,), float32 or float64: the statistic of Wanda."""
 
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
         self.squares: Float[Tensor, " in"] = torch.zeros(in_features, device=device, dtype=torch.float32)
@@ -109,7 +109,7 @@ class InputNorm:
             self.tokens += len(rows)
 
     def reduce(self, ranks: Ranks) -> None:
-        """The sum over ranks; see `Statistic`."""
+        """Sums over the ranks; see `Statistic`."""
         self.squares, self.tokens = _reduced(self.squares, self.tokens, ranks)
 
     def merge(self, other: "InputNorm") -> None:
@@ -119,5 +119,5 @@ class InputNorm:
 
     @property
     def squared_norm(self) -> Float[Tensor, " in"]:
-        """The sums of squares themselves."""
+        """Returns the sums of squares, (in,)."""
         return self.squares

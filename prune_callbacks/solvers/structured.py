@@ -1,4 +1,4 @@
-"""Removing whole groups of input features of a layer, and the exact weights for those that stay."""
+"""Removes whole groups of a layer's input features, and solves for the weights of the remaining ones."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,18 +11,19 @@ def cheapest_units(
     weight: Float[Tensor, "out in"], system: DampedGram, width: int, pools: int, removed: int
 ) -> Bool[Tensor, " units"]:
     """
-    Which units of `width` neighbouring input features to keep, the rest compensating for what goes.
+    Returns the keep mask over units of `width` neighbouring input features that costs least after compensation.
 
-    Equivalent to computing, for every unit S that is left, the exact loss of removing it from the weights compensated
-    so far, `tr(W_S [(H^-1)_SS]^-1 W_S^T)`, removing the one of least loss, and beginning again (Optimal Brain Surgeon
-    for structures; ZipLM, Kurtic et al. 2023). Of equal losses the last unit goes. Dead features cost nothing.
+    Equivalent to repeating two steps (Optimal Brain Surgeon for structures; ZipLM, Kurtic et al. 2023). First compute,
+    for every remaining unit S, the exact loss of removing it from the weights compensated so far,
+    `tr(W_S [(H^-1)_SS]^-1 W_S^T)`. Then remove the unit of least loss; of equal losses, the last unit. Dead features
+    cost nothing.
 
     Args:
-        weight: of the layer that reads the features.
+        weight: the weight, (out, in), of the layer that reads the features; float32 or float64.
         system: its damped Gram.
-        width: features of a unit: 1, or those of an attention head.
-        pools: equal stretches of units; the same number goes from each.
-        removed: units that go from each pool.
+        width: features of a unit: 1, or the size of an attention head.
+        pools: number of equal runs of consecutive units; each loses the same number of units.
+        removed: units to remove from each pool.
     """
     current = weight.masked_fill(system.dead, 0)
     inverse = system.inverse_factor.T @ system.inverse_factor
@@ -35,7 +36,7 @@ def cheapest_units(
         unit = units - 1 - int(losses.flip(0).argmin())
         keep[unit] = False
         part = slice(unit * width, (unit + 1) * width)
-        # By rank-`width` updates the inverse becomes that of the Gram without the unit.
+        # This rank-`width` update makes the inverse that of the Gram without the unit.
         rows = torch.linalg.solve(inverse[part, part], inverse[part])
         current -= current[:, part] @ rows
         inverse -= inverse[:, part] @ rows
@@ -58,10 +59,10 @@ def least_squares_on(
     weight: Float[Tensor, "out in"], system: DampedGram, kept: Bool[Tensor, " in"]
 ) -> Float[Tensor, "out in"]:
     """
-    The weights on `kept` features whose output is nearest to the dense layer's, zero elsewhere.
+    Returns the weights on the `kept` features whose output is nearest to that of the dense layer; zero elsewhere.
 
-    Equivalent to `w_S = H_SS^-1 (H w)_S` of every row (MRP's eq. 13 where all rows share the set): one factorisation,
-    in float64. Weights of dead features become 0.
+    Equivalent to `w_S = H_SS^-1 (H w)_S` for every row (MRP's eq. 13 with one set for all rows), by one factorisation
+    in float64. The result has the weight's dtype. Weights of dead features become 0.
     """
     matrix = system.matrix.double()
     right = matrix[kept] @ weight.masked_fill(system.dead, 0).double().T

@@ -46,7 +46,7 @@ class Pieces:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the whole tensor."""
+        """Returns the bytes of the whole tensor."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 

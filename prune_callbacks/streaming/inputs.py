@@ -35,7 +35,7 @@ class StoredInputs(BlockInputs):
 
     @property
     def hidden(self) -> Tensor:  # type: ignore[override]
-        """The hidden states; every access reads them from the file. Raises ValueError if it is missing or damaged."""
+        """Reads the hidden states from the file on every access; raises ValueError if it is missing or damaged."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 view: Tensor = file.get_tensor(HIDDEN)

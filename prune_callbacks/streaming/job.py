@@ -1,4 +1,4 @@
-"""What `recipe=prune_streaming` calls."""
+"""The functions that `recipe=prune_streaming` calls."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from prune_callbacks.streaming.source import CheckpointFolder
 
 @runtime_checkable
 class Calibration(Protocol):
-    """A data module such as `TokenDataModule`, as far as it is needed here."""
+    """The part of a data module, such as `TokenDataModule`, that streaming needs."""
 
     calibration_windows: Tensor | None
     calibration_batch_size: int
@@ -23,7 +23,7 @@ class Calibration(Protocol):
 
 
 def checked_source(source: str) -> str:
-    """The folder itself, or what is wrong with it, before its tokenizer is looked for."""
+    """Returns `source`; raises ValueError, before the tokenizer is loaded, if the checkpoint cannot be read."""
     CheckpointFolder(source)
     return source
 
@@ -43,25 +43,28 @@ def prune_on_windows(
     whole_model: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
-    `prune_checkpoint` on the calibration windows of a data module, its page and a line about it.
+    Runs `prune_checkpoint` on the calibration windows of a data module, writes the page and prints a summary line.
 
     Args:
         source: the folder of the checkpoint.
         dirpath: the folder to write into.
-        pruner: of the layers.
-        data: has calibration windows.
+        pruner: the pruner for all layers.
+        data: a data module with calibration windows, token ids (windows, tokens).
         targets: patterns of layer names; None for all.
-        device: where blocks are run and solved.
-        dtype: of the weights; None: the configuration's.
+        device: the device on which blocks are run and pruned.
+        dtype: dtype of the weights; None: that of the configuration.
         blocks: name of the list of decoder blocks, where it cannot be found.
         min_expert_tokens: as in `prune_sequentially`.
-        name: of the recipe, for the report.
-        whole_model: settings that need the whole model, by name, of which none may be given.
+        name: name of the recipe, for the report.
+        whole_model: settings that need the whole model in memory, by name; all values must be empty.
+
+    Returns:
+        the content of `report.json`.
 
     Raises:
-        ValueError: one of them is given; else as `prune_checkpoint`.
+        ValueError: a setting in `whole_model` has a value, or as in `prune_checkpoint`.
     """
-    # Here, so that matplotlib does not take of the memory that importing `prune_checkpoint` is to save.
+    # Imported here: matplotlib needs memory that users of `prune_checkpoint` alone want to save.
     from prune_callbacks.reporting.page import write_page
     from prune_callbacks.storage.commands import repeat_command
 
@@ -69,8 +72,8 @@ def prune_on_windows(
     if given:
         raise ValueError(
             f"{' and '.join(given)} need the whole model, and {name} has one block of it in memory at a time. Leave "
-            "them out; where there is memory for all of it, prune with another recipe, or measure the written model/ "
-            "by itself (prune_callbacks.measure.perplexity)"
+            "them out. If the whole model fits in memory, prune it with another recipe, or measure the written model/ "
+            "separately (prune_callbacks.measure.perplexity)"
         )
     batches = None
     if pruner.statistic(1) is not None:

@@ -1,4 +1,4 @@
-"""prune_checkpoint: what prune_sequentially does, on a checkpoint that is read one decoder block at a time."""
+"""prune_checkpoint: prunes like prune_sequentially, but reads the checkpoint one decoder block at a time."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -42,42 +42,42 @@ def prune_checkpoint(
 
     Equivalent to `from_pretrained`, `prune_sequentially` and `save_pretrained`, bit for bit on one machine, in the
     memory of at most two blocks, their statistics and the embeddings. Writes `target/model` (a Hugging Face folder with
-    one file of weights per block), `target/masks.safetensors` and `target/report.json`, for pruners that round also
-    `target/scales.safetensors`. Called again after it was killed, it goes on at the first block that was not finished,
-    and the model and its masks end byte for byte the same; called again after its end, it returns the report.
+    one file of weights per block), `target/masks.safetensors` and `target/report.json`; pruners that quantize also
+    write `target/scales.safetensors`. After a kill, the same call resumes at the first unfinished block, and the final
+    model and masks are the same byte for byte. After a finished pruning, the same call returns the report.
 
     Args:
         source: a Hugging Face folder with safetensors files; nothing in it is changed.
         target: a folder to write into.
-        pruner: decides what goes and what becomes of the rest; all but `Structured`.
-        batches: as of `prune_sequentially`, and the same ones when it goes on. May be None for a pruner that needs no
-            calibration.
-        device: where blocks are run and solved, one at a time; None: the CPU.
+        pruner: chooses the weights to remove and updates the rest; any pruner but `Structured`.
+        batches: calibration batches, as in `prune_sequentially`; a call that resumes needs the same ones. May be None
+            for a pruner that needs no calibration.
+        device: the device on which blocks are run and pruned, one at a time; None: the CPU.
         targets: patterns of layer names; None as in `prune_sequentially`.
         blocks: name of the list of decoder blocks, where it cannot be found.
         min_expert_tokens: as in `prune_sequentially`.
-        dtype: of the weights, as in `from_pretrained`; None: that of the configuration.
-        name: of the recipe, for the report.
-        command: that repeats this, for the report.
+        dtype: dtype of the weights, as in `from_pretrained`; None: that of the configuration.
+        name: name of the recipe, for the report.
+        command: command line that repeats this call, for the report.
         progress: show a progress bar.
 
     Returns:
-        what `report.json` holds.
+        the content of `report.json`.
 
     Raises:
-        ValueError: before any work for a source that is damaged or cannot be read in parts, a target that is the source
-            or was begun with another setting, too little disk space, targets or shapes that do not fit; on the way for
-            a full disk and, naming the layer, for what the pruner cannot solve. What is finished is kept.
+        ValueError: before any work: the source is damaged or cannot be read in parts, the target is the source or was
+            started with another setting, the disk has too little space, or targets or shapes do not fit. During the
+            work: the disk is full, or the pruner cannot solve a layer, which the error names. Finished blocks are kept.
 
-    While it runs, glibc's threshold for mapping memory is lowered for the whole process, and 32 MB afterwards, unless
-    the environment sets MALLOC_MMAP_THRESHOLD_.
+    Lowers glibc's threshold for mapping memory in the whole process while it runs, and leaves it at 32 MB, unless the
+    environment sets MALLOC_MMAP_THRESHOLD_.
     """
     check_pruner("prune_checkpoint", pruner)
     source, target = Path(source), Path(target)
     _check_folders(source, target)
     if coupled(pruner):
         raise ValueError(
-            f"{type(pruner).__name__} removes units from layers of all blocks at once, which takes the whole model: "
+            f"{type(pruner).__name__} removes units from layers of all blocks at once and needs the whole model: "
             "load it and use prune_sequentially"
         )
     with RecordedWarnings() as heard:
@@ -113,7 +113,7 @@ def prune_checkpoint(
 
 
 def _given_batches(pruner: Pruner, batches: Iterable[Batch] | None) -> list[Batch]:
-    """The calibration batches, of which a pruner that needs none gets none."""
+    """Returns the calibration batches as a list; an empty one for a pruner that needs no calibration."""
     if isinstance(batches, Tensor):
         raise ValueError(f"batches must be several batches, got one tensor of shape {tuple(batches.shape)}; split it")
     if not needs_calibration(pruner):
@@ -130,7 +130,7 @@ def _check_folders(source: Path, target: Path) -> None:
     inner, outer = target.resolve(), source.resolve()
     if inner == outer or outer in inner.parents:
         raise ValueError(
-            f"target {target} is the source or inside of it ({source}), which stays as it is; choose another folder"
+            f"target {target} is the source or inside of it ({source}), which is never changed; choose another folder"
         )
     if target.exists() and not target.is_dir():
         raise ValueError(f"target {target} is a file; name a folder")

@@ -1,4 +1,4 @@
-"""Which file of the target a weight goes into: one file for every block, and one for what is outside of them."""
+"""Distributes the weights over the files of the target: one file per block, and one for all other weights."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,25 +16,25 @@ from prune_callbacks.streaming.places import Place, as_saved
 from prune_callbacks.streaming.source import CheckpointFolder
 
 FORMAT = {"format": "pt"}
-"""Without it transformers does not read a file."""
+"""Metadata without which transformers does not read a file."""
 
 
 class Shards:
     """
-    The weights of a model, shared out over files.
+    The distribution of a model's weights over files.
 
     Args:
-        model: its weights are on the meta device.
+        model: the model, with its weights on the meta device.
         blocks: names of its decoder blocks.
-        places: where every weight comes from.
+        places: the source of every weight; see `find_places`.
 
     Attributes:
-        of_block: for every block where its weights come from, by name.
-        outside: the same for everything else, which is copied.
-        nbytes: what all weights take.
+        of_block: for every block, the sources of its weights by name.
+        outside: names in the checkpoint of all other weights, which are copied, by name in the model.
+        nbytes: bytes of all weights in the model's dtype.
 
     Raises:
-        ValueError: a weight outside of the blocks is converted when it is loaded.
+        ValueError: a weight outside of the blocks is made by a conversion when it is loaded.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[str], places: Mapping[str, Place]) -> None:
@@ -47,24 +47,24 @@ class Shards:
                 if not isinstance(place, str):
                     raise ValueError(
                         f"{name}, outside of the decoder blocks, is made of {place.keys[0][1]} and others when it is "
-                        "loaded, which is supported in the blocks only. Load the model where there is memory for it "
-                        "once, save it with save_pretrained(folder, save_original_format=False), and name that folder"
+                        "loaded, which is supported in the blocks only. Load the model once on a machine with enough "
+                        "memory, save it with save_pretrained(folder, save_original_format=False), and name that folder"
                     )
                 self.outside[name] = place
         state = model.state_dict()
         self.nbytes = sum(state[name].nbytes for name in places)
 
     def file(self, index: int) -> str:
-        """The name of a block's file; that of the rest comes behind all blocks."""
+        """Returns the file name of a block; the index after the last block stands for all other weights."""
         return f"model-{index + 1:05d}-of-{len(self.of_block) + 1:05d}.safetensors"
 
     def write_block(self, weights: Mapping[str, Tensor], path: Path) -> None:
-        """Writes a block's weights, by their names in the model, as `save_pretrained` would."""
-        here = {name: weight.cpu() for name, weight in weights.items()}  # parts of experts are copies: not on a GPU
+        """Writes the weights of a block, given by their names in the model, as `save_pretrained` would."""
+        here = {name: weight.cpu() for name, weight in weights.items()}  # as_saved copies experts: not on a GPU
         write_tensors(path, {name: whole(weight) for name, weight in as_saved(self.model, here).items()}, FORMAT)
 
     def copy_outside(self, checkpoint: CheckpointFolder, path: Path) -> None:
-        """Writes the weights outside of the blocks as they are, but for the dtype, a piece at a time."""
+        """Copies the weights outside of the blocks, cast to the model's dtype, one piece at a time."""
         state = self.model.state_dict()
 
         def pieces(name: str, key: str) -> Pieces:
@@ -77,7 +77,7 @@ class Shards:
         write_tensors(path, {written[name]: pieces(name, key) for name, key in self.outside.items()}, FORMAT)
 
     def index(self, folder: Path) -> dict[str, Any]:
-        """What `model.safetensors.index.json` holds, of files that are all written."""
+        """Returns the content of `model.safetensors.index.json`; all files in `folder` must be written."""
         weight_map: dict[str, str] = {}
         for number in range(len(self.of_block) + 1):
             with safe_open(folder / self.file(number), framework="pt") as file:
@@ -86,13 +86,13 @@ class Shards:
 
 
 def masks_in_pieces(masks: MaskSet) -> tuple[dict[str, Pieces], dict[str, str]]:
-    """The tensors and the metadata of a file that `MaskSet.load` reads."""
+    """Returns the tensors and the metadata of a file that `MaskSet.load` reads."""
     shapes = {name: list(masks.shape(name)) for name in masks}
     return {name: whole(masks.packed(name)) for name in masks}, {METADATA: json.dumps(shapes)}
 
 
 def join_files(parts: Iterable[Path], path: Path) -> None:
-    """One safetensors file of the tensors of several, of which one is held at a time; of masks the shapes too."""
+    """Joins safetensors files into one, with one tensor in memory at a time; merges the shapes in files of masks."""
     tensors: dict[str, Pieces] = {}
     shapes: dict[str, Any] = {}
     for part in parts:

@@ -1,4 +1,4 @@
-"""A model without weights, which get values and lose them again."""
+"""A model on the meta device, whose weights get values and lose them again block by block."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from prune_callbacks.streaming.source import CheckpointFolder
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a configuration, in evaluation mode: its weights on the meta device, its computed buffers real."""
+    """Builds the model of a config in evaluation mode: weights on the meta device, computed buffers on the CPU."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     for module in model.modules():
@@ -20,11 +20,11 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
             setattr(module, name, torch.empty_like(module.get_buffer(name), device="cpu"))
         if computed:
             module._is_hf_initialized = False  # type: ignore[assignment]
-    # What from_pretrained does for what no file holds (rotary frequencies); on the meta device it does nothing.
+    # As in from_pretrained, for buffers that no file holds (rotary frequencies); has no effect on the meta device.
     model.initialize_weights()  # type: ignore[no-untyped-call]
     for name, tensor in model.state_dict(keep_vars=True).items():
         kept = next((d for p, d in model._get_dtype_plan(dtype).items() if _glob(p).search(name)), None)
-        if kept is not None:  # a few weights and buffers stay in float32 where all others are in 16 bits
+        if kept is not None:  # some models keep a few weights and buffers in float32 in a 16-bit model
             tensor.data = tensor.data.to(kept)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -37,7 +37,11 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 
 def model_dtype(checkpoint: CheckpointFolder, dtype: str | torch.dtype | None) -> torch.dtype:
-    """The dtype asked for; if none was, the one that `from_pretrained` takes: the configuration's or the weights'."""
+    """
+    Returns the dtype of the model: `dtype` if given, else that of the configuration, else that of the weights.
+
+    The same rule as in `from_pretrained`. Raises ValueError for a string that does not name a dtype of torch.
+    """
     if isinstance(dtype, str):
         found = getattr(torch, dtype, None)
         if not isinstance(found, torch.dtype):
@@ -52,7 +56,7 @@ def model_dtype(checkpoint: CheckpointFolder, dtype: str | torch.dtype | None) -
 
 
 def refuse_shared(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> None:
-    """Raises ValueError if a block has a weight that is also elsewhere."""
+    """Raises ValueError if a block shares a weight with another module."""
     aliases: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         aliases.setdefault(id(tensor), []).append(name)
@@ -65,7 +69,7 @@ def refuse_shared(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> 
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Gives parameters and buffers of a module values, in the dtype that they have on the meta device."""
+    """Sets parameters and buffers of a module to `tensors`, cast to the dtype that they have on the meta device."""
     state = module.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
         owner, _, last = name.rpartition(".")
@@ -75,6 +79,6 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def drop(module: nn.Module, names: Iterable[str]) -> None:
-    """Takes the values away again."""
+    """Replaces parameters and buffers of a module by empty tensors on the meta device."""
     state = module.state_dict(keep_vars=True)
     fill(module, {name: torch.empty_like(state[name], device="meta") for name in names})

@@ -17,32 +17,37 @@ from prune_callbacks.streaming.files import DTYPES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PIECE_BYTES = 2**24
-"""How much of a tensor that is only copied is held at a time."""
+"""Bytes per piece of a tensor that is only copied."""
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
-"""How much of a file tells it from another one of its size."""
+"""The number and the bytes of the samples of a file that go into its fingerprint."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is, and what it is like."""
+    """The file of a tensor, its shape, and its dtype."""
 
     file: Path
-    dtype: torch.dtype | None  # None: one that no weight of a model has that can be pruned
+    dtype: torch.dtype | None  # None: a dtype that is not in `DTYPES`, so the tensor cannot be pruned
     shape: tuple[int, ...]
     dtype_name: str
 
 
 class CheckpointFolder:
     """
-    The tensors of a Hugging Face folder by name, none of which is read before it is asked for.
+    The tensors of a Hugging Face folder by name, read on demand.
 
     Args:
         source: a folder with `config.json` and either `model.safetensors` or an index and its files.
 
+    Attributes:
+        config: the configuration of the model.
+        files: the safetensors files.
+        entries: file, dtype and shape of every tensor, by name.
+
     Raises:
-        ValueError: it is no such folder, it is quantized or of adapters, its index does not fit, or one of its files is
-            damaged.
+        ValueError: the folder has no such files, holds a quantized model or adapters, its index does not fit the files,
+            or a file is damaged.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -53,11 +58,11 @@ class CheckpointFolder:
         self.entries = self._read_entries()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors in memory of their own."""
+        """Returns copies of tensors, by name."""
         return {name: view.clone() for name, view in self.views(names).items()}
 
     def views(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors on the file itself, of which only what is looked at comes into memory."""
+        """Returns memory-mapped tensors by name; pages are read from the file on access."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.entries[name].file, []).append(name)
@@ -68,18 +73,18 @@ class CheckpointFolder:
         return found
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """A tensor in consecutive pieces along its first dimension."""
+        """Yields a tensor in consecutive pieces of about `PIECE_BYTES` along its first dimension."""
         entry = self.entries[name]
         rows = entry.shape[0] if entry.shape else 1
         row_bytes = max(1, (entry.dtype or torch.uint8).itemsize * torch.Size(entry.shape[1:]).numel())
         step = max(1, PIECE_BYTES // row_bytes)
         for begin in range(0, rows, step):
-            # Opened anew every time: a file that stays open keeps all that was read of it in memory.
+            # Reopened for every piece: an open file keeps all pages that were read in memory.
             with _opened(entry.file) as file:
                 yield file.get_slice(name)[begin : begin + step] if entry.shape else file.get_tensor(name)
 
     def fingerprint(self) -> dict[str, str]:
-        """A hash of the configuration, and of every file one of its size, when it was changed, and samples of it."""
+        """Returns hashes by file name: of the configuration, and of size, mtime and samples of every file."""
         config = (self.folder / "config.json").read_bytes()
         marks = {"config.json": hashlib.sha256(config).hexdigest()[:16]}
         for path in self.files:
@@ -96,16 +101,16 @@ class CheckpointFolder:
         if not self.folder.is_dir():
             found = "is a file" if self.folder.is_file() else "does not exist"
             raise ValueError(
-                f"source {self.folder} {found}; name a folder with config.json and safetensors files. A model of the "
-                "Hub is downloaded first: huggingface_hub.snapshot_download(name)"
+                f"source {self.folder} {found}; name a folder with config.json and safetensors files. Download a model "
+                "from the Hub first: huggingface_hub.snapshot_download(name)"
             )
         if (self.folder / "adapter_config.json").is_file():
             raise ValueError(
                 f"{self.folder} holds adapters (adapter_config.json), not a whole model: merge them into the model "
-                "that they were trained on, save that, and name its folder"
+                "that they were trained on, save the result, and name its folder"
             )
         if not (self.folder / "config.json").is_file():
-            raise ValueError(f"there is no config.json in {self.folder}; without it the model's shape is not known")
+            raise ValueError(f"there is no config.json in {self.folder}; it is needed for the shape of the model")
 
     def _read_config(self) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
@@ -114,12 +119,12 @@ class CheckpointFolder:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise ValueError(
                 f"{self.folder} is quantized (quantization_config in config.json: {method}); quantized weights cannot "
-                "be pruned. Load it dequantized and save that"
+                "be pruned. Load the model dequantized, save it, and name that folder"
             )
         return config
 
     def _find_files(self) -> list[Path]:
-        if (self.folder / SINGLE).is_file():  # as transformers, which looks for it first
+        if (self.folder / SINGLE).is_file():  # transformers also looks for it first
             self._places: dict[str, str] | None = None
             return [self.folder / SINGLE]
         if not (self.folder / INDEX).is_file():
@@ -155,7 +160,7 @@ class CheckpointFolder:
             file_name = (self._places or {})[lost[0]]
             raise ValueError(
                 f"{len(lost)} tensors are missing, first {lost[0]}: {INDEX} says that it is in "
-                f"{self.folder / file_name}, and it is not; download both again"
+                f"{self.folder / file_name}, but it is not; download both again"
             )
         return entries
 
@@ -167,5 +172,5 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is no whole safetensors file ({error}): it is truncated or damaged; download it again"
+            f"{path} is no complete safetensors file ({error}): it is truncated or damaged; download it again"
         ) from error

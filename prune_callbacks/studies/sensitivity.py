@@ -29,6 +29,7 @@ from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.pruners import Magnitude, Pruner
 from prune_callbacks.pruners.questions import coupled
 from prune_callbacks.ranks import ALONE
+from prune_callbacks.results import Result
 from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.solvers.linalg import quadratic_form
 from prune_callbacks.storage.cells import open_results
@@ -39,7 +40,7 @@ MEASURED = ("increase", "proxy", "shift")
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Result):
     """
     What pruning each layer, or each block, alone does.
 

@@ -1,0 +1,32 @@
+"""What the results of functions have in common."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, cast
+
+
+class Result:
+    """A dataclass that is the result of a function: typed, and as plain values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain values that JSON can represent; tensors and masks are left out."""
+        found = {field.name: _plain(getattr(self, field.name)) for field in fields(cast(Any, self))}
+        return {name: value for name, value in found.items() if value is not _LEFT_OUT}
+
+
+_LEFT_OUT = object()
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        items = {str(name): _plain(item) for name, item in value.items()}
+        return _LEFT_OUT if _LEFT_OUT in items.values() or hasattr(value, "packed") else items
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return _LEFT_OUT
