@@ -1,4 +1,4 @@
-"""python train.py recipe=NAME [key=value ...]: prune a language model, bring its quality back, and report."""
+"""Prunes a language model, recovers its quality, and writes reports: python train.py recipe=NAME [key=value ...]."""
 
 import os
 import sys
@@ -23,21 +23,21 @@ SHARED = (
     *("smoke", "seed", "model", "data", "evaluate", "zero_shot", "pattern", "allocation"),
     *("objective", "optimizer", "trainer", "logger"),
 )
-"""What recipes that are compared have in common: overrides of these reach the recipes `beside` one too."""
+"""Keys that compared recipes share: their overrides also apply to the recipes in `beside`."""
 
 OUTPUT_DIR = "PRUNE_CALLBACKS_OUTPUT_DIR"
-"""Tells the processes that Lightning starts for other ranks which folder is rank 0's: theirs would be a later one."""
+"""Names rank 0's folder for other ranks that Lightning starts, which would compute one with a later time."""
 
 
 def processes(devices: Any, nodes: int) -> int:
-    """How many processes there are in all."""
+    """Returns the number of processes on all nodes; raises ValueError if `devices` is not a positive number."""
     if not isinstance(devices, int) or devices < 1:
         raise ValueError(f"trainer.devices must be a number of devices here, got {devices!r}")
     return devices * nodes
 
 
 def needed(value: Any, key: str) -> Any:
-    """A value that may be left out elsewhere, and not where this stands."""
+    """Returns `value`; raises ValueError if it is None, for values that only some recipes need."""
     if value is None:
         raise ValueError(f"this needs {key}=...")
     return value
@@ -50,7 +50,7 @@ OmegaConf.register_new_resolver("devices", lambda: max(1, torch.cuda.device_coun
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
-    """Instantiates what the recipe names, fits it, and returns the objects."""
+    """Instantiates the objects of a recipe, fits the model or runs the job, and returns them."""
     output = Path(cfg.output_dir)
     if cfg.ckpt_path is None and not cfg.goes_on:
         refuse_existing_run(output)
@@ -70,19 +70,19 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 
 
 def key(override: str) -> str:
-    """What an override sets."""
+    """Returns the key that an override sets."""
     return override.lstrip("+~").split("=")[0]
 
 
 def missing_keys(values: Any, path: str = "") -> list[str]:
-    """What the configuration leaves to the command line; OmegaConf's own stops at what refers to such a key."""
+    """Returns keys that the command line must set; OmegaConf's own version fails on references to such keys."""
     if isinstance(values, dict):
         return [found for name, value in values.items() for found in missing_keys(value, f"{path}.{name}".lstrip("."))]
     return [path] if values == "???" else []
 
 
 def composed(given: list[str]) -> DictConfig:
-    """The recipe; with smoke=true shrunk, except for keys that were given on the command line."""
+    """Composes the recipe; smoke=true shrinks it, except for keys that were given on the command line."""
     cfg = hydra.compose("train", given)
     if cfg.smoke:
         keys = {key(override) for override in given}
@@ -92,7 +92,7 @@ def composed(given: list[str]) -> DictConfig:
 
 
 def run_beside(cfg: DictConfig) -> None:
-    """A recipe beside another: from its newest checkpoint, if it was interrupted; not at all, if it is finished."""
+    """Runs a recipe for comparison with another; resumes from its newest checkpoint, and skips a finished run."""
     folder = Path(cfg.output_dir)
     checkpoint = newest_checkpoint(folder / "checkpoints")
     record = read_record(folder)
@@ -106,24 +106,24 @@ def run_beside(cfg: DictConfig) -> None:
         cfg.ckpt_path = str(checkpoint) if checkpoint else None
         train(cfg)
     except ValueError as error:
-        raise ValueError(f"{cfg.name}, which runs beside: {error}") from error
+        raise ValueError(f"{cfg.name}, which runs alongside: {error}") from error
 
 
 def run(given: list[str]) -> None:
-    """The recipes `beside` this one, unless they are finished, then this one, and the comparison of them all."""
-    if "CROSS_SIZE" in os.environ:  # deepspeed's launcher; Lightning asks for ranks on other nodes by torchrun's
+    """Runs the unfinished recipes in `beside`, then this recipe, and compares them all."""
+    if "CROSS_SIZE" in os.environ:  # set by deepspeed's launcher; Lightning needs torchrun's variable
         os.environ.setdefault("TORCHELASTIC_RUN_ID", "deepspeed")
     cfg = composed(given)
     missing = missing_keys(OmegaConf.to_container(cfg))
     if missing:
         raise ValueError(f"recipe={cfg.name} needs {' and '.join(f'{name}=...' for name in missing)}")
     if cfg.ckpt_path is not None and "output_dir" not in map(key, given):
-        raise ValueError("a run that goes on from ckpt_path= goes on in its own folder: name it with output_dir=")
+        raise ValueError("a run that resumes from ckpt_path= resumes in its own folder: name it with output_dir=")
     started = max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
     several = started > 1 or cfg.trainer.get("num_nodes", 1) > 1
     if several and OUTPUT_DIR not in os.environ and "output_dir" not in map(key, given):
         raise ValueError("processes that are not started by this one need one folder for all of them: output_dir=")
-    cfg.output_dir = os.environ.get(OUTPUT_DIR, cfg.output_dir)  # the time in it is read once
+    cfg.output_dir = os.environ.get(OUTPUT_DIR, cfg.output_dir)  # its default contains the time: read once
     os.environ[OUTPUT_DIR] = cfg.output_dir
     try:
         run_all(cfg, given)
@@ -132,9 +132,9 @@ def run(given: list[str]) -> None:
 
 
 def run_all(cfg: DictConfig, given: list[str]) -> None:
-    """What `run` does, once the folder is known."""
+    """Runs all recipes and their comparison, once the folder is known."""
     folders = {cfg.name: Path(cfg.output_dir)}
-    if cfg.beside:  # what is wrong is to be said now, not after the others
+    if cfg.beside:  # reports errors now, not after the other recipes
         instantiate(cfg.callbacks)
         if cfg.ckpt_path is None:
             refuse_existing_run(folders[cfg.name])
@@ -155,12 +155,12 @@ def run_all(cfg: DictConfig, given: list[str]) -> None:
 
 @hydra.main(version_base="1.3", config_path="recipes", config_name="train")
 def main(cfg: DictConfig) -> None:
-    """The command line."""
+    """Runs the command line."""
     given = list(HydraConfig.get().overrides.task)
     try:
         run(given)
     except Exception as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:  # which says so of the first only, when all are through
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # Hydra reports the first failure only, after all jobs
             print(f"failed: {' '.join(given)}: {' '.join(str(error).split())}", file=sys.stderr)
         raise
 

@@ -318,7 +318,8 @@ MUTANTS = (
     Mutant(
         "failed_fits_draw_no_page",
         "callbacks/run_report.py",
-        "        with suppress(Exception):  # the one that is on its way says more\n            self._draw()\n",
+        "        with suppress(Exception):  # the one that is on its way says more\n"
+        "            self._page.draw(self.run)\n",
         "",
         "test_run_report.py::test_a_fit_that_fails_leaves_a_page_that_says_so",
     ),

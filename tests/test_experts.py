@@ -336,7 +336,7 @@ def test_experts_are_pruned_round_by_round(tmp_path, pruner):
 
 def test_what_cannot_be_pruned_is_named(batches):
     model = model_of("mixtral")
-    with pytest.warns(UserWarning, match=r"2 routers stay dense, first model.layers.0.mlp.gate: it decides"):
+    with pytest.warns(UserWarning, match=r"2 routers stay dense, first model.layers.0.mlp.gate: it is a router"):
         prune_sequentially(model, batches, Wanda(NM(2, 4)), progress=False)
     with pytest.warns(UserWarning, match=r"4 tensors stay dense, first .*gate_up_proj: .* which this pruner does not"):
         report = prune_sequentially(model, batches, Structured(Columns(0.25)), progress=False)

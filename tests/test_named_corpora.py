@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from prune_callbacks import CausalLM, Magnitude, MaskEnforcer, OneShotPrune, RunReport, TokenDataModule, Unstructured
 from prune_callbacks.callbacks.run_quality import RunQuality
 from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.storage.run_record import RunRecord
 from prune_callbacks.tasks import HubText, PythonDocs, TextFile, corpus
 
 FOLDER = os.environ.get("PRUNE_CALLBACKS_DATA")
@@ -126,8 +127,7 @@ def test_a_run_measures_every_text(tmp_path, tiny, tokenizer, root):
 def test_what_was_measured_on_other_windows_does_not_stand_beside(tiny, tokenizer, root):
     """A fit that is resumed with other windows."""
     docs = [PythonDocs(part) for part in PARTS]
-    measured = {"dataset": None, "seq_len": None, "dense": None, "pruned": None, "recovered": None}
-    record = {"perplexity": measured, "corpora": {}}
+    record = RunRecord()
     quality = RunQuality(None, 1, None, progress=False)
     module = CausalLM(tiny, lambda p: torch.optim.AdamW(p, lr=1e-2))
     for stage, seq_len in (("dense", 32), ("pruned", 32), ("recovered", 16)):
@@ -138,11 +138,11 @@ def test_what_was_measured_on_other_windows_does_not_stand_beside(tiny, tokenize
         trainer.datamodule = data
         quality.measure(trainer, module, stage, record)
         if stage == "pruned":
-            assert record["perplexity"]["dense"] is not None
-            assert record["corpora"]["lambada"]["dense"] is not None
-    assert record["perplexity"]["dense"] is None
-    assert "dense" not in record["corpora"]["lambada"]
-    assert record["corpora"]["lambada"]["seq_len"] == 16
+            assert record.perplexity.dense is not None
+            assert record.corpora["lambada"]["dense"] is not None
+    assert record.perplexity.dense is None
+    assert "dense" not in record.corpora["lambada"]
+    assert record.corpora["lambada"]["seq_len"] == 16
 
 
 def test_the_command_line(tmp_path, root):
@@ -152,7 +152,7 @@ def test_the_command_line(tmp_path, root):
     given = ["recipe=wanda_50", "smoke=true", f"data.root={root}", f"data.calibration={path}"]
     trained(*given, f"evaluate=[c4,{path}]", f"output_dir={tmp_path / 'run'}")
     record = json.loads((tmp_path / "run/report.json").read_text())
-    assert set(record["corpora"]) == {"c4", "long.txt"}
+    assert set(record.corpora) == {"c4", "long.txt"}
     done = train(*given, "data.evaluation=lambada", f"output_dir={tmp_path / 'short'}")
     assert done.returncode == 1
     assert "the evaluation corpus, lambada_test.jsonl: the text has" in done.output

@@ -109,7 +109,7 @@ def test_shapes_that_do_not_divide_are_refused(unchecked):
         NM(2, 4).keep(torch.rand(3, 6))
     with pytest.raises(ValueError, match="both dimensions divisible by 4"):
         Block(4, 0.5).check_shape((8, 6))
-    with pytest.raises(ValueError, match='per must be "row", "tensor" or None'):
+    with pytest.raises(ValueError, match='per must be "row", "even", "tensor" or None'):
         Unstructured(0.5, per="column")
     with pytest.raises(ValueError, match="at least 1, got 0"):
         Block(0, 0.5)

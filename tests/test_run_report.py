@@ -113,7 +113,7 @@ def test_the_page_is_drawn_while_the_fit_goes_on(tmp_path, tiny, data, monkeypat
             drawn[trainer.global_step] = (tmp_path / "run/report.html").exists()
 
     for every in (30.0, 0.0):
-        monkeypatch.setattr("prune_callbacks.callbacks.run_report.DRAWN_EVERY", every)
+        monkeypatch.setattr("prune_callbacks.callbacks.page_on_time.DRAWN_EVERY", every)
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         module = CausalLM(copy.deepcopy(tiny), lambda p: torch.optim.AdamW(p, lr=1e-2))
         report = RunReport(tmp_path / "run", progress=False)

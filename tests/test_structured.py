@@ -222,7 +222,7 @@ def test_numbers_of_heads_that_the_configuration_refuses_are_not_made(tmp_path):
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(**COMMON | {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 64})
     )
-    with pytest.warns(UserWarning, match=r"of 8 heads of 8 features .* LlamaForCausalLM cannot have: 0 go in 2 layers"):
+    with pytest.warns(UserWarning, match=r"of 8 heads of 8 .* LlamaForCausalLM cannot have: removing 0 in 2 layers"):
         report = prune_sequentially(model, BATCHES, Structured(Columns(0.4)), progress=False)
     smaller = shrink(model, report.masks)
     assert smaller.config.num_attention_heads == 8
@@ -251,11 +251,11 @@ def test_what_has_numbers_for_every_unit_is_left_alone(config):
 
 def test_rounding_to_no_head_is_said():
     model = model_of("llama")
-    expected = r"Columns\(sparsity=0.1\) of 3 heads of 8 .* rounds to none: 0 go in 2 layers, first .*o_proj"
+    expected = r"Columns\(sparsity=0.1\) of 3 heads of 8 .* rounds to none: removing 0 in 2 layers, first .*o_proj"
     with pytest.warns(UserWarning, match=expected) as caught:
         report = prune_sequentially(model, BATCHES, Structured(Columns(0.1)), progress=False)
     assert not any("experts" in str(warning.message) for warning in caught)
-    assert report.skipped["model.layers.0.self_attn.k_proj"].startswith("its heads stay: several heads of queries")
+    assert report.skipped["model.layers.0.self_attn.k_proj"].startswith("its heads stay: several query heads share")
     assert report.masks["model.layers.0.self_attn.o_proj.weight"].all()
     assert shrink(model, report.masks).config.num_attention_heads == 6
 

@@ -174,7 +174,7 @@ def test_what_is_missing_on_the_command_line_is_named(tmp_path):
     for arguments, message in (
         (["recipe=consolidate"], "recipe=consolidate needs run=..."),
         (["recipe=wanda_50", "model=pretrained"], "recipe=wanda_50 needs model.path=..."),
-        (["recipe=wanda_50", "ckpt_path=a.ckpt"], "goes on in its own folder: name it with output_dir="),
+        (["recipe=wanda_50", "ckpt_path=a.ckpt"], "resumes in its own folder: name it with output_dir="),
         (["recipe=consolidate", "run=absent", f"output_dir={tmp_path}"], "there is no config.json in absent/model"),
     ):
         done = train(*arguments)

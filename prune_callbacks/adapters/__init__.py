@@ -1,4 +1,4 @@
-"""Low-rank adapters on sparse models (peft): trained so that zeros stay, and merged only if they do."""
+"""Low-rank adapters (peft) on sparse models: training and merging that preserve zeros."""
 
 from prune_callbacks.adapters.lora import MaskedLoraLinear, MergeReport, add_lora, check_options, merge_lora
 

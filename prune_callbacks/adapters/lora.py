@@ -1,4 +1,4 @@
-"""LoRA on a sparse base (Hu et al. 2022), plain or with the update under the base's own mask; needs peft."""
+"""LoRA on a sparse base (Hu et al. 2022), plain or with the base's mask on the update; needs peft."""
 
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
@@ -35,16 +35,16 @@ OPTIONS = {
     "revision",
     "inference_mode",
 }
-"""Of peft's LoraConfig, those that neither train nor rewrite anything but the update."""
+"""Options of peft's LoraConfig that train or change only the low-rank update."""
 
 
 class MaskedLoraLinear(LoraLinear):
     """
-    A LoRA layer whose update is zero wherever its base weight is.
+    A LoRA layer whose update is zero wherever its base weight is zero.
 
-    Equivalent to a linear layer with the weight `W + M * (B A) * scaling`, `M = (W != 0)`: what merging makes of
-    it. The mask is read from the frozen base, so there is no second copy that could part from it. The sum is made
-    again in the backward pass, so no more than one layer's is held at a time.
+    Equivalent to a linear layer with the merged weight `W + M * (B A) * scaling`, where `M = (W != 0)`. The mask is
+    computed from the frozen base, so that it cannot differ from it. The merged weight is recomputed in the backward
+    pass, so that only one layer's is held at a time.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
@@ -53,12 +53,12 @@ class MaskedLoraLinear(LoraLinear):
         super().__init__(base_layer, adapter_name, config, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The masked update, of the base weight's shape."""
+        """Returns the masked update, in the shape of the base weight."""
         update: Tensor = super().get_delta_weight(adapter)
         return update * (self.get_base_layer().weight != 0)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer with the merged weight."""
+        """Returns the output of the base layer with the merged weight."""
         result: Tensor
         if self.disable_adapters or self.merged:
             result = self.base_layer(x, *args, **kwargs)
@@ -79,11 +79,11 @@ class MaskedLoraLinear(LoraLinear):
 @dataclass(frozen=True)
 class MergeReport(Result):
     """
-    What merging a plain LoRA into a sparse model cost.
+    The loss from merging a plain LoRA into a sparse model.
 
     Attributes:
-        sparsity: fraction of zeros in the masked weights, before and after.
-        perplexity: before (base and adapter) and after, on the given windows.
+        sparsity: fraction of zeros in the masked weights, before and after the merge.
+        perplexity: perplexity on the given windows, before (base and adapter) and after the merge.
     """
 
     sparsity: tuple[float, float]
@@ -94,20 +94,21 @@ def add_lora(model: PreTrainedModel, pruned: Collection[str], config: LoraConfig
     """
     Injects LoRA layers into a sparse model in place and freezes everything else.
 
-    Equivalent to `peft.get_peft_model`, but for the mask on the update.
+    Equivalent to `peft.get_peft_model`, except for the mask on the update.
 
     Args:
-        model: of transformers; stays the same object, its adapted layers are wrapped.
-        pruned: names of the layers that are pruned.
-        config: its `target_modules` may name pruned layers only; None or "all-linear": all of them. Not changed.
-        masked: multiply the update by the base's mask, so that it can be merged without losing a zero.
+        model: a model of transformers; it stays the same object, and its adapted layers are wrapped.
+        pruned: names of the pruned layers.
+        config: the LoRA configuration, which is not changed. Its `target_modules` may name pruned layers only; None or
+            "all-linear" selects all of them.
+        masked: multiply the update by the mask of the base, so that merging preserves all zeros.
 
     Returns:
         peft's wrapper around the model, for saving the adapter.
 
     Raises:
         ValueError: the model has adapters already, a target is not pruned, or an option of the config would train or
-            change something else than a low-rank update (`modules_to_save`, biases, PiSSA, DoRA and others).
+            change more than a low-rank update (`modules_to_save`, biases, PiSSA, DoRA and others).
     """
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ValueError("the model has adapters already; merge or unload them first")
@@ -130,7 +131,7 @@ def add_lora(model: PreTrainedModel, pruned: Collection[str], config: LoraConfig
 
 
 def _plain_values(config: LoraConfig) -> LoraConfig:
-    """A copy without the list and mapping types of configuration libraries, which peft cannot write as JSON."""
+    """Returns a copy with plain lists and dicts; peft cannot write those of configuration libraries as JSON."""
     config = deepcopy(config)
     for field in fields(config):
         value = getattr(config, field.name)
@@ -142,7 +143,7 @@ def _plain_values(config: LoraConfig) -> LoraConfig:
 
 
 def check_options(config: LoraConfig, masked: bool) -> None:
-    """Raises ValueError for options that would train or change something else than a low-rank update."""
+    """Raises ValueError for options that would train or change more than a low-rank update."""
     allowed = OPTIONS if masked else OPTIONS | {"lora_dropout"}
     default = LoraConfig()
     other = [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
@@ -164,20 +165,24 @@ def merge_lora(
     windows: Int[Tensor, "windows tokens"] | None = None,
 ) -> MergeReport | None:
     """
-    Merges the adapter into the model in place and takes the LoRA layers out.
+    Merges the adapter into the model in place and removes the LoRA layers.
 
-    A masked LoRA merges exactly: outputs agree to rounding and every zero stays. A plain one has an update at every
-    place: it either fills the zeros or loses the part of the update that lies on them, so it is refused unless
-    `lossy` names which of the two is meant.
+    A masked LoRA merges exactly: outputs agree up to rounding, and all zeros are preserved. A plain LoRA updates all
+    weights: merging either fills the zeros or drops the part of the update at zeros, so it is refused unless `lossy`
+    names one of the two.
 
     Args:
-        wrapper: what `add_lora` returned, or `PeftModel.from_pretrained(model, folder)`, whose layers are plain LoRA.
+        wrapper: the result of `add_lora`, or `PeftModel.from_pretrained(model, folder)`, whose layers are plain LoRA.
         masks: the masks of the sparse base.
-        lossy: None: exact or not at all. "zeros": give up the zeros. "update": give up the update on them.
-        windows: token ids to measure a lossy merge on.
+        lossy: None: refuse a lossy merge. "zeros": give up the zeros. "update": give up the update at the zeros.
+        windows: token ids (windows, tokens) on which a lossy merge is measured.
 
     Returns:
-        What a lossy merge cost; None for an exact one.
+        sparsity and perplexity before and after a lossy merge; None for an exact one.
+
+    Raises:
+        ValueError: an argument is invalid, a plain LoRA is merged without `lossy` or `windows`, or the base has
+            weights outside of the masks.
     """
     if not isinstance(wrapper, PeftModel):
         raise ValueError(f"merge_lora takes peft's wrapper around the model, got {type(wrapper).__name__}")
@@ -197,10 +202,10 @@ def merge_lora(
         raise ValueError(
             f"merging a plain LoRA into this sparse model would fill the {zeros} zeros of {len(layers)} layers "
             f"({zeros / total:.1%}). Keep it as an adapter, train LoRARecovery(masked=True), or name the loss: "
-            'lossy="zeros" gives up the zeros, lossy="update" the part of the update that lies on them'
+            'lossy="zeros" gives up the zeros, lossy="update" the part of the update at the zeros'
         )
     if windows is None:
-        raise ValueError(f'merge_lora(lossy="{lossy}") reports what the merge costs; give windows= to measure it on')
+        raise ValueError(f'merge_lora(lossy="{lossy}") reports what the merge costs; give windows= to measure')
     before = perplexity(model, windows, progress=False), _zeros(masks, model)
     wrapper.merge_and_unload(safe_merge=True)
     if lossy == "update":

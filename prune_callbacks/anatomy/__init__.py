@@ -1,1 +1,1 @@
-"""What a model consists of: its decoder blocks, the matrices to prune, experts, coupled layers, configurations."""
+"""The parts of a model: its decoder blocks, the matrices to prune, experts, coupled layers, configurations."""

@@ -1,4 +1,4 @@
-"""Layers that peft has wrapped: an adapted layer keeps the original in `base_layer`, and its own matrices beside it."""
+"""Layers wrapped by peft: an adapted layer keeps the original in `base_layer`, alongside the adapter's matrices."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ def adapted_layers(module: nn.Module) -> list[str]:
 
 
 def adapter_modules(module: nn.Module) -> set[str]:
-    """Returns the names of the modules in `module` that belong to adapters, and not to the model itself."""
+    """Returns the names of the modules in `module` that belong to adapters and not to the base model."""
     adapted = [f"{name}." for name in adapted_layers(module)]
     return {
         name
@@ -21,17 +21,17 @@ def adapter_modules(module: nn.Module) -> set[str]:
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Raises ValueError for a model with adapters that are not merged."""
+    """Raises ValueError for a model with unmerged adapters."""
     adapted = adapted_layers(model)
     if adapted:
         raise ValueError(
             f"{len(adapted)} layers have adapters, first {adapted[0]}: merge them (LoRARecovery(masked=True), "
-            "merge_lora) or take them out (unload) first"
+            "merge_lora) or remove them (unload) first"
         )
 
 
 def base_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the part of a model's state that is its own, without adapters, under the names that it has without."""
+    """Returns a model's state without its adapters, under the names of the model without adapters."""
     adapters = [f"{name}." for name in adapted_layers(model)]
     state: dict[str, Tensor] = {}
     for key, value in state_dict.items():

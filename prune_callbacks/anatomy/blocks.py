@@ -6,12 +6,12 @@ from transformers import PreTrainedModel
 
 def find_language_model(module: nn.Module) -> nn.Module:
     """
-    The outermost `transformers` model inside `module` (a LightningModule, a wrapper), else `module` itself.
+    Returns the outermost `transformers` model inside `module` (a LightningModule, a wrapper), else `module` itself.
 
-    Of several (a student and its teacher), the only one that is trained.
+    Of several (a student and its teacher), returns the only trained one.
 
     Raises:
-        ValueError: there are several, and not exactly one has parameters that require gradients.
+        ValueError: there are several, of which not exactly one has parameters that require gradients.
     """
     names = [name for name, m in module.named_modules() if isinstance(m, PreTrainedModel)]
     outer = [n for n in names if not any(n != o and (not o or n.startswith(o + ".")) for o in names)]
@@ -26,17 +26,17 @@ def find_language_model(module: nn.Module) -> nn.Module:
 
 def find_blocks(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Module]]:
     """
-    The decoder blocks of a model, in order, as (name, module).
+    Returns the decoder blocks of a model, in order, as (name, module).
 
-    Structure decides, not a table of model families: the blocks are the `nn.ModuleList` that lies in no other
-    one and has as many members as the configuration has layers; of several, the one with most parameters.
+    They are found by structure, not by a table of model families: the blocks are the outermost `nn.ModuleList` with as
+    many members as the configuration has layers. Of several such lists, the one with most parameters is taken.
 
     Args:
         model: a causal language model.
-        name: the dotted name of the list of blocks, where the structure does not tell, e.g. "model.layers".
+        name: the dotted name of the list of blocks, e.g. "model.layers", where the structure is ambiguous.
 
     Raises:
-        ValueError: no list of blocks is found, or `name` is none.
+        ValueError: no list of blocks is found, or `name` is not an `nn.ModuleList`.
     """
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     if name is not None:
@@ -55,7 +55,7 @@ def find_blocks(model: nn.Module, name: str | None = None) -> list[tuple[str, nn
                     if depth
                     else "it has no nn.ModuleList. "
                 )
-                + f'Name the list of blocks with blocks="...", e.g. blocks="model.layers"; there are {sorted(lists)}'
+                + f'Name the list of blocks with blocks="...", e.g. blocks="model.layers"; the model has {sorted(lists)}'
             )
         chosen = max(candidates, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
     return [(f"{chosen}.{i}", block) for i, block in enumerate(lists[chosen])]

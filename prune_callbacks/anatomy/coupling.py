@@ -1,4 +1,4 @@
-"""Which layers of a decoder block are coupled: what one removes of its input, others need not compute."""
+"""Finds the coupled layers of a decoder block: if one reads fewer features, the others need not compute them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,25 +13,26 @@ MLPS = (
     (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
     (("c_fc",), "c_proj"),  # GPT-2
 )
-"""Names of the layers that write the channels of an MLP, elementwise functions between, and of the one that reads."""
+"""Names of the layers that write an MLP's channels, and of the one that reads them after elementwise functions."""
 
 READS_HEADS = "o_proj"
-"""Of attention with `q_proj`, `k_proj` and `v_proj` beside it; its heads have a size that the configuration may set."""
+"""The layer that reads the heads of an attention with `q_proj`, `k_proj` and `v_proj`."""
 
 
 @dataclass(frozen=True)
 class Coupled:
     """
-    Layers of a block that lose the same units.
+    Layers of a block that must lose the same units: channels of an MLP, or heads of an attention.
 
     Attributes:
-        reader: name of the layer whose input features are the units.
-        writers: names of the layers whose output rows are.
-        values: name of the layer whose rows, once per group of heads, are what the reader reads: `v_proj`, or the last
-            of the writers.
+        reader: name of the layer whose input features make up the units.
+        writers: names of the layers whose output rows make up the units.
+        values: name of the layer whose output the reader reads, repeated for the heads of a group: `v_proj`, or the
+            last of the writers.
         width: features of a unit: 1 (a channel), or the size of a head.
-        pools: equal stretches of units of which the same number must go: groups of queries, else 1.
-        grouped: whether several heads of queries share a head of keys and values, which stays.
+        pools: number of equal runs of consecutive units, which must lose the same number each: the groups of query
+            heads, else 1.
+        grouped: whether several query heads share a head of keys and values, which is kept.
     """
 
     reader: str
@@ -44,13 +45,13 @@ class Coupled:
 
 def find_coupled(blocks: Sequence[tuple[str, nn.Module]]) -> list[Coupled]:
     """
-    The coupled layers of all blocks, in order.
+    Returns the coupled layers of all blocks, in order.
 
     Raises:
-        ValueError: a block has none of a known kind.
+        ValueError: a block has no coupled layers of a known kind.
     """
     found: list[Coupled] = []
-    # Values that another block reads too (Gemma 3n and 4) cannot change with the layer of one block.
+    # Values that several blocks read (Gemma 3n and 4) cannot shrink with the reader of one block.
     shared = any(_reads_other_values(owner) for _, block in blocks for owner in block.modules())
     for block_name, block in blocks:
         here = [
@@ -61,7 +62,7 @@ def find_coupled(blocks: Sequence[tuple[str, nn.Module]]) -> list[Coupled]:
         ]
         if not here:
             raise ValueError(
-                f"{block_name} has no coupled layers of a known kind. Known are "
+                f"{block_name} has no coupled layers of a known kind. The known kinds are "
                 + ", ".join(f"{' and '.join(writers)} with {reader}" for writers, reader in MLPS)
                 + f", and q_proj, k_proj and v_proj with {READS_HEADS}; fused ones are not supported"
             )
@@ -73,10 +74,10 @@ def coupled_targets(
     blocks: Sequence[tuple[str, nn.Module]], targets: Mapping[str, Target]
 ) -> tuple[list[Coupled], dict[str, str]]:
     """
-    The coupled layers among the targets, and the targets that are in none, with the reason.
+    Returns the coupled layers whose members are all targets, and why each other target is in none of them, by name.
 
     Raises:
-        ValueError: the targets have only some of the layers that are coupled, or none.
+        ValueError: the targets contain coupled layers only in part, or not at all.
     """
     chosen: list[Coupled] = []
     for coupled in find_coupled(blocks):
@@ -90,11 +91,11 @@ def coupled_targets(
                 f"{missing}; add these to `targets`"
             )
     if not chosen:
-        raise ValueError("none of the targets is coupled with others, so no unit can go")
+        raise ValueError("none of the targets is coupled with others, so no unit can be removed")
     inside = {name for coupled in chosen for name in (coupled.reader, *coupled.writers)}
     shared = {coupled.values.rpartition(".")[0] for coupled in chosen if coupled.grouped}
     reasons = {
-        name: "its heads stay: several heads of queries share each of them"
+        name: "its heads stay: several query heads share each of them"
         if name.rpartition(".")[0] in shared
         else "it is in no coupled layers of a known kind"
         for name in targets
@@ -129,13 +130,13 @@ def _of(name: str, owner: nn.Module) -> list[Coupled]:
 
 
 def _reads_other_values(owner: nn.Module) -> bool:
-    """Whether attention reads keys and values that another block computes."""
+    """Returns whether an attention reads keys and values that another block computes."""
     children = {child for child, _ in owner.named_children()}
     lacks = {"q_proj", READS_HEADS} <= children and "v_proj" not in children
     return lacks or bool(getattr(owner, "is_kv_shared_layer", False))
 
 
 def _knows_units(owner: nn.Module, layers: set[str], sizes: set[int]) -> bool:
-    """Whether something beside the layers has a number for every unit: a norm between them, sinks of attention."""
+    """Returns whether a parameter outside the layers has an entry per unit, such as a norm or attention sinks."""
     tensors = [*owner.named_parameters(), *owner.named_buffers()]
     return any(sizes & set(tensor.shape) for name, tensor in tensors if name.split(".")[0] not in layers)

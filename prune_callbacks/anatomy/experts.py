@@ -1,4 +1,4 @@
-"""Mixtures of experts whose matrices lie in one parameter: what is pruned there, and what is not."""
+"""Mixtures of experts with fused matrices, all in one parameter: finds the matrices to prune and the dense ones."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -10,29 +10,30 @@ from prune_callbacks.anatomy.targets import ExpertTarget, Target
 from prune_callbacks.parallel.shapes import whole_shape
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NOT_TAKEN = "it holds the weights of several layers (experts) in one tensor, which this pruner does not take"
+NOT_TAKEN = "it holds the weights of several layers (experts) in one tensor, which this pruner does not support"
 UNKNOWN = (
     "it holds the weights of several layers (experts) in one tensor, and its module does not say which dimension is "
     "the input (`is_transposed`)"
 )
-DECIDES = "it decides which experts a token goes to, and what they count"
+DECIDES = "it is a router: it selects a token's experts and their weights"
 
 
 def fused_parameters(block: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Parameters of a block that hold several matrices: (module's name, module, parameter's name there, parameter)."""
+    """Yields parameters of a block with several matrices each: (module name, module, attribute name, parameter)."""
     for name, owner in block.named_modules():
         for attribute, parameter in owner.named_parameters(recurse=False):
             shape = whole_shape(parameter)
-            several = len(shape) >= 3 and sum(size > 1 for size in shape) > 1  # RWKV has vectors of (1, 1, features)
+            several = len(shape) >= 3 and sum(size > 1 for size in shape) > 1  # RWKV stores vectors as (1, 1, features)
             if several and not isinstance(owner, CONVOLUTIONS):
                 yield name, owner, attribute, parameter
 
 
 def expert_targets(name: str, owner: nn.Module) -> Iterator[ExpertTarget]:
     """
-    Yields the matrices of a module of experts, of full name `name`.
+    Yields the matrices of a module of experts with full name `name`.
 
-    Only of modules that say how they store them: `is_transposed`, which transformers' interface for experts sets.
+    A module yields none unless its attribute `is_transposed`, which transformers' interface for experts sets, says how
+    the matrices are stored.
     """
     stored = getattr(owner, "is_transposed", None)
     for attribute, parameter in owner.named_parameters(recurse=False):
@@ -44,12 +45,13 @@ def expert_targets(name: str, owner: nn.Module) -> Iterator[ExpertTarget]:
 
 def routers(block: nn.Module) -> dict[str, str]:
     """
-    What decides which experts a token goes to, in a block with fused experts: names of modules, and why they are dense.
+    Returns the routers of a block with fused experts: names of modules, with the reason why they stay dense.
 
-    Structure decides: beside the experts, a weight with one output for every expert, or with a single one (the gate of
-    a shared expert), that is its module's only one or stands directly beside them. A few weights, on which all that
-    follows depends. Where experts stand in the block itself, all of its layers stand beside them: then those count only
-    if nothing else decides.
+    A router has few weights, and the outputs of all experts depend on them. Routers are found by structure. In the
+    module that contains the experts, a router is a layer with one output per expert, or with a single output (the gate
+    of a shared expert). It is either a sibling of the experts or the only matrix of its own module. If the block itself
+    contains the experts, all of the block's layers are their siblings; then siblings count only if no other router is
+    found.
     """
     found: dict[str, str] = {}
     beside: dict[str, str] = {}
@@ -69,7 +71,7 @@ def routers(block: nn.Module) -> dict[str, str]:
 
 
 def _matrix_shape(module: nn.Module) -> torch.Size | None:
-    """Of a module whose `weight` is a matrix, the weight's shape."""
+    """Returns the shape of a module's `weight` if it is a matrix, else None."""
     weight = getattr(module, "weight", None)
     return whole_shape(weight) if isinstance(weight, Tensor) and len(whole_shape(weight)) == 2 else None
 
@@ -78,10 +80,10 @@ def dense_in_mixtures(
     blocks: Sequence[tuple[str, nn.Module]], chosen: Mapping[str, Target]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """
-    What stays dense where experts are fused, with the reason: tensors of experts that are no targets, and routers.
+    Returns the tensors of fused experts that are no targets, and the routers that are none, by name with the reason.
 
     Args:
-        blocks: of the model.
+        blocks: the model's decoder blocks.
         chosen: the targets, by name.
 
     Raises:
@@ -106,7 +108,7 @@ def dense_in_mixtures(
 
 
 def describe_dense(fused: Mapping[str, str], deciding: Mapping[str, str]) -> list[str]:
-    """What `dense_in_mixtures` found, as sentences for warnings: how many of either kind, and the first."""
+    """Returns a sentence for each kind in the result of `dense_in_mixtures`: its number and its first member."""
     kinds = {"tensors": fused, "routers": deciding}
     return [
         f"{len(dense)} {kind} stay dense, first {first}: {dense[first]}"

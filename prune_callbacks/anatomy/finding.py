@@ -1,4 +1,4 @@
-"""Finds the matrices to prune in the decoder blocks, and what else may hold zeros of a pruning."""
+"""Finds the matrices to prune in the decoder blocks, and further weights that a pruning may have zeroed."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,21 +11,24 @@ from prune_callbacks.anatomy.experts import expert_targets, fused_parameters, ro
 from prune_callbacks.anatomy.targets import LINEAR, LayerTarget, Target
 
 SPARSE = 0.01
-"""The fraction of zeros from which on a tensor is taken for a pruned one."""
+"""The least fraction of zeros in a tensor that counts as pruned."""
 
 
 def find_targets(
     blocks: Sequence[tuple[str, nn.Module]], targets: Sequence[str] | str | None = None, *, experts: bool = False
 ) -> dict[str, Target]:
     """
-    Finds the matrices to prune inside the blocks, by full name, in the model's order.
+    Finds the matrices to prune inside the blocks; returns them by full name, in the model's order.
+
+    Warns of matrices that share their weight with an earlier one, and leaves them out.
 
     Args:
-        blocks: what `find_blocks` returned.
-        targets: shell-style patterns matched against full names ("*.mlp.*") or against the last part
-            ("down_proj"); None for every `nn.Linear` and `Conv1D` in the blocks but the `routers`.
-        experts: also the matrices of fused experts, as `ExpertTarget`. One is matched by its name, which ends in the
-            expert's number ("*.experts.down_proj.3"), or for all experts by the parameter's ("down_proj").
+        blocks: the result of `find_blocks`.
+        targets: shell-style patterns, matched against full names ("*.mlp.*") or their last part ("down_proj"). None:
+            every `nn.Linear` and `Conv1D` in the blocks except the `routers`.
+        experts: whether to include the matrices of fused experts, as `ExpertTarget`. A pattern matches one expert by
+            its name, which ends in the expert's index ("*.experts.down_proj.3"), or all experts by the name of their
+            parameter ("down_proj").
 
     Raises:
         ValueError: a pattern matches nothing, or there is nothing to prune.
@@ -38,7 +41,7 @@ def find_targets(
             found[target.name] = target
         else:
             warnings.warn(
-                f"{target.name} shares its weight with {owner} and is pruned with it, on that one's inputs",
+                f"{target.name} shares its weight with {owner} and is pruned with it, on the inputs of {owner}",
                 stacklevel=3,
             )
     if not found:
@@ -64,10 +67,10 @@ def find_targets(
 
 def matrices(blocks: Sequence[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
     """
-    All weights in the blocks that may hold zeros of a pruning, by name, whatever is pruned by default.
+    Returns all floating-point weights in the blocks that a pruning may have zeroed, by name; tied ones once.
 
-    Those of every `nn.Linear` and `Conv1D`, routers of any kind, and tensors of experts, also of experts whose module
-    does not say how it stores them.
+    They are the weights of every `nn.Linear` and `Conv1D`, of routers, and the tensors of fused experts, including
+    experts whose module does not say how it stores them.
     """
     found: dict[str, nn.Parameter] = {}
     for block_name, block in blocks:
@@ -84,11 +87,13 @@ def sparse_experts(
     blocks: Sequence[tuple[str, nn.Module]], targets: Sequence[str] | str | None = None
 ) -> dict[str, nn.Parameter]:
     """
-    Tensors of experts that hold 1 % of zeros or more, by name: what is left out where linear layers only are taken.
+    Returns the tensors of fused experts of which at least 1 % are zeros, by name.
+
+    Callers that handle linear layers only leave these out.
 
     Args:
-        blocks: what `find_blocks` returned.
-        targets: as of `find_targets`.
+        blocks: the result of `find_blocks`.
+        targets: see `find_targets`.
     """
     patterns = [targets] if isinstance(targets, str) else targets
     found = {name: parameter for block in blocks for name, parameter in _fused(*block).items()}
@@ -101,7 +106,7 @@ def sparse_experts(
 
 
 def _fused(block_name: str, block: nn.Module) -> dict[str, nn.Parameter]:
-    """Tensors with a matrix for each of several experts."""
+    """Returns the tensors of a block that hold one matrix per expert, by full name."""
     return {
         ".".join(filter(None, (block_name, place, attribute))): parameter
         for place, _, attribute, parameter in fused_parameters(block)
@@ -129,5 +134,5 @@ def _matches(target: Target, pattern: str) -> bool:
 
 
 def parameters_of(targets: Iterable[Target]) -> dict[str, nn.Parameter]:
-    """Returns the parameters that hold the targets, by full name; one that holds several targets is there once."""
+    """Returns the parameters that hold the targets, each once, by full name."""
     return {target.parameter_name: target.parameter for target in targets}

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 
 
 def inside(name: str, module: str) -> bool:
-    """Returns whether a dotted name is a module's, or of something in it."""
+    """Returns whether a dotted name is that of `module` or of a member of it."""
     return f"{name}.".startswith(f"{module}.")
 
 
 @contextmanager
 def naming(layer: str) -> Iterator[None]:
-    """Prefixes the errors and warnings of the block with the layer's name."""
+    """Prefixes ValueErrors and warnings raised in the `with` block by the layer's name."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

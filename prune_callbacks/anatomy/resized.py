@@ -1,4 +1,4 @@
-"""Configurations of models with fewer channels and heads, and whether `transformers` accepts them."""
+"""Makes configurations with fewer channels and heads, and checks whether `transformers` accepts them."""
 
 import copy
 import warnings
@@ -15,20 +15,20 @@ from prune_callbacks.anatomy.targets import Target
 from prune_callbacks.sparsity import Pattern
 
 CHANNELS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-"""What a configuration calls the number of channels of its MLPs."""
+"""Names that configurations use for the number of channels of their MLPs."""
 
 
 def smaller_configuration(
     model: PreTrainedModel, channels: int | None = None, heads: tuple[int, int] | None = None, width: int | None = None
 ) -> Any:
     """
-    A copy of the model's configuration with fewer channels or heads.
+    Returns a copy of the model's configuration with fewer channels or heads.
 
     Args:
-        model: its configuration stays as it is.
-        channels: of every MLP; None: as they are.
-        heads: of queries, and of keys and values; None: as they are.
-        width: features of a head.
+        model: the model; its own configuration is not changed.
+        channels: channels of every MLP; None: unchanged.
+        heads: the numbers of query heads and of key-value heads; None: unchanged.
+        width: features of a head; used with `heads` only.
 
     Raises:
         ValueError: the configuration has no number of channels, or does not accept these numbers.
@@ -43,7 +43,7 @@ def smaller_configuration(
             )
         setattr(text, names[0], channels)
     if heads is not None:
-        text.head_dim = width  # else many configurations divide the hidden size by the number of heads
+        text.head_dim = width  # otherwise many configurations divide the hidden size by the number of heads
         text.num_attention_heads, text.num_key_value_heads = heads
     try:
         text.validate()
@@ -54,7 +54,7 @@ def smaller_configuration(
 
 
 def serves_heads(model: PreTrainedModel, layer: str, heads: tuple[int, int], width: int) -> bool:
-    """Whether a model of fewer heads can be built, so that `layer`, of queries, has as many rows."""
+    """Returns whether a model with so many heads can be built in which `layer`, a `q_proj`, has the matching rows."""
     try:
         config = smaller_configuration(model, heads=heads, width=width)
         with torch.device("meta"):
@@ -72,9 +72,17 @@ def planned_removal(
     asked_of: Callable[[int], int],
 ) -> dict[str, int]:
     """
-    How many units go from every pool, by reader: the pruner's number, or fewer heads where the model cannot have those.
+    Returns how many units to remove from every pool of coupled layers, by the name of their reader.
 
-    Warns, once for all layers that are alike, where that is less than was asked for.
+    This is the pruner's number, or the largest smaller number of heads that the model supports. Warns, once for all
+    layers of the same dimensions, if the number is reduced or zero.
+
+    Args:
+        model: the model.
+        coupled: its coupled layers.
+        targets: the targets, by name; they include all readers.
+        pattern: the pruner's pattern, for the warning.
+        asked_of: the pruner's number of units to remove from a pool, given the pool's size.
     """
     alike: dict[tuple[int, int, int, bool], list[Coupled]] = {}
     for group in coupled:
@@ -89,14 +97,15 @@ def planned_removal(
             ):
                 removed -= 1
         if removed < asked or asked == 0:
-            what = "channels" if width == 1 else f"heads of {width} features that may go together"
+            what = "channels" if width == 1 else f"heads of {width} features that may be removed together"
             why = (
                 "rounds to none"
                 if asked == 0
                 else f"would leave a number of heads that {type(model).__name__} cannot have"
             )
             warnings.warn(
-                f"{pattern} of {units} {what} {why}: {removed} go in {len(groups)} layers, first {groups[0].reader}",
+                f"{pattern} of {units} {what} {why}: removing {removed} in {len(groups)} layers, first "
+                f"{groups[0].reader}",
                 stacklevel=3,
             )
         plan |= {group.reader: removed for group in groups}
@@ -104,5 +113,5 @@ def planned_removal(
 
 
 def _left(units: int, pools: int, grouped: bool) -> tuple[int, int]:
-    """Heads of queries, and of keys and values."""
+    """Returns the remaining numbers of query heads and of key-value heads."""
     return units * pools, pools if grouped else units

@@ -1,4 +1,4 @@
-"""Target: one matrix to prune, whatever kind of module holds it."""
+"""Target: one matrix to prune, in any kind of module."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 LINEAR = (nn.Linear, Conv1D)
-"""Modules that are targets by themselves. `Conv1D` is GPT-2's Linear with a weight of shape (in, out)."""
+"""Types of modules whose weight is a target. `Conv1D` is GPT-2's linear layer, with a weight of shape (in, out)."""
 
 
 @dataclass(frozen=True)
 class Target(ABC):
     """
-    One matrix to prune: where it lies, how it is stored, how it is read and replaced.
+    One matrix to prune: its location, its layout, and methods to read and replace it.
 
     Attributes:
-        name: full dotted name, by which `targets=` chooses it and errors name it.
-        module: has the parameter.
+        name: full dotted name, which `targets=` matches and errors mention.
+        module: the module with the parameter.
         attribute: the parameter's name in the module.
         input_first: whether the matrix is stored as (in, out).
     """
@@ -31,35 +31,35 @@ class Target(ABC):
     input_first: bool
 
     shares_parameter: ClassVar[bool]
-    """Whether the parameter holds further matrices (other experts')."""
+    """Whether the parameter also holds other matrices, those of other experts."""
 
     unseen: ClassVar[str]
-    """Why calibration may have learned nothing about the inputs, as a clause for a message."""
+    """The reason why calibration may have seen no inputs, as a clause for a message."""
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter as it is now; its data is another tensor once the module was moved."""
+        """Returns the current parameter; moving the module replaces its data by another tensor."""
         return self.module.get_parameter(self.attribute)
 
     @property
     @abstractmethod
     def parameter_name(self) -> str:
-        """The parameter's full name, as in the model's `state_dict`."""
+        """Returns the parameter's full name, as in the model's `state_dict`."""
 
     @property
     @abstractmethod
     def stored_name(self) -> str:
-        """The matrix's name in reports: the parameter's, with the expert's number where it holds several."""
+        """Returns the matrix's name in reports: the parameter's name, plus the index of an expert."""
 
     @property
     @abstractmethod
     def stored(self) -> Tensor:
-        """The matrix as it is stored, detached; changing it in place changes the parameter."""
+        """Returns a detached view of the matrix in its stored layout; writing to it changes the parameter."""
 
     @property
     @abstractmethod
     def identity(self) -> tuple[int, int]:
-        """Equal for two targets whose matrix is the same: weights that are tied."""
+        """Returns a key that is equal for two targets with the same matrix (tied weights)."""
 
     def matrix(self) -> Float[Tensor, "out in"]:
         """Returns the matrix as (out, in), a view of the parameter."""
@@ -71,12 +71,12 @@ class Target(ABC):
         self.stored.copy_(self.oriented(matrix))
 
     def oriented(self, tensor: Tensor) -> Tensor:
-        """Returns a view of a weight or mask, as it is stored, as (out, in), or back: its own inverse."""
+        """Returns a view of a weight or mask, converted from the stored layout to (out, in), or back."""
         return tensor.T if self.input_first else tensor
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
+        """Returns (out, in)."""
         out, size = self.matrix().shape
         return out, size
 
@@ -89,7 +89,7 @@ class LayerTarget(Target):
 
     @classmethod
     def of(cls, name: str, layer: nn.Module) -> "LayerTarget":
-        """Makes the target of a linear layer of this full name."""
+        """Makes the target of a linear layer with full name `name`."""
         return cls(name, layer, "weight", isinstance(layer, Conv1D))
 
     @property
@@ -112,12 +112,12 @@ class LayerTarget(Target):
 @dataclass(frozen=True)
 class ExpertTarget(Target):
     """
-    One expert's matrix, a slice of the parameter that holds those of all experts.
+    One expert's matrix: a slice of the parameter with the matrices of all experts.
 
-    Its name is the parameter's with the expert's number: `model.layers.0.mlp.experts.gate_up_proj.3`.
+    Its name is that of the parameter with the expert's index: `model.layers.0.mlp.experts.gate_up_proj.3`.
 
     Attributes:
-        index: the expert. The parameter has shape (experts, out, in), or (experts, in, out).
+        index: the expert's index. The parameter has shape (experts, out, in), or (experts, in, out).
     """
 
     index: int

@@ -1,1 +1,1 @@
-"""What reaches a layer: token windows, captured block inputs, streamed statistics, prefetched blocks."""
+"""The inputs of layers: token windows, captured block inputs, streamed statistics, prefetched blocks."""

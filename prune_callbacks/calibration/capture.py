@@ -1,4 +1,4 @@
-"""Capturing what a model hands to its decoder blocks, and running one block on it."""
+"""Captures the inputs that a model passes to its decoder blocks, and runs one block on them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,13 +15,13 @@ Batch = Tensor | Mapping[str, Any]
 @dataclass
 class BlockInputs:
     """
-    What every block gets for one batch.
+    The inputs of all blocks for one batch.
 
     Attributes:
         hidden: the hidden states that enter the current block, (batch, tokens, hidden); replaced block by block.
-        calls: positional (after the hidden states) and keyword arguments of every block. Blocks differ in them:
-            a layer with sliding attention gets another mask than one with full attention.
-        tokens: True for real tokens, (batch, tokens), where the batch came with padding; else None.
+        calls: for every block, its positional arguments (without the hidden states) and its keyword arguments. They
+            differ between blocks: sliding attention gets another mask than full attention.
+        tokens: True for real tokens, (batch, tokens), if the batch has padding; else None.
     """
 
     hidden: Tensor
@@ -30,19 +30,24 @@ class BlockInputs:
 
 
 class _AllBlocksReachedError(Exception):
-    """Ends a forward pass once the last block was reached."""
+    """Ends a forward pass when the last block has been reached."""
 
 
 @torch.no_grad()
 def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Batch]) -> list[BlockInputs]:
     """
-    Runs everything in front of the blocks and records what each block is called with.
+    Runs the model up to its blocks and records the arguments of every block, for all batches.
 
-    The blocks themselves do not run: for the time of the capture each returns the hidden states that it got
-    (in a tuple where the real block returns one), and the pass ends at the last block.
+    The blocks do not run: during the capture each returns the hidden states that it received (in a tuple if the real
+    block returns one), and the pass ends at the last block. Only the first block runs once, to see its return type.
+
+    Args:
+        model: a causal language model.
+        blocks: its decoder blocks, in order.
+        batches: token ids, integers of shape (batch, tokens), or mappings with `input_ids`.
 
     Raises:
-        ValueError: there is no batch, or the model's forward did not reach every block.
+        ValueError: there is no batch, a batch has no valid token ids, or the model's forward did not reach every block.
     """
     return list(capture_one_by_one(model, blocks, batches))
 
@@ -51,7 +56,7 @@ def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Itera
 def capture_one_by_one(
     model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Batch]
 ) -> Iterator[BlockInputs]:
-    """`capture_inputs`, one batch at a time; until it is exhausted or closed the blocks do not run."""
+    """Yields the results of `capture_inputs` batch by batch; the blocks do not run until it is exhausted or closed."""
     if isinstance(batches, Tensor):
         raise ValueError(f"batches must be several batches, got one tensor of shape {tuple(batches.shape)}; split it")
     originals = [block.forward for block in blocks]
@@ -64,7 +69,7 @@ def capture_one_by_one(
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             if index == 0:
                 entering.append(hidden)
-            if not returns_tuple:  # asked of the first block once; transformers 5 returns tensors, 4 tuples
+            if not returns_tuple:  # determined once, by the first block; transformers 5 returns tensors, 4 tuples
                 returns_tuple.append(isinstance(originals[0](hidden, *rest, **kwargs), tuple))
             calls.append((rest, kwargs))
             if index == len(blocks) - 1:
@@ -83,7 +88,7 @@ def capture_one_by_one(
             if len(calls) != len(blocks):
                 raise ValueError(
                     f"the forward pass of {type(model).__name__} called {len(calls)} of {len(blocks)} decoder blocks; "
-                    'name the list of blocks that it runs with blocks="..."'
+                    'name the list of the blocks that it calls with blocks="..."'
                 )
             count += 1
             yield BlockInputs(entering[0], list(calls), _real_tokens(batch))
@@ -93,8 +98,8 @@ def capture_one_by_one(
 
 @contextmanager
 def forwards_replaced(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """The blocks do something else for a while."""
-    before = [block.__dict__.get("forward") for block in blocks]  # accelerate, for one, sets it on the instance
+    """Temporarily replaces the blocks' `forward`; restores it on exit."""
+    before = [block.__dict__.get("forward") for block in blocks]  # accelerate sets one on the instance
     try:
         for block, forward in zip(blocks, forwards, strict=True):
             block.forward = forward
@@ -107,7 +112,7 @@ def forwards_replaced(blocks: Sequence[nn.Module], forwards: Sequence[Callable[.
 
 
 def run_model(model: nn.Module, batch: Batch) -> None:
-    """A whole forward pass, for what hooks see of it."""
+    """Runs a whole forward pass on a batch, on the device of the model's parameters, for the hooks to observe."""
     device = next(model.parameters()).device
     inputs = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else {"input_ids": batch}
     if isinstance(model, PreTrainedModel):
@@ -120,7 +125,7 @@ def run_model(model: nn.Module, batch: Batch) -> None:
 
 
 def check_batch(model: PreTrainedModel, batch: Batch) -> None:
-    """Raises ValueError for a batch without token ids, or with some that the model's embeddings, if known, lack."""
+    """Raises ValueError for a batch without token ids, or with ids outside the model's embeddings, if known."""
     inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
@@ -128,7 +133,7 @@ def check_batch(model: PreTrainedModel, batch: Batch) -> None:
         raise ValueError(f"a calibration batch must hold input_ids, integers of shape (batch, tokens); got {found}")
     try:
         embedding = model.get_input_embeddings()
-    except NotImplementedError:  # of a model of one's own, whose embeddings have a name of their own
+    except NotImplementedError:  # a custom model whose embeddings transformers cannot find
         return
     if not isinstance(embedding, nn.Embedding) or not ids.numel():
         return
@@ -147,22 +152,22 @@ def _real_tokens(batch: Batch) -> Tensor | None:
 
 @torch.no_grad()
 def run_block(index: int, block: nn.Module, inputs: BlockInputs, device: torch.device) -> Tensor:
-    """The hidden states that leave block `index`, on `device`; `inputs` is not changed."""
+    """Runs block `index`; returns its output hidden states, (batch, tokens, hidden). `inputs` is not changed."""
     args, kwargs = to_device(inputs.calls[index], device)
     output = block(inputs.hidden.to(device), *args, **kwargs)
-    # Older decoder layers return a tuple. Of a tensor, [0] would silently be the first sample of the batch.
+    # Older decoder layers return a tuple. On a tensor, [0] would silently select the first sample of the batch.
     hidden = output[0] if isinstance(output, tuple) else output
     assert isinstance(hidden, Tensor)
     return hidden
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in its tuples, lists and dicts on `device`."""
+    """Returns `value` with every tensor in its tuples, lists and dicts moved to `device`."""
     return change_tensors(value, lambda tensor: tensor.to(device))
 
 
 def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with every tensor in its tuples, lists and dicts replaced by what `change` makes of it."""
+    """Returns `value` with `change` applied to every tensor in its tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple | list):

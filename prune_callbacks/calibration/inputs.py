@@ -13,7 +13,12 @@ from prune_callbacks.ranks import Ranks
 def calibration_inputs(
     model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Batch], ranks: Ranks
 ) -> list[BlockInputs]:
-    """What every block is called with, for all batches of this rank; see `capture_inputs`."""
+    """
+    Captures the inputs of all blocks for the batches of this rank; see `capture_inputs`.
+
+    A rank without batches returns [] if another rank has some. A collective: if the capture fails on one rank,
+    all raise ValueError.
+    """
     if ranks.size > 1:
         mine = batches if isinstance(batches, Tensor) else list(batches)
         none_here = len(mine) == 0
@@ -23,7 +28,7 @@ def calibration_inputs(
 
 
 def next_inputs(index: int, block: nn.Module, inputs: list[BlockInputs], where: torch.device, ranks: Ranks) -> None:
-    """Makes the inputs of the next block out of those of this one, in place."""
+    """Replaces the hidden states of every batch by the block's outputs, in place; if one rank fails, all raise."""
 
     def advance() -> None:
         for batch in inputs:
@@ -34,7 +39,7 @@ def next_inputs(index: int, block: nn.Module, inputs: list[BlockInputs], where: 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model into evaluation mode, and back on exit."""
+    """Puts the model into evaluation mode; restores the mode of every module on exit."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

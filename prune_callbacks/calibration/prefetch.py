@@ -1,4 +1,4 @@
-"""Blocks on the device where they are worked on, the next one being copied there meanwhile."""
+"""Moves blocks to the device that processes them, and copies the next block there ahead of time."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,9 +15,10 @@ Tensors = Mapping[str, Tensor]
 
 class Ahead:
     """
-    Reads tensors and copies them to a device, on a thread and a stream of its own, while something else runs there.
+    Prefetcher: reads tensors and copies them to a device, on its own thread and CUDA stream, while the device computes.
 
-    Equivalent to reading them when they are taken. One set at a time; in memory it is besides what is worked on.
+    Equivalent to reading the tensors when they are taken. It holds one set of tensors at a time, which needs device
+    memory in addition to that of the running computation.
 
     Args:
         where: the device.
@@ -30,11 +31,11 @@ class Ahead:
         self._begun: Future[dict[str, Tensor]] | None = None
 
     def begin(self, read: Callable[[], Tensors]) -> None:
-        """Starts to read; returns at once."""
+        """Starts to read and copy a set of tensors; returns at once."""
         self._begun = self._pool.submit(self._copied, read)
 
     def take(self) -> dict[str, Tensor] | None:
-        """What was begun, once it is there; None if nothing was, or there was no room for it beside what is in work."""
+        """Waits for the tensors of `begin` and returns them; None without a `begin`, or if device memory ran out."""
         begun, self._begun = self._begun, None
         if begun is None:
             return None
@@ -44,12 +45,12 @@ class Ahead:
             return None
         if self._stream is not None:
             for tensor in tensors.values():
-                # They were made on another stream: not to be given to it again before this one is done with them.
+                # Keeps the allocator from reusing them on the stream that made them while the current one uses them.
                 tensor.record_stream(torch.cuda.current_stream(self.where))
         return tensors
 
     def close(self) -> None:
-        """Waits for what is being read, and ends the thread."""
+        """Waits for a read in progress and ends the thread."""
         self._pool.shutdown(cancel_futures=True)
 
     @torch.no_grad()
@@ -58,18 +59,18 @@ class Ahead:
         with stream:
             copies = {name: tensor.to(self.where, non_blocking=True) for name, tensor in read().items()}
             if self._stream is not None:
-                self._stream.synchronize()  # this thread waits, so that whoever takes them need not
+                self._stream.synchronize()  # here, so that the thread that takes them need not wait
         return copies
 
 
 def overlaps(where: torch.device) -> bool:
-    """Whether blocks are loaded ahead: on a GPU. On the CPU reading would take cores and memory from computing."""
+    """Returns whether blocks are loaded ahead: on a GPU only, as on a CPU reading would compete with computing."""
     return where.type == "cuda"
 
 
 @contextmanager
 def loading_ahead(where: torch.device) -> Iterator[Ahead | None]:
-    """An `Ahead` for as long as blocks are gone through; None where nothing is gained by one."""
+    """Yields an `Ahead` for a loop over blocks and closes it on exit; None where blocks are not loaded ahead."""
     if not overlaps(where):
         yield None
         return
@@ -84,14 +85,15 @@ def visited(
     blocks: Sequence[tuple[str, nn.Module]], device: torch.device | None, ranks: Ranks
 ) -> Generator[tuple[int, str, nn.Module, torch.device]]:
     """
-    Every block with its number, its name and the device on which it is meanwhile; afterwards it is back where it was.
+    Yields every block as (index, name, block, device), on that device; moves it back to its own device afterwards.
+
+    Close the generator where an error may end the loop, so that the current block is moved back then too.
 
     Args:
-        blocks: of the model.
-        device: where they are moved, one at a time; None: they stay. To a GPU the next one is copied meanwhile.
-        ranks: all fail together if moving fails on one.
-
-    Close it where an error may end the loop: the block that it is at then goes home, too.
+        blocks: the model's decoder blocks.
+        device: the device to move blocks to, one at a time; None: they stay on their own. While a GPU processes a
+            block, the next one is copied to it.
+        ranks: if moving a block fails on one rank, all raise ValueError.
     """
     with nullcontext() if device is None else loading_ahead(device) as ahead:
         for index, (name, block) in enumerate(blocks):
@@ -100,7 +102,7 @@ def visited(
             try:
                 ranks.attempt(lambda block=block, where=where: _move(block, where, ahead))  # type: ignore[misc]
                 if ahead is not None and index < len(blocks) - 1:
-                    # Not before this block is there: weights that both have are to be those that are changed here.
+                    # Begins after this block has moved, so that weights shared by both blocks are the moved ones.
                     ahead.begin(lambda following=blocks[index + 1][1]: _values(following))  # type: ignore[misc]
                 yield index, name, block, where
             finally:

@@ -1,4 +1,4 @@
-"""Seeing what weights are multiplied with where no layer's forward is called: in a mixer, in a module of experts."""
+"""Observes the inputs of weights that are used without calling a layer's forward: in a mixer, a module of experts."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,15 +17,15 @@ PRODUCTS = frozenset({torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor._
 
 class WeightUses(TorchFunctionMode):
     """
-    Calls `observe(name, x)` for products `x W^T` with one of the weights.
+    A mode in which products `x W^T` with one of the weights call `observe(name, x)`.
 
-    Seen are `F.linear(x, W)`, and `x @ W.T` and `W @ x.T` where they are written so or as `matmul`, `mm` or `bmm` with
-    the two factors by position; `einsum`, `addmm` and others are not. A weight is known by where its values lie, so
-    views of it (an expert of a fused parameter) and transposes are recognised; copies and casts are not.
+    It recognises `F.linear(x, W)`, and `x @ W.T` and `W @ x.T` as operators or as `matmul`, `mm` or `bmm` with two
+    positional arguments; it misses `einsum`, `addmm` and others. A weight is identified by its memory address, shape
+    and strides. So views of it (an expert of a fused parameter) and transposes are recognised, copies and casts not.
 
     Args:
-        weights: views (out, in), by name.
-        observe: gets `x`, of shape (..., in).
+        weights: views of shape (out, in), by name.
+        observe: is called with the name of the weight and `x`, of shape (..., in).
     """
 
     def __init__(self, weights: Mapping[str, Tensor], observe: Observe) -> None:
@@ -37,14 +37,14 @@ class WeightUses(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.linear:
             named = dict(zip(("input", "weight"), args, strict=False)) | kwargs
-            if named["weight"].ndim > 1:  # of a single output the weight may be a vector
+            if named["weight"].ndim > 1:  # the weight of a single output may be a vector
                 self._see(named["input"], named["weight"].mT)
         elif func in PRODUCTS and len(args) == 2:
             self._see(*args)
         return func(*args, **kwargs)
 
     def _see(self, left: Tensor, right: Tensor) -> None:
-        """A product `left right`, either of which may be a weight."""
+        """Observes a product `left @ right` of which either factor may be a weight."""
         if right.ndim > 1:
             self._see_weight(left, right.mT)
         if left.ndim > 1 and right.ndim > 1:
@@ -63,9 +63,9 @@ class WeightUses(TorchFunctionMode):
 @contextmanager
 def watched(module: nn.Module, weights: Mapping[str, Tensor], observe: Observe) -> Iterator[None]:
     """
-    While inside, products with the weights are seen where the module's forward makes them.
+    Observes, inside the `with` block, the products with the weights in the module's forward; see `WeightUses`.
 
-    Only there: a mode that saw all of a block would meet compiled attention.
+    The mode is limited to this module because it would fail on compiled attention elsewhere in a decoder block.
     """
 
     def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -85,21 +85,21 @@ def watched_experts(
     real_tokens: Callable[[], Tensor | None],
 ) -> Iterator[None]:
     """
-    As `watched`, for a module of experts: one product an expert, and only of real tokens.
+    Observes the products in a module of experts as `watched` does: one product per expert, of real tokens only.
 
-    The tokens that reach an expert no longer tell where they stood, so padding is taken out before they are dealt to
-    experts; in the module's output it is zero. That is an output to look away from: the block's own must be made
-    outside of this.
+    An expert's input does not say which positions its tokens had. So padding is removed before tokens are routed to
+    experts, and the module's output is zero for it. Do not use outputs computed inside this context; the block's own
+    output must be computed outside of it.
 
     Args:
-        name: of the module, for the error.
-        module: has the experts; its arguments are tensors with one row a token.
-        weights: views (out, in) of experts' matrices, by name.
-        observe: gets the rows that reach an expert, (tokens, in).
-        real_tokens: True for real tokens, (batch, tokens), of the batch that is running; None: all are.
+        name: the name of the module, for the error.
+        module: the module of experts; its tensor arguments have one row per token.
+        weights: views (out, in) of the experts' matrices, by name.
+        observe: is called with the name of a matrix and the inputs routed to its expert, (tokens, in).
+        real_tokens: returns the mask of real tokens of the running batch, (batch, tokens); None: all are real.
 
     Raises:
-        ValueError: while running, if there is padding and an argument is not one row a token.
+        ValueError: during a forward pass, if the batch has padding and a tensor does not have one row per token.
     """
 
     def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -114,11 +114,12 @@ def watched_experts(
 def _without(
     real: Tensor, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
+    """Calls `forward` on the rows of real tokens only; returns its output with zeros for the other rows."""
     def rows(value: Any, count: int) -> Any:
         if isinstance(value, Tensor) and (not value.ndim or len(value) != count):
             raise ValueError(
-                f"{name} deals {count} tokens to experts, and has a tensor of shape {tuple(value.shape)}: which of its "
-                "rows are padding is not known. Give calibration windows without padding"
+                f"{name} deals {count} tokens to experts, and has a tensor of shape {tuple(value.shape)}, whose padding "
+                "rows cannot be identified. Give calibration windows without padding"
             )
         return value
 
@@ -133,7 +134,7 @@ def _without(
 
 @contextmanager
 def _one_by_one(module: nn.Module) -> Iterator[None]:
-    """Experts computed one after another, each by products of its own, where transformers would group them."""
+    """Makes transformers compute experts one after another, each by its own products, instead of grouped."""
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "_experts_implementation"):
         yield
@@ -148,7 +149,8 @@ def _one_by_one(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _wrapped(module: nn.Module, around: Around) -> Iterator[None]:
-    original, own = module.forward, module.__dict__.get("forward")  # accelerate, for one, sets it on the instance
+    """Temporarily replaces the module's `forward` by a call of `around`; restores it on exit."""
+    original, own = module.forward, module.__dict__.get("forward")  # accelerate sets one on the instance
     module.forward = lambda *args, **kwargs: around(original, args, kwargs)
     try:
         yield

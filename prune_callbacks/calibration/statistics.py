@@ -1,4 +1,4 @@
-"""What reaches the layers of a block, streamed into statistics."""
+"""Streams the inputs of a block's layers into statistics."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from prune_callbacks.solvers import Gram, InputNorm
 
 
 class _AllSeenError(Exception):
-    """Ends a pass through a block once all that is looked for was seen."""
+    """Ends a pass through a block when all layers have been observed."""
 
 
 def collect(
@@ -28,22 +28,29 @@ def collect(
     ranks: Ranks = ALONE,
 ) -> dict[str, Gram | InputNorm]:
     """
-    Streams the layers' inputs into statistics; layers that get the same tensor share one.
+    Streams the layers' inputs into statistics; layers with the same input tensor share one statistic.
 
-    A pass ends where the last layer was reached, whose product nobody needs: in a decoder block the widest one. The
-    first pass is whole; others end early if they called the same layers, each once, on inputs of the same shapes.
+    Outputs are not needed here. So a pass ends when it reaches the last layer, which saves the widest product of a
+    decoder block. The first pass is complete. Later passes end early if they call the same layers, each once, on inputs
+    of the same shapes.
 
-    A layer whose forward is not called is looked for a second time, by what its weight is multiplied with. Experts get
-    the tokens that are dealt to them. A layer of which nothing was seen has no statistic.
+    If the forward of a layer is not called, a second pass observes the products with its weight. Experts count the
+    tokens routed to them. A layer whose inputs were never observed has no statistic.
 
     Args:
-        statistic: makes an empty one, as `Pruner.statistic`.
-        index: of the block.
-        block: is run on the inputs.
-        targets: of the block, by full name.
-        inputs: of the block.
-        where: the device on which the block is run.
-        ranks: each has inputs of its own; the statistics are summed over them.
+        statistic: makes an empty statistic, as `Pruner.statistic` does.
+        index: the index of the block.
+        block: the block, which is run on the inputs.
+        targets: the targets in the block, by full name.
+        inputs: the inputs of the block, which are not changed.
+        where: the device to run the block on.
+        ranks: the processes, each with its own inputs; the statistics are summed over them.
+
+    Returns:
+        The statistic of every observed layer, by full name; the same on every rank.
+
+    Raises:
+        ValueError: two layers share their input in one batch, or on one rank, and not in another.
     """
 
     def make(size: int) -> Gram | InputNorm:
@@ -63,7 +70,7 @@ def _observe(
     inputs: list[BlockInputs],
     where: torch.device,
 ) -> dict[str, tuple[str, Gram | InputNorm]]:
-    """For every layer the first of those that get the same tensor, and its statistic."""
+    """Returns, for every layer, its leader (the first layer with the same input tensor) and the leader's statistic."""
     called = {name: target for name, target in targets.items() if not target.shares_parameter}
     experts = {name: target for name, target in targets.items() if target.shares_parameter}
     observer = _Observer(make, sorted(targets))
@@ -76,7 +83,7 @@ def _observe(
             stack.enter_context(watched_experts(label, owner, weights, observer.count, lambda: observer.tokens))
         observer.run(index, block, inputs, where)
     uncalled = {name: target for name, target in called.items() if name not in observer.leaders}
-    if uncalled:  # Mamba's mixer multiplies with dt_proj.weight itself; only then is a second look worth its time
+    if uncalled:  # Mamba's mixer, for example, multiplies with dt_proj.weight without calling the layer
         with ExitStack() as stack:
             for parent, weights in _by_parent(block, uncalled):
                 stack.enter_context(watched(parent, weights, observer.count_real))
@@ -86,12 +93,12 @@ def _observe(
 
 class _Observer:
     """
-    Takes what reaches a block's layers into statistics, one batch after another.
+    Adds the inputs of a block's layers to statistics, one batch after another.
 
     Attributes:
-        statistics: of every leader, which is the first of the layers that get the same tensor.
-        leaders: of every layer seen so far.
-        tokens: which of the running batch's tokens are no padding, (batch, tokens); None: all.
+        statistics: the statistic of every leader: the first of the layers with the same input tensor.
+        leaders: the leader of every layer observed so far.
+        tokens: True for the real tokens of the running batch, (batch, tokens); None: all are real.
     """
 
     def __init__(self, make: Callable[[int], Gram | InputNorm], names: list[str]) -> None:
@@ -102,12 +109,12 @@ class _Observer:
         self._names = names
         self._seen: dict[int, tuple[Tensor, str]] = {}
         self._calls: list[tuple[str, torch.Size]] = []
-        # Those of a whole pass, if another may end with the last of them.
+        # The calls of a complete pass, if later passes may end at the last of them.
         self._whole: list[tuple[str, torch.Size]] | None = None
         self._untold: set[str] = set()
 
     def run(self, index: int, block: nn.Module, inputs: list[BlockInputs], where: torch.device) -> None:
-        """Runs the block on every batch: the first whole, others until the last layer was seen."""
+        """Runs the block on every batch: completely on the first, on others until the last layer is observed."""
         for number, batch in enumerate(inputs):
             self._seen.clear()
             self._calls.clear()
@@ -119,8 +126,8 @@ class _Observer:
         self._seen.clear()
 
     def observe(self, name: str, x: Tensor) -> None:
-        """A layer is called with `x`."""
-        # The tensor is held for the length of one pass, so that its id stays its own.
+        """Records a call of layer `name` with `x`."""
+        # The tensor is kept alive during one pass, so that its id stays unique.
         leader = self._seen.setdefault(id(x), (x, name))[1]
         if self.leaders.setdefault(name, leader) != leader:
             raise ValueError(f"{name} shares its input with {self.leaders[name]} in one batch and not in another")
@@ -131,19 +138,19 @@ class _Observer:
             raise _AllSeenError
 
     def count_real(self, name: str, x: Tensor) -> None:
-        """Takes in those of the inputs that are of real tokens."""
+        """Adds the inputs of real tokens; if they cannot be identified, warns once and adds all inputs."""
         real = x if self.tokens is None else _real(x, self.tokens)
         if real is None and name not in self._untold:
             self._untold.add(name)
             warnings.warn(
-                f"{name} gets inputs of shape {tuple(x.shape)}, and which of them are padding is not known: all count. "
+                f"{name} gets inputs of shape {tuple(x.shape)}, in which padding cannot be identified: all count. "
                 "Give calibration windows without padding",
                 stacklevel=3,
             )
         self.count(name, x if real is None else real)
 
     def count(self, name: str, x: Tensor) -> None:
-        """Takes in all of the inputs, (..., in)."""
+        """Adds all inputs `x`, (..., in)."""
         self.leaders[name] = name
         if name not in self.statistics:
             self.statistics[name] = self._make(x.shape[-1])
@@ -151,18 +158,18 @@ class _Observer:
 
 
 def _real(x: Tensor, tokens: Tensor) -> Tensor | None:
-    """The inputs that are of real tokens, for (batch, tokens); None: it cannot be told."""
+    """Returns the inputs of real tokens, given the mask (batch, tokens); None if the shapes do not identify them."""
     if x.shape[:2] == tokens.shape:
         return x[tokens]
     if x.ndim == 2 and len(x) == tokens.numel():  # OPT's MLP sees flat tokens
         return x[tokens.flatten()]
-    if x.ndim == 4 and (len(x), x.shape[2]) == tokens.shape:  # of heads, as DeepSeek's kv_b_proj gets them
+    if x.ndim == 4 and (len(x), x.shape[2]) == tokens.shape:  # (batch, heads, tokens, in): DeepSeek's kv_b_proj
         return x.transpose(1, 2)[tokens]
     return None
 
 
 def _by_owner(experts: Mapping[str, Target]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
-    """Returns the modules of experts, and the matrices of each that are among the targets."""
+    """Returns the modules of experts, each with its targeted matrices by name."""
     owners = {id(target.module): target.module for target in experts.values()}
     return [
         (owner, {name: target.matrix() for name, target in experts.items() if target.module is owner})
@@ -171,7 +178,7 @@ def _by_owner(experts: Mapping[str, Target]) -> list[tuple[nn.Module, dict[str, 
 
 
 def _by_parent(block: nn.Module, targets: Mapping[str, Target]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
-    """Returns the modules that have targets as their children, and those targets' matrices."""
+    """Returns the modules with targets among their direct children, each with the targets' matrices by name."""
     found = [
         (parent, {n: t.matrix() for n, t in targets.items() if any(c is t.module for c in parent.children())})
         for parent in block.modules()
@@ -182,9 +189,10 @@ def _by_parent(block: nn.Module, targets: Mapping[str, Target]) -> list[tuple[nn
 def _reduce(
     make: Callable[[int], Gram | InputNorm], found: dict[str, tuple[str, Gram | InputNorm]], ranks: Ranks
 ) -> dict[str, Gram | InputNorm]:
+    """Sums the statistics over the ranks; raises ValueError if layers share their input on some ranks only."""
     if ranks.size == 1:
         return {name: statistic for name, (_, statistic) in found.items()}
-    # A rank without batches, or whose batches did not reach a layer (an expert), has nothing to say about it.
+    # Some ranks may not have observed a layer: they have no batches, or none of their tokens reached it (an expert).
     leaders: dict[str, str] = {}
     sizes: dict[str, int] = {}
     for part in ranks.gather({name: (lead, len(s.squared_norm)) for name, (lead, s) in found.items()}):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 Encode = Callable[[str], list[int]]
 MARGIN = 1024
-"""Tokens between the last one that is used and a cut in the text. Tokenizers decide within a word or a line."""
+"""Tokens between the last used one and a cut in the text; a cut changes only tokens of the same word or line."""
 _SPACE = re.compile(r"\s")
 
 
@@ -17,14 +17,21 @@ def random_windows(
     documents: Sequence[str], encode: Encode, count: int, length: int, seed: int = 0
 ) -> Int[Tensor, "count length"]:
     """
-    `count` windows drawn at random, none overlapping another.
+    Draws `count` windows at random, without overlaps.
 
-    The papers' calibration protocol (SparseGPT, Wanda: 128 windows of 2048 tokens of C4): a random document that
-    is long enough gives one window at a random place. Where there are too few long documents, documents give
-    further windows, none overlapping.
+    This is the papers' calibration protocol (SparseGPT, Wanda: 128 windows of 2048 tokens of C4): a random document
+    that is long enough gives one window at a random position. If there are too few long documents, documents give
+    further windows.
+
+    Args:
+        documents: texts.
+        encode: tokenizes one text, without special tokens.
+        count: the number of windows.
+        length: tokens per window.
+        seed: seed of the random choices.
 
     Raises:
-        ValueError: the documents hold fewer windows than asked for.
+        ValueError: the documents hold fewer than `count` windows.
     """
     generator = torch.Generator().manual_seed(seed)
     first, further = [], []
@@ -53,17 +60,17 @@ def contiguous_windows(
     documents: Sequence[str], encode: Encode, length: int, limit: int | None = None
 ) -> Int[Tensor, "count length"]:
     """
-    Joins all documents with blank lines, tokenizes them as one text and cuts it into windows; drops the rest.
+    Joins all documents with blank lines, tokenizes them as one text and cuts it into windows; drops the remainder.
 
-    The papers' evaluation protocol (the WikiText-2 test rows joined with blank lines). With a `limit`, tokenizes only
-    the beginning of the text: up to white space at least `MARGIN` tokens behind the last window, so that the cut
-    changes no token of a window.
+    This is the papers' evaluation protocol (the WikiText-2 test rows joined with blank lines). With a `limit`, only the
+    beginning of the text is tokenized. It ends at white space at least `MARGIN` tokens after the last window, so that
+    the cut changes no token of a window.
 
     Args:
         documents: texts, in order.
         encode: tokenizes one text, without special tokens.
         length: tokens per window.
-        limit: take only the first so many windows.
+        limit: the number of windows, taken from the beginning; None: all.
 
     Raises:
         ValueError: the text does not fill one window, or not `limit` windows.
@@ -81,9 +88,9 @@ def contiguous_windows(
 
 
 def _first_tokens(text: str, encode: Encode, count: int) -> list[int]:
-    """Tokenizes the beginning of a text, longer and longer, until `count` tokens and a margin are found."""
+    """Tokenizes ever longer beginnings of a text until one has `count` tokens and a margin."""
     wanted = count + MARGIN
-    size = wanted  # characters, one a token at first
+    size = wanted  # in characters; first guess: one per token
     while True:
         cut = _SPACE.search(text, size)
         ids = encode(text if cut is None else text[: cut.start()])

@@ -15,7 +15,7 @@ from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
 from prune_callbacks.anatomy.finding import SPARSE, find_targets, parameters_of
 from prune_callbacks.anatomy.naming import naming
 from prune_callbacks.anatomy.targets import Target
-from prune_callbacks.callbacks.iterative_settings import check_restored, settings_of
+from prune_callbacks.callbacks.iterative_settings import check_length, check_restored, settings_of
 from prune_callbacks.callbacks.kinds import PrunesInRounds
 from prune_callbacks.callbacks.lightning_internals import random_state, restore_random_state
 from prune_callbacks.callbacks.lineup import Lineup
@@ -98,9 +98,8 @@ class IterativePrune(PrunesInRounds):
             return
         Lineup(trainer).check(self)
         self._begin()
-        layers = self._layers(pl_module)
+        layers, blocks = self._layers(pl_module), find_blocks(find_language_model(pl_module), self.blocks)
         if self.targets is None:
-            blocks = find_blocks(find_language_model(pl_module), self.blocks)
             for text in describe_dense(*dense_in_mixtures(blocks, layers)):
                 rank_zero_warn(f"IterativePrune: {text}")
         for name, target in layers.items():
@@ -118,19 +117,9 @@ class IterativePrune(PrunesInRounds):
         if self._epochs:
             trainer.fit_loop.setup_data()
             if math.isinf(trainer.num_training_batches):
-                return  # nobody knows how long an epoch is
+                return  # the length of an epoch is not known
             unit = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        first, last = self.schedule.changes[0] * unit, self.schedule.changes[-1] * unit
-        if last >= steps:
-            raise ValueError(
-                f"IterativePrune: the schedule reaches {self.schedule.target} after {last} optimizer steps, and "
-                f"training ends after {steps:g}. Train for longer (max_steps, max_epochs), or end the schedule earlier"
-            )
-        if self.rewind is not None and self.rewind.step >= first:
-            raise ValueError(
-                f"IterativePrune: Rewind(step={self.rewind.step}) lies beyond the first round, which ends after "
-                f"{first} of {steps:g} optimizer steps; rewind to an earlier step"
-            )
+        check_length(self.schedule, self.rewind, steps, unit)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path is not None:

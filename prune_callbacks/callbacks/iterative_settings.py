@@ -59,3 +59,26 @@ def check_restored(trainer: Trainer, restored: Mapping[str, Any] | None, setting
     for name in ("schedule", "pruner", "scope"):
         if restored[name] != settings[name]:
             rank_zero_warn(f"the checkpoint was trained by {restored[name]}; it goes on by {settings[name]}")
+
+
+def check_length(schedule: Schedule, rewind: Rewind | None, steps: float, unit: int) -> None:
+    """
+    Raises ValueError unless the schedule ends, and rewinding begins, within the training.
+
+    Args:
+        schedule: of the sparsity.
+        rewind: where rounds start again; None: they do not.
+        steps: optimizer steps of the whole training.
+        unit: optimizer steps in one unit of the schedule.
+    """
+    first, last = schedule.changes[0] * unit, schedule.changes[-1] * unit
+    if last >= steps:
+        raise ValueError(
+            f"IterativePrune: the schedule reaches {schedule.target} after {last} optimizer steps, and "
+            f"training ends after {steps:g}. Train for longer (max_steps, max_epochs), or end the schedule earlier"
+        )
+    if rewind is not None and rewind.step >= first:
+        raise ValueError(
+            f"IterativePrune: Rewind(step={rewind.step}) lies beyond the first round, which ends after "
+            f"{first} of {steps:g} optimizer steps; rewind to an earlier step"
+        )

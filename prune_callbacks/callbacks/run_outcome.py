@@ -1,27 +1,31 @@
-"""What a run's pruning came to, counted in its weights, and where it ran: the part of the report not measured."""
+"""The outcome of a run's pruning, counted in its weights, and where it ran."""
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.memory import peak_memory
+from prune_callbacks.parallel.strategies import gathered_state_dict, world
 from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.storage.model_folder import save_sparse_model
 from prune_callbacks.storage.run_record import Zeros
 
 PACKAGES = ("prune-callbacks", "torch", "lightning", "transformers")
 
 
 def masks_in_force(one_shot: OneShotPrune | None, iterative: IterativePrune | None) -> MaskSet:
-    """The masks of the callback that pruned last."""
+    """Returns the masks of the callback that pruned last."""
     masks = iterative.masks if iterative is not None else None
     if masks is None:
         assert one_shot is not None
@@ -31,9 +35,22 @@ def masks_in_force(one_shot: OneShotPrune | None, iterative: IterativePrune | No
 
 
 def outcome(
-    trainer: Trainer, one_shot: OneShotPrune | None, iterative: IterativePrune | None, dirpath: Path
+    trainer: Trainer,
+    one_shot: OneShotPrune | None,
+    iterative: IterativePrune | None,
+    dirpath: Path,
+    further: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What `report.json` says of it; every process calls this."""
+    """
+    Returns the fields of `RunRecord` that are counted or known, and not measured; a collective of all processes.
+
+    Args:
+        trainer: of the fit.
+        one_shot: the callback that pruned once; None: there is none.
+        iterative: the callback that prunes in rounds; None: there is none.
+        dirpath: the run's folder.
+        further: packages besides `PACKAGES` whose versions count.
+    """
     masks = masks_in_force(one_shot, iterative)
     # Counted in the weights, not in the masks: without an enforcer the two part ways.
     weights = Lineup(trainer).weights(masks)
@@ -53,13 +70,13 @@ def outcome(
         "skipped": report.skipped if report else {},
         "by_magnitude": report.by_magnitude if report else {},
         "peak_memory_bytes": max(peaks),
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in (*PACKAGES, *further)} | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
     }
 
 
 def seconds_of_pruning(one_shot: OneShotPrune | None, iterative: IterativePrune | None) -> float:
-    """What all changes of the masks took so far."""
+    """Returns how long all changes of the masks took so far."""
     at_once = one_shot.report.seconds if one_shot is not None and one_shot.report is not None else 0.0
     return at_once + (iterative.seconds if iterative is not None else 0.0)
 
@@ -81,6 +98,23 @@ def _target(one_shot: OneShotPrune | None, iterative: IterativePrune | None) -> 
 
 
 def _achieved(masks: MaskSet, zeros: Mapping[str, float]) -> float:
-    """The zeros of all pruned weights, as a fraction of them."""
+    """Returns the fraction of zeros in all pruned layers together."""
     sizes = {name: math.prod(masks.shape(name)) for name in masks}
     return sum(zeros[name] * size for name, size in sizes.items()) / max(1, sum(sizes.values()))
+
+
+def save_gathered(
+    trainer: Trainer,
+    model: nn.Module,
+    masks: MaskSet,
+    dirpath: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Writes model and masks into a run's folder, on rank 0; a collective of all processes, which fail together."""
+    state = gathered_state_dict(trainer, model)
+
+    def save() -> None:
+        if trainer.is_global_zero:
+            save_sparse_model(model, masks, dirpath, tokenizer, state)
+
+    world(trainer).attempt(save)

@@ -1,11 +1,8 @@
 """RunReport: measures a run before and after pruning, round by round and after recovery, and writes its folder."""
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +17,18 @@ from prune_callbacks.callbacks.kinds import FinishesWeights, PruningCallback
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
-from prune_callbacks.callbacks.run_outcome import masks_in_force, outcome, seconds_of_pruning
+from prune_callbacks.callbacks.page_on_time import PageOnTime
+from prune_callbacks.callbacks.run_outcome import masks_in_force, outcome, save_gathered, seconds_of_pruning
 from prune_callbacks.callbacks.run_quality import RunQuality, finite
+from prune_callbacks.callbacks.training_clock import TrainingClock
 from prune_callbacks.measure.zero_shot import ZeroShot
-from prune_callbacks.parallel.strategies import gathered_state_dict, world
+from prune_callbacks.parallel.strategies import world
 from prune_callbacks.recorded_warnings import RecordedWarnings
-from prune_callbacks.reporting.page import write_page
-from prune_callbacks.reporting.pictures import draw_report
 from prune_callbacks.reporting.summary import summary_table
 from prune_callbacks.sparsity.schedules import Unit
 from prune_callbacks.storage.commands import repeat_command
-from prune_callbacks.storage.model_folder import save_sparse_model
 from prune_callbacks.storage.run_record import RunRecord, Seconds, refuse_existing_run
 from prune_callbacks.writing import write_json
-
-DRAWN_EVERY = 30.0
-"""Least number of seconds between two drawings while the model is trained; drawing takes one to two."""
 
 
 class RunReport(PruningCallback):
@@ -98,10 +91,9 @@ class RunReport(PruningCallback):
             seconds=Seconds(None, 0.0, 0.0),
             warnings=self._warnings.texts,
         )
-        self._train_begin = 0.0
-        self._to_draw, self._drawn = False, time.perf_counter()
-        self._saw_the_last = False
-        self._finished = False
+        self._clock = TrainingClock()
+        self._page = PageOnTime(self.dirpath)
+        self._saw_the_last = self._finished = False
         self._one_shot: OneShotPrune | None = None
         self._iterative: IterativePrune | None = None
 
@@ -141,10 +133,9 @@ class RunReport(PruningCallback):
         self._write(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._train_begin = time.perf_counter()
-        self._to_draw = self._to_draw or (
-            trainer.is_global_zero and self.run.pruner is not None
-        )  # also of a resumed fit
+        self._clock.start()
+        if trainer.is_global_zero and self.run.pruner is not None:
+            self._page.changed = True  # of a resumed fit too
         if trainer.ckpt_path is None and self._iterative is not None:
             self._before_a_change(trainer, pl_module, self._iterative.schedule.unit, 0)
 
@@ -165,9 +156,9 @@ class RunReport(PruningCallback):
             value = finite(float(loss))
             curve.append([trainer.global_step, None if value is None else round(value, 5)])
         self._before_a_change(trainer, pl_module, "step", trainer.global_step)
-        if time.perf_counter() - self._drawn > DRAWN_EVERY:
-            with self._evaluating():
-                self._draw()
+        if self._page.is_due():
+            with self._clock.evaluating(self.run.seconds):
+                self._page.draw(self.run)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._before_a_change(trainer, pl_module, "epoch", trainer.current_epoch + 1)
@@ -180,7 +171,7 @@ class RunReport(PruningCallback):
         if self.run.perplexity.dense is None:
             self._round(trainer, self._evaluate(trainer, pl_module, "dense"))
         elif self.every_round:
-            with self._evaluating():
+            with self._clock.evaluating(self.run.seconds):
                 value = self._quality.perplexity(trainer, pl_module)
             self._round(trainer, value)
             self._write(trainer, pl_module)
@@ -203,15 +194,14 @@ class RunReport(PruningCallback):
         self._finished = True
         for callback in Lineup(trainer).all(FinishesWeights):
             callback.finish(trainer)  # they stand behind
-        self.run.seconds.recover = self._recover_seconds()
-        self._train_begin = 0.0
+        self._clock.stop(self.run.seconds)
         again = self.run.stage == "recovered"  # resumed from a checkpoint of the end
         self._save(trainer, pl_module)
         value = self._evaluate(trainer, pl_module, "recovered")
         if self._iterative is not None and not again:
             self._round(trainer, value)
         self._write(trainer, pl_module)
-        self._draw()
+        self._page.draw(self.run)
         if trainer.is_global_zero:
             summary_table(self.run)
             rank_zero_info(f"the sparse model, its masks and the report are in {self.dirpath}")
@@ -219,14 +209,14 @@ class RunReport(PruningCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._warnings.stop()  # Lightning tears nothing down then
         with suppress(Exception):  # the one that is on its way says more
-            self._draw()
+            self._page.draw(self.run)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._warnings.stop()
 
     def state_dict(self) -> dict[str, Any]:
         record = self.record
-        record["seconds"]["recover"] = self._recover_seconds()
+        record["seconds"]["recover"] = self._clock.trained(self.run.seconds)
         return {"record": record, "saw_the_last": self._saw_the_last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -239,48 +229,22 @@ class RunReport(PruningCallback):
         self.run = replace(RunRecord.from_json(state_dict["record"]), warnings=self._warnings.texts)
         self._saw_the_last = state_dict["saw_the_last"]
 
-    def _recover_seconds(self) -> float:
-        running = time.perf_counter() - self._train_begin if self._train_begin else 0.0
-        return (self.run.seconds.recover or 0.0) + running
-
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> float:
-        with self._evaluating():
+        with self._clock.evaluating(self.run.seconds):
             value = self._quality.measure(trainer, pl_module, stage, self.run)
         self.run.stage = stage
         return value
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """The time meanwhile does not count as training."""
-        begin = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - begin
-        self.run.seconds.evaluate = (self.run.seconds.evaluate or 0.0) + seconds
-        if self._train_begin:
-            self._train_begin += seconds
-
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        model, masks = find_language_model(pl_module), masks_in_force(self._one_shot, self._iterative)
-        state = gathered_state_dict(trainer, model)
-        world(trainer).attempt(
-            lambda: (
-                save_sparse_model(model, masks, self.dirpath, self.tokenizer, state) if trainer.is_global_zero else None
-            )
-        )
+        masks = masks_in_force(self._one_shot, self._iterative)
+        save_gathered(trainer, find_language_model(pl_module), masks, self.dirpath, self.tokenizer)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        found = outcome(trainer, self._one_shot, self._iterative, self.dirpath)
+        further = () if self.zero_shot is None else ("lm_eval",)
+        found = outcome(trainer, self._one_shot, self._iterative, self.dirpath, further)
         if not trainer.is_global_zero:
             return
-        if self.zero_shot is not None:
-            found["versions"] |= {"lm_eval": version("lm_eval")}
         self.run = replace(self.run, **found)
         self.run.seconds.prune = seconds_of_pruning(self._one_shot, self._iterative)
         write_json(self.dirpath / "report.json", self.record)
-        self._to_draw = True
-
-    def _draw(self) -> None:
-        if self._to_draw:
-            draw_report(self.run, self.dirpath / "report.png")
-            write_page(self.dirpath)
-        self._to_draw, self._drawn = False, time.perf_counter()
+        self._page.changed = True

@@ -1,4 +1,4 @@
-"""From zeros to speed and size: 2:4 tensors, rounding, packed files, smaller models, and what each is worth."""
+"""Turns zeros into speed and smaller size: 2:4, CSR and 8-bit weights, packed files, smaller models, timings."""
 
 from prune_callbacks.deploy.compression import load_compressed, save_compressed
 from prune_callbacks.deploy.compression_size import Compression, measure_compression

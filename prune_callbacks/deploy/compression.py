@@ -1,4 +1,4 @@
-"""A sparse, maybe rounded model in a file without its zeros: saved, and loaded bit for bit."""
+"""Saves a sparse model, quantized or not, to a file without its zeros, and loads it bit for bit."""
 
 import json
 from collections.abc import Mapping
@@ -44,32 +44,33 @@ def save_compressed(
     """
     Writes a folder with `compressed.safetensors`, the configuration and the tokenizer; `load_compressed` reads it.
 
-    N:M weights are kept values and places of 2 bits (for 2:4), others kept values and a mask of one bit a weight; of
-    layers that were rounded the values are codes, two to a byte with 4 bits, and scales. What is loaded is bit for bit
-    the model that was saved, dense with zeros: this is for storage and transport.
+    An N:M weight is stored as its kept values and their positions in the group, 2 bits each for 2:4. Any other pruned
+    weight is stored as its kept values and a mask of one bit a weight. For quantized layers the values are integer
+    codes, two to a byte with 4 bits, with float16 scales. The loaded model equals the saved one bit for bit and is
+    dense with zeros: the format is for storage and transport.
 
     Args:
-        model: a causal LM of `transformers`, or what holds one.
-        masks: of the layers to pack.
+        model: a causal LM of `transformers`, or a module that holds one.
+        masks: masks of the layers to pack.
         dirpath: a new or empty folder, or one with an earlier compressed model, which is replaced once the new one is
             complete.
-        pattern: `NM` packs the layers that have it by groups.
-        scales: of layers that were rounded, by parameter name: `PruneReport.scales`.
-        grid: what they were rounded to.
-        tokenizer: saved beside the model.
+        pattern: if it is `NM`, layers whose mask has the pattern are packed by groups.
+        scales: scales of quantized layers, by parameter name: `PruneReport.scales`.
+        grid: the grid to which these layers were quantized.
+        tokenizer: tokenizer to save with the model.
 
     Returns:
-        What the file takes.
+        The bytes of the file, by part.
 
     Raises:
-        ValueError: naming the layer: a removed weight is not zero, or a weight is not on its grid; the folder holds
-            something else, or the model has adapters.
+        ValueError: a removed weight is not zero, or a weight is not on its grid (the error names the layer); scales and
+            grid are not given together; the folder holds other files; or the model has adapters.
     """
     whole, folder = savable(find_language_model(model)), Path(dirpath)
     if scales and grid is None:
-        raise ValueError("scales need the grid that they were made for: save_compressed(..., grid=Grid(bits=4))")
+        raise ValueError("scales need the grid that they were computed for: save_compressed(..., grid=Grid(bits=4))")
     if grid is not None and not scales:
-        raise ValueError(f"{grid} without scales: give scales=report.scales of a pruner that rounds, or no grid")
+        raise ValueError(f"{grid} without scales: give scales=report.scales of a pruner that quantizes, or no grid")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / FILE).is_file():
         raise ValueError(f"{folder} holds other files, first {min(folder.iterdir()).name}; choose a folder of its own")
     refuse_adapters(whole)
@@ -88,10 +89,10 @@ def save_compressed(
             layout[name] = entry | {"input_first": input_first}
             if tensor.ndim == 3:
                 layout[name]["experts"] = len(tensor)
-        elif not tied or (tensor.data_ptr(), tensor.shape) not in written:  # what loading ties is written once
+        elif not tied or (tensor.data_ptr(), tensor.shape) not in written:  # tied weights are written once
             written.add((tensor.data_ptr(), tensor.shape))
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    masks.matching({name: whole.get_parameter(name) for name in layout})  # every mask has been used
+    masks.matching({name: whole.get_parameter(name) for name in layout})  # raises for a mask that was not used
     with filled_folder(folder) as partial:
         save_file(tensors, partial / FILE, metadata={METADATA: json.dumps(layout)})
         whole.config.save_pretrained(partial)
@@ -103,14 +104,14 @@ def save_compressed(
 
 
 def _as_matrix(stored: Tensor, input_first: bool) -> Tensor:
-    """A weight or mask as (out, in); of experts in one tensor one below the other."""
+    """Returns a weight or mask as (out, in); experts in one tensor are stacked along the rows."""
     return (stored.mT if input_first else stored).reshape(-1, stored.shape[-2 if input_first else -1])
 
 
 def _pack(
     weight: Tensor, keep: Tensor, pattern: Pattern | None, scale: Tensor | None, grid: Grid | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The parts of a weight (out, in), and what is needed to put them together again."""
+    """Returns the packed parts of a weight (out, in), and the entry of the layout that `_unpack` needs."""
     entry: dict[str, Any] = {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch.")}
     stored = weight
     if scale is not None:
@@ -135,7 +136,7 @@ def _pack(
 
 
 def _unpack(parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Tensor:
-    """The inverse of `_pack`."""
+    """Returns the weight (out, in) with its zeros; the inverse of `_pack`."""
     (out, size), dtype = entry["shape"], getattr(torch, entry["dtype"])
     values, codes = parts["values"], "bits" in entry
     if codes:
@@ -150,10 +151,13 @@ def _unpack(parts: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Tensor:
 
 def load_compressed(dirpath: str | Path) -> PreTrainedModel:
     """
-    The model that `save_compressed` wrote, bit for bit: dense with zeros, on the CPU, in evaluation mode.
+    Loads a model that `save_compressed` wrote, bit for bit: dense with zeros, on the CPU, in evaluation mode.
+
+    Args:
+        dirpath: the folder.
 
     Raises:
-        ValueError: there is no such file, it is damaged, or lacks a weight.
+        ValueError: the file does not exist, is damaged, or lacks a weight.
     """
     path = Path(dirpath) / FILE
     layout = packed_layout(path)

@@ -71,7 +71,7 @@ class Compression(Result):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for a report."""
+        """Returns all fields and ratios as plain values, for a report."""
         return super().to_dict() | {
             "effective_bits": self.effective_bits,
             "packed_over_dense": self.ratio,

@@ -1,4 +1,4 @@
-"""Converting the 2:4 layers of a model one by one: found, checked against the dense ones, put in their place."""
+"""Converts the 2:4 layers of a model one by one: finds them, checks each against its dense layer, and replaces it."""
 
 import logging
 import warnings
@@ -17,7 +17,7 @@ from prune_callbacks.deploy.backends import Backend, why_not_two_four
 from prune_callbacks.results import Result
 
 CHECK_TOKENS = (64, 13)
-"""Layers are verified on this many tokens: the kernels want multiples of 8 or 16 and pad the rest."""
+"""Token counts on which layers are verified; the kernels need multiples of 8 or 16 and pad other counts."""
 
 EXPERTS = "it holds the weights of several layers (experts) in one tensor, and 2:4 kernels take linear layers only"
 
@@ -25,16 +25,16 @@ EXPERTS = "it holds the weights of several layers (experts) in one tensor, and 2
 @dataclass(frozen=True)
 class Conversion(Result):
     """
-    What a conversion did.
+    The result of a conversion.
 
     Attributes:
-        backend: the kernels in use, None if the model stayed dense as a whole.
-        reason: why it did.
-        converted: names of the layers that are sparse now.
-        skipped: why a layer is not, by name.
-        errors: the output's measured relative error of the layers that were verified, kept or not, by name.
-        bytes_before: what the converted weights took.
-        bytes_after: what they take on the device now.
+        backend: the kernels in use; None if the whole model stayed dense.
+        reason: why the whole model stayed dense; None otherwise.
+        converted: names of the converted layers.
+        skipped: reasons why layers stay dense, by layer name.
+        errors: measured relative errors of the outputs of all verified layers, converted or not, by layer name.
+        bytes_before: bytes of the converted weights before.
+        bytes_after: their bytes on the device now.
     """
 
     backend: Backend | None
@@ -48,35 +48,35 @@ class Conversion(Result):
     def __str__(self) -> str:
         if self.backend is None:
             return f"the model stays dense: {self.reason}"
-        size = f"{self.bytes_before / 2**20:.1f} MiB are {self.bytes_after / 2**20:.1f} now"
+        size = f"{self.bytes_before / 2**20:.1f} MiB became {self.bytes_after / 2**20:.1f} MiB"
         return f"{len(self.converted)} layers are 2:4 for {self.backend}, {len(self.skipped)} stay dense; {size}"
 
 
 @runtime_checkable
 class Form(Protocol):
-    """A sparse form of a layer."""
+    """A sparse form into which linear layers are converted."""
 
     @property
     def backend(self) -> Backend: ...
 
     def refusal(self, weight: Tensor) -> str | None:
-        """Why a 2:4 weight cannot have this form; None if it can."""
+        """Returns why a 2:4 weight (out, in) cannot have this form; None if it can."""
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """The relative error that the output of a layer of this dtype may have."""
+        """Returns the relative error that the output of a layer of this dtype may have."""
 
     def made(self, layer: nn.Linear) -> nn.Module:
-        """A module that computes what the layer does, which is not changed. RuntimeError where the kernels fail."""
+        """Returns an equivalent module and leaves `layer` unchanged; raises RuntimeError if the kernels fail."""
 
     def nbytes(self, made: nn.Module) -> int:
-        """What its weight takes on the device."""
+        """Returns the bytes of the converted weight on the device."""
 
     def install(self, model: nn.Module, name: str, made: nn.Module) -> None:
-        """Puts it in the place of the layer; `revert_` must find the way back."""
+        """Replaces the layer `name` by `made`, in a way that `revert_` can undo."""
 
 
 class TwoFour(NamedTuple):
-    """The layers of a model that are 2:4, and why the others of the targets are not to be converted."""
+    """The 2:4 layers of a model by name, the reasons why other targets are skipped, and the device of the model."""
 
     layers: dict[str, nn.Linear]
     skipped: dict[str, str]
@@ -85,16 +85,21 @@ class TwoFour(NamedTuple):
 
 def find_two_four(model: nn.Module, targets: Sequence[str] | str | None, blocks: str | None) -> TwoFour:
     """
-    The targets that may be converted; the conversion's first step, on any machine.
+    Finds the targets that can be converted, on any hardware: unshared `nn.Linear` layers with 2:4 weights.
+
+    Args:
+        model: the model.
+        targets: patterns of layer names; None for all linear layers of the decoder blocks.
+        blocks: name of the list of decoder blocks, where it cannot be found.
 
     Raises:
-        ValueError: none of the targets is 2:4, or the model is converted already.
+        ValueError: none of the targets is 2:4, or a layer is converted already.
     """
     done = [name for name, module in model.named_modules() if is_converted(module)]
     if done:
-        raise ValueError(f"{len(done)} layers are converted already, first {done[0]}; call revert_(model) before")
+        raise ValueError(f"{len(done)} layers are converted already, first {done[0]}; call revert_(model) first")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of shared weights, in words for pruning; they are named below
+        warnings.simplefilter("ignore")  # about shared weights, worded for pruning; `skipped` names them
         found = find_targets(find_blocks(model, blocks), targets)
     experts = dict.fromkeys(sparse_experts(find_blocks(model, blocks), targets), EXPERTS)
     owners = _owners(model)
@@ -105,10 +110,10 @@ def find_two_four(model: nn.Module, targets: Sequence[str] | str | None, blocks:
         layer = target.module
         others = [other for other in owners[id(target.parameter)] if other != name]
         if not isinstance(layer, nn.Linear):
-            skipped[name] = f"a {type(layer).__name__} stores its weight as (in, out); 2:4 kernels want nn.Linear"
+            skipped[name] = f"a {type(layer).__name__} stores its weight as (in, out); 2:4 kernels need nn.Linear"
         elif type(layer) is not nn.Linear:
             skipped[name] = (
-                f"a {type(layer).__name__} multiplies in its own way, and 2:4 tensors know that of nn.Linear"
+                f"a {type(layer).__name__} multiplies in its own way; 2:4 tensors support only that of nn.Linear"
             )
         elif others:
             skipped[name] = f"shares its weight with {others[0]}"
@@ -119,14 +124,14 @@ def find_two_four(model: nn.Module, targets: Sequence[str] | str | None, blocks:
     if len(dense) == len(found):
         raise ValueError(
             f"nothing to convert, none of the {len(found)} layers is 2:4: {_grouped(dense | experts)}. Prune the model "
-            "with NM(2, 4) first, or name the layers that are with targets"
+            "with NM(2, 4) first, or select its 2:4 layers with targets"
         )
     first = next(iter(found.values())).parameter
     return TwoFour(layers, skipped | dense | experts, first.device)
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """The names under which a weight is in the model, by its identity; a layer that is used twice has two."""
+    """Returns the names of the layers that own each weight, by the id of the weight."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(getattr(module, "weight", None), nn.Parameter):
@@ -137,7 +142,11 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 def convert_layers_(
     model: nn.Module, found: TwoFour, form: Form | None, reason: str | None, *, verify: bool, progress: bool
 ) -> Conversion:
-    """Gives the layers found the sparse form, one by one; with none, for `reason`, the model stays as it is."""
+    """
+    Converts the layers of `found` to a sparse form, one by one; those that fail or are inaccurate stay dense.
+
+    With `form` None, which `reason` explains, the model is not changed. Warns about all layers that stay dense.
+    """
     if form is None:
         conversion = Conversion(None, reason, skipped=found.skipped)
         warnings.warn(str(conversion), stacklevel=3)
@@ -172,14 +181,14 @@ def convert_layers_(
 
 @torch.no_grad()
 def relative_error(made: nn.Module, layer: nn.Linear) -> float:
-    """The largest |made(x) - layer(x)| / |layer(x)|, in Frobenius norms, over the same Gaussian inputs in every run."""
+    """Returns the largest |made(x) - layer(x)| / |layer(x)|, in Frobenius norms, over fixed Gaussian inputs."""
     generator = torch.Generator().manual_seed(0)
     errors = []
     for tokens in CHECK_TOKENS:
         x = torch.randn(tokens, layer.in_features, generator=generator).to(layer.weight)
         wanted = layer(x).float()
         errors.append((made(x).float() - wanted).norm() / wanted.norm().clamp_min(torch.finfo(torch.float32).tiny))
-    return float(torch.stack(errors).max())  # of tensors: a NaN stays one
+    return float(torch.stack(errors).max())  # max of tensors, which propagates NaN
 
 
 def _grouped(reasons: Mapping[str, str]) -> str:
@@ -192,14 +201,14 @@ def _grouped(reasons: Mapping[str, str]) -> str:
 
 class StandIn(nn.Module):
     """
-    A layer in the place of an `nn.Linear`, which it remembers, its weight on the CPU.
+    A layer that replaces an `nn.Linear` and keeps the original, with its weight on the CPU.
 
-    The bias stays a parameter; the weight is none, and in no `state_dict`, until `restored`.
+    The bias remains a parameter. The dense weight is no parameter and in no `state_dict` until `restored`.
     """
 
     def __init__(self, original: nn.Linear) -> None:
         super().__init__()
-        self._original = (original,)  # in a tuple, so that it is no submodule
+        self._original = (original,)  # in a tuple, so that it does not become a submodule
         self.bias = original.bias
 
     def put_away(self) -> None:
@@ -208,7 +217,7 @@ class StandIn(nn.Module):
         weight.data = weight.data.cpu()
 
     def restored(self) -> nn.Linear:
-        """The layer as it was, on the device where its stand-in is."""
+        """Returns the original layer, moved to the device of this one."""
         (original,) = self._original
         original.weight.data = original.weight.data.to(next(self.buffers()).device)
         original.bias = self.bias
@@ -216,5 +225,5 @@ class StandIn(nn.Module):
 
 
 def is_converted(module: nn.Module) -> bool:
-    """Whether a layer is one that a conversion of this package made."""
+    """Returns whether a layer was converted by `convert_`, `convert_int8_` or `convert_fp8_`."""
     return isinstance(module, StandIn) or isinstance(getattr(module, "weight", None), SparseSemiStructuredTensor)

@@ -17,7 +17,7 @@ from prune_callbacks.anatomy.finding import find_targets, sparse_experts
 from prune_callbacks.results import Result
 
 DTYPES = (torch.float32, torch.float64)
-"""What torch multiplies CSR matrices in on a CPU; half precision is not implemented."""
+"""Dtypes in which torch multiplies CSR matrices on a CPU; half precision is not implemented."""
 
 INDEX_BYTES = 4
 
@@ -26,23 +26,24 @@ EXPERTS = "it holds the weights of several layers (experts) in one tensor, and C
 
 class CSRLinear(nn.Linear):
     """
-    `nn.Linear` whose weight, (out, in), is a CSR tensor with int32 indices; equivalent to it up to rounding.
+    An `nn.Linear` whose weight (out, in) is a CSR tensor with int32 indices; equivalent to the dense layer to rounding.
 
-    It multiplies `weight @ x^T` itself: `nn.functional.linear` takes a CSR weight too, but it is several times slower
-    for more than one token, and fails in `torch.inference_mode`. A single token takes the matrix-vector product.
+    Computes `weight @ x^T` directly: `nn.functional.linear` accepts a CSR weight too, but is several times slower for
+    more than one token, and fails in `torch.inference_mode`. For a single token uses the matrix-vector product.
     """
 
     trainable = False
     """Whether the dense weight required gradients."""
 
     def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
+        """Returns `x @ weight.T + bias`."""
         rows = x.reshape(-1, self.in_features)
         product = (self.weight @ rows[0])[None] if len(rows) == 1 else (self.weight @ rows.T).T.contiguous()
         product = product.view(*x.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CSRLinear":
-        # torch's own deepcopy of a parameter asks for a memory format that CSR tensors do not have.
+        # torch's deepcopy of a parameter requests a memory format that CSR tensors do not support.
         memo[id(self.weight)] = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
         twin = CSRLinear.__new__(CSRLinear)
         memo[id(self)] = twin
@@ -53,15 +54,15 @@ class CSRLinear(nn.Linear):
 @dataclass(frozen=True)
 class CSRReport(Result):
     """
-    What a conversion to CSR did to the bytes of the weights.
+    The bytes of the weights before and after a conversion to CSR.
 
     Attributes:
-        dense_bytes: of the converted weights before.
-        csr_bytes: after: values, column indices and row offsets.
+        dense_bytes: bytes of the converted weights before.
+        csr_bytes: their bytes after: values, column indices and row offsets.
         sparsity: the fraction of zeros in them.
-        break_even_sparsity: the sparsity from which on CSR takes fewer bytes, if all layers have the same.
+        break_even_sparsity: the sparsity above which CSR takes fewer bytes, if all layers have the same sparsity.
         layers: (dense bytes, CSR bytes) of every converted layer, by name.
-        skipped: layers that stay dense, and why.
+        skipped: reasons why layers stay dense, by name.
     """
 
     dense_bytes: int
@@ -74,10 +75,17 @@ class CSRReport(Result):
 
 def break_even_sparsity(shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) -> float:
     """
-    The sparsity at which CSR and dense weights of these shapes, (out, in), take the same bytes.
+    Computes the sparsity at which CSR and dense weights of these shapes (out, in) take the same bytes.
 
-    A dense weight takes v bytes (4 in float32); CSR takes v + 4 for each that is not zero and 4 for each of the rows
-    and one more. In float32 that is 50 % and half of one weight a row.
+    A dense weight takes v bytes (4 in float32). CSR takes v + 4 bytes for each non-zero and 4 bytes for each of the
+    `out + 1` row offsets. In float32 the break-even sparsity is 50 % plus half a weight per row.
+
+    Args:
+        shapes: shapes (out, in) of all layers.
+        dtype: dtype of the values; indices are int32.
+
+    Returns:
+        the fraction of zeros.
     """
     size = dtype.itemsize
     weights = sum(out * inputs for out, inputs in shapes)
@@ -89,21 +97,23 @@ def convert_to_csr_(
     model: nn.Module, *, targets: Sequence[str] | str | None = None, blocks: str | None = None
 ) -> CSRReport:
     """
-    Turns linear layers of a model into `CSRLinear`, in place, for inference on a CPU; `revert_csr_` undoes it.
+    Converts linear layers of a model to `CSRLinear`, in place, for inference on a CPU; `revert_csr_` undoes it.
 
-    Layers stay the same objects, with their names, hooks and biases; weights are new parameters, (out, in), that
-    require no gradient. Save the model before: `save_pretrained` does not know CSR tensors. GPT-2's `Conv1D`, weights
-    that something else shares, subclasses of `nn.Linear` and sparse experts in one tensor stay dense and are named in
-    the report.
+    Layers stay the same objects, with their names, hooks and biases. Weights become new parameters (out, in) without
+    gradients. Save the model first: `save_pretrained` does not support CSR tensors. GPT-2's `Conv1D`, shared weights,
+    subclasses of `nn.Linear` and sparse experts in one tensor stay dense and are named in the report.
 
     Args:
         model: a causal language model on the CPU, float32 or float64.
         targets: patterns of layer names, as for pruning; None for all linear layers of the decoder blocks.
         blocks: name of the list of decoder blocks, where it cannot be found.
 
+    Returns:
+        bytes before and after, and the layers that stay dense.
+
     Raises:
-        ValueError: a layer is on another device or in half precision (then nothing is changed), no layer matches, or
-            all are skipped.
+        ValueError: a layer is on another device or in half precision, no layer matches, or all are skipped. The model
+            is then unchanged.
     """
     layers = {
         name: target.module
@@ -140,7 +150,7 @@ def convert_to_csr_(
     if report.csr_bytes > report.dense_bytes:
         warnings.warn(
             f"CSR takes {report.csr_bytes / report.dense_bytes:.2f} times the bytes of these weights, which have "
-            f"{report.sparsity:.1%} zeros; it takes fewer from {report.break_even_sparsity:.1%} on",
+            f"{report.sparsity:.1%} zeros; it takes fewer bytes than dense above {report.break_even_sparsity:.1%}",
             stacklevel=2,
         )
     return report
@@ -167,7 +177,7 @@ def _convert(layer: nn.Linear) -> tuple[int, int]:
 
 
 def revert_csr_(model: nn.Module) -> None:
-    """Makes every `CSRLinear` a dense `nn.Linear` again, bit for bit (but -0 is 0 now)."""
+    """Converts every `CSRLinear` back to a dense `nn.Linear`, in place and bit for bit, except that -0 becomes 0."""
     for layer in model.modules():
         if isinstance(layer, CSRLinear):
             layer.weight = nn.Parameter(layer.weight.detach().to_dense(), requires_grad=layer.trainable)
@@ -177,7 +187,7 @@ def revert_csr_(model: nn.Module) -> None:
 
 
 def compressed(weight: Tensor) -> Tensor:
-    """A dense weight, (out, in), as CSR with int32 indices: half the bytes of torch's own, and what MKL takes."""
+    """Returns a weight (out, in) as CSR with int32 indices, which MKL needs; torch's default is int64."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         wide = weight.to_sparse_csr()
@@ -186,5 +196,5 @@ def compressed(weight: Tensor) -> Tensor:
 
 
 def csr_bytes(weight: Tensor) -> int:
-    """The bytes of a CSR tensor: values, column indices and row offsets."""
+    """Returns the bytes of a CSR tensor: values, column indices and row offsets."""
     return weight.values().nbytes + weight.col_indices().nbytes + weight.crow_indices().nbytes

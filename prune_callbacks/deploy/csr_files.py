@@ -1,4 +1,4 @@
-"""A file of CSR weights: written from a model or from tensors, and read as tensors."""
+"""Files of CSR weights: written from a model or from tensors, and read as tensors."""
 
 import json
 from collections.abc import Mapping
@@ -13,24 +13,24 @@ from prune_callbacks.deploy.csr import CSRLinear
 from prune_callbacks.writing import whole_file
 
 METADATA = "prune_callbacks.csr"
-"""The key under which a CSR file has its shapes."""
+"""The metadata key for the shapes of the weights."""
 
 
 def save_csr(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> int:
     """
-    Writes CSR weights to a safetensors file: `NAME.crow`, `NAME.col` and `NAME.values` of each.
+    Writes CSR weights to a safetensors file: `NAME.crow`, `NAME.col` and `NAME.values` for each weight.
 
-    Biases and layers that are not CSR are not in it.
+    Leaves out biases and layers that are not CSR.
 
     Args:
-        source: a model with `CSRLinear` layers, or CSR tensors by name, (out, in).
+        source: a model with `CSRLinear` layers, or CSR tensors (out, in) by name.
         path: the file.
 
     Returns:
-        The file's bytes.
+        the size of the file in bytes.
 
     Raises:
-        ValueError: there is no CSR weight.
+        ValueError: `source` has no CSR weight.
     """
     if isinstance(source, nn.Module):
         named = {name: m.weight.detach() for name, m in source.named_modules() if isinstance(m, CSRLinear)}
@@ -50,10 +50,16 @@ def save_csr(source: nn.Module | Mapping[str, Tensor], path: str | Path) -> int:
 
 def load_csr(path: str | Path) -> dict[str, Tensor]:
     """
-    Reads what `save_csr` wrote: CSR tensors by name, (out, in), the same bits.
+    Reads a file that `save_csr` wrote, bit for bit.
+
+    Args:
+        path: the file.
+
+    Returns:
+        CSR tensors (out, in) by name.
 
     Raises:
-        ValueError: the file is missing, damaged, or not a CSR file; indices outside of the matrix are refused.
+        ValueError: the file is missing, damaged, not a CSR file, or has indices outside of the matrix.
     """
     if not Path(path).is_file():
         raise ValueError(f"no CSR file at {path}")

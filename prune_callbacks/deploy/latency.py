@@ -1,4 +1,4 @@
-"""What sparse layers and models are worth in seconds: variants of the same work, timed in turns in one run."""
+"""Times sparse and dense variants of layers and models, in turns in one run."""
 
 import copy
 import inspect
@@ -17,17 +17,17 @@ from prune_callbacks.deploy.csr import csr_bytes
 from prune_callbacks.deploy.timing import Failure, Timing, time_in_turns
 
 BASE = "dense"
-"""The variant that the others are compared with."""
+"""Name of the variant with which the others are compared."""
 
 CACHE_BYTES = {"cpu": 2**26, "cuda": 2**30}
 """
-What is written before a layer is timed. It takes the weights out of the caches, where a layer finds them in no model.
-On a GPU it also lasts longer than the host needs to launch the layer, so that the device's own time is measured.
+Bytes written before a layer is timed. The write evicts the weights from the caches, as happens in a whole model. On a
+GPU it also takes longer than the host needs to launch the layer, so that only the device's time is measured.
 """
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers as they are stored: packed and CSR weights by their parts."""
+    """Returns the bytes of a module's parameters and buffers as stored: packed and CSR weights by their parts."""
     tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
     return sum(_bytes(t) for t in tensors.values())
 
@@ -41,7 +41,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def with_compiled(variants: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The variants, and behind each the same under `torch.compile`, named "... compiled"; nothing is compiled yet."""
+    """Returns the variants, each followed by its `torch.compile` version "NAME compiled"; the first call compiles."""
     both: dict[str, nn.Module] = {}
     for name, module in variants.items():
         both[name] = module
@@ -54,21 +54,25 @@ def layer_sweep(
     layers: Mapping[str, Mapping[str, nn.Module]], tokens: Sequence[int], *, repeats: int = 20, warmup: int = 3
 ) -> list[dict[str, Any]]:
     """
-    The time of layers, variant by variant, over the number of tokens that they get at once.
+    Times variants of layers over the number of tokens in one call.
 
-    A decoding step of a batch gives a layer as many tokens as the batch has sequences. Weights come from memory, not
-    from the caches; on a GPU it is the device's time, without the host's to launch, which `model_sweep` has.
+    In a decoding step, a layer gets one token per sequence of the batch. Weights are read from memory, not from the
+    caches. On a GPU the device's time is measured, without the host's launch time, which `model_sweep` includes.
 
     Args:
-        layers: by title and variant; of each title one must be "dense". Linear layers or modules with `in_features`.
-        tokens: how many, one cell each.
+        layers: layers by title and variant: linear layers or modules with `in_features`. Each title needs a variant
+            "dense".
+        tokens: numbers of tokens to measure.
         repeats: as for `time_in_turns`.
         warmup: as for `time_in_turns`.
 
     Returns:
-        One record a title, number of tokens and variant: `title, phase ("layer"), batch (None), tokens, variant`,
-        `median, low, high` (seconds), `tokens_per_second, speedup` (over "dense": below 1 it is slower),
-        `weight_bytes, peak_bytes, error` (then the measurements are None).
+        one record per title, number of tokens and variant: `title, phase ("layer"), batch (None), tokens, variant`,
+        `median, low, high` (seconds), `tokens_per_second, speedup` (over "dense"; below 1 is slower),
+        `weight_bytes, peak_bytes, error` (None unless the variant failed; the measurements are None if it did).
+
+    Raises:
+        ValueError: a title has no variant "dense".
     """
     cells: list[dict[str, Any]] = []
     for title, variants in layers.items():
@@ -94,7 +98,7 @@ def _write(flush: Tensor, _: str) -> None:
 
 def _inputs(layer: nn.Module) -> int:
     layer = getattr(layer, "_orig_mod", layer)
-    layer = getattr(layer, "_original", (layer,))[0]  # of a `StandIn`
+    layer = getattr(layer, "_original", (layer,))[0]  # the layer that a `StandIn` replaces
     return int(layer.nx) if isinstance(layer, Conv1D) else int(layer.in_features)  # type: ignore[arg-type]
 
 
@@ -109,22 +113,25 @@ def model_sweep(
     warmup: int = 3,
 ) -> list[dict[str, Any]]:
     """
-    The time of causal language models of `transformers`, variant by variant: prefill and decode apart.
+    Times variants of causal language models of `transformers`, separately for prefill and decode.
 
-    Prefill is the forward pass over a batch of prompts, of random tokens, that fills a new cache; decode is the one
-    over a single further token each. Every decoding step gets its own copy of the filled cache, made outside of its
-    time, so all repeats do the same work, whatever kind of cache the model has. The host's time to launch counts.
+    Prefill is the forward pass over a batch of random prompts that fills a new cache. Decode is the forward pass over
+    one further token per sequence. Every decoding step gets its own copy of the filled cache, made outside of the
+    measured time, so that all repeats do the same work with any kind of cache. The host's launch time is included.
 
     Args:
-        models: by variant; one must be "dense". In evaluation mode, on one device.
-        batches: numbers of sequences.
+        models: models by variant, in evaluation mode and on one device; one variant must be "dense".
+        batches: numbers of sequences in a batch.
         prompt_tokens: lengths of the prompts.
-        title: for the records.
+        title: title of the records.
         repeats: as for `time_in_turns`.
         warmup: as for `time_in_turns`.
 
     Returns:
-        Records as of `layer_sweep`, with `phase` "prefill" or "decode", and in `tokens` the length of the prompts.
+        records as in `layer_sweep`, with `phase` "prefill" or "decode", and the length of the prompts in `tokens`.
+
+    Raises:
+        ValueError: no variant is "dense".
     """
     weight = next(_base(models, title).parameters())
     vocabulary = models[BASE].config.get_text_config(decoder=True).vocab_size  # type: ignore[operator, union-attr]
@@ -156,7 +163,7 @@ def _decode(models: Mapping[str, nn.Module], ids: Tensor) -> Calls:
         if name not in filled:
             model = getattr(models[name], "_orig_mod", models[name])
             filled[name] = model(ids, **_options(model)).past_key_values
-        current.clear()  # one copy at a time
+        current.clear()  # frees the previous copy: only one is held at a time
         current[name] = copy.deepcopy(filled[name])
         _wait(ids)
 
@@ -183,8 +190,8 @@ def _base(variants: Mapping[str, nn.Module], what: str) -> nn.Module:
 
 
 def _compiling(variants: Mapping[str, nn.Module]) -> AbstractContextManager[Any]:
-    """Every cell is compiled for its own shapes; and a graph that gives up compiling fails, not runs eagerly unseen."""
-    from torch._dynamo import config as dynamo_config  # seconds, which a model that is never timed need not pay
+    """Resets the compiler, so that each cell compiles for its own shapes; a graph that is not compiled raises."""
+    from torch._dynamo import config as dynamo_config  # takes seconds to import: only when timing
     from torch._dynamo.eval_frame import OptimizedModule
 
     if any(isinstance(module, OptimizedModule) for module in variants.values()):

@@ -1,4 +1,4 @@
-"""2:4 weights in 8 bits: rows of weights and of inputs with a scale each, multiplied by torch's cuSPARSELt kernels."""
+"""2:4 weights in 8 bits: weights and inputs with one scale per row, multiplied by torch's cuSPARSELt kernels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ from prune_callbacks.deploy.backends import SEARCH_TOKENS, Backend, Choice, Hard
 from prune_callbacks.deploy.conversion import Conversion, StandIn, convert_layers_, find_two_four
 
 TOKENS_MULTIPLE = 16
-"""The 8-bit kernels want a multiple of this many tokens; the rest is padded with zeros."""
+"""The 8-bit kernels need a multiple of this many tokens; inputs are padded with zeros."""
 
 
 @dataclass(frozen=True)
 class EightBits:
     """
-    An 8-bit number format, and what its kernels need.
+    An 8-bit number format, and the requirements of its kernels.
 
     Attributes:
-        dtype: of the values.
-        largest: the value that a row's largest magnitude is scaled to.
-        accumulator: dtype that the kernels sum in and return.
-        capability: the least compute capability.
-        cusparselt: the least version of cuSPARSELt.
-        tolerance: relative error that a layer's output may have, on Gaussian inputs.
+        dtype: dtype of the values.
+        largest: the value to which a row's largest magnitude is scaled.
+        accumulator: dtype in which the kernels sum and return.
+        capability: minimum compute capability.
+        cusparselt: minimum version of cuSPARSELt (602 for 0.6.2).
+        tolerance: relative error that the output of a layer may have on Gaussian inputs.
     """
 
     dtype: torch.dtype
@@ -44,7 +44,7 @@ FP8 = EightBits(torch.float8_e4m3fn, 448.0, torch.float32, (9, 0), 602, 0.08)
 
 
 def choose_quantized(hardware: Hardware, format: EightBits) -> Choice:
-    """The kernels for a number format on this hardware: cuSPARSELt, new enough, or the reason why there are none."""
+    """Chooses the kernels for a number format on this hardware: cuSPARSELt, or the reason why there are none."""
     name = str(format.dtype).removeprefix("torch.")
     lack = hardware.lacks(format.capability, f"2:4 in {name}")
     if lack is not None:
@@ -59,9 +59,16 @@ def choose_quantized(hardware: Hardware, format: EightBits) -> Choice:
 
 def quantize_rows(x: Float[Tensor, "rows n"], format: EightBits) -> tuple[Tensor, Float[Tensor, "rows 1"]]:
     """
-    Every row on its own symmetric format: values of the format's dtype and float32 scales, `values * scales` about x.
+    Quantizes every row symmetrically with its own scale, so that `values * scales` approximates `x`.
 
-    The scale is the row's largest magnitude over `format.largest`; integers are rounded half to even. Zeros stay zeros.
+    The scale is the row's largest magnitude over `format.largest`. Integers are rounded half to even. Zeros stay zero.
+
+    Args:
+        x: rows (rows, n) of any floating dtype.
+        format: the number format.
+
+    Returns:
+        values (rows, n) in the dtype of the format, and float32 scales (rows, 1).
     """
     rows = x.float()
     scale = (rows.abs().amax(1, keepdim=True) / format.largest).clamp_min(torch.finfo(torch.float32).tiny)
@@ -71,18 +78,18 @@ def quantize_rows(x: Float[Tensor, "rows n"], format: EightBits) -> tuple[Tensor
 
 @runtime_checkable
 class Kernel(Protocol):
-    """Sparse products of 8-bit matrices."""
+    """Kernels for sparse products of 8-bit matrices."""
 
     def pack(self, weight: Tensor) -> tuple[Tensor, int]:
-        """A 2:4 weight (out, in) in the kernel's layout, and the algorithm that serves its products best."""
+        """Returns a 2:4 weight (out, in) in the kernel's layout, and the number of its fastest algorithm."""
 
     def multiply(self, packed: Tensor, x: Tensor, algorithm: int) -> Tensor:
-        """`x @ weight.T` (tokens, out) of x (tokens, in), in the accumulator's dtype; tokens in multiples of 16."""
+        """Returns `x @ weight.T` (tokens, out) of x (tokens, in) in the accumulator dtype; tokens: a multiple of 16."""
 
 
 @dataclass(frozen=True)
 class CuSparseLt:
-    """torch's cuSPARSELt kernels."""
+    """The cuSPARSELt kernels of torch; see `Kernel`."""
 
     accumulator: torch.dtype
 
@@ -97,14 +104,14 @@ class CuSparseLt:
 
 class QuantizedLinear(StandIn):
     """
-    `nn.Linear` with a 2:4 weight in 8 bits, one scale an output row, and inputs quantized as they come, by token.
+    An `nn.Linear` with an 8-bit 2:4 weight, one scale per output row, and inputs quantized per token in `forward`.
 
-    Equivalent to `linear(x', weight', bias)` with x' and weight' the values that `quantize_rows` leaves of both.
+    Equivalent to `linear(x', weight', bias)`, where `x'` and `weight'` are `values * scales` of `quantize_rows`.
 
     Args:
-        original: the layer; its weight is read, not changed.
+        original: the dense layer; its weight is not changed.
         format: the number format.
-        kernel: what packs and multiplies.
+        kernel: the kernels that pack the weight and multiply.
     """
 
     packed: Tensor
@@ -119,6 +126,7 @@ class QuantizedLinear(StandIn):
         self.register_buffer("scale", scale[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Quantizes `x` (..., in) per token and returns the output (..., out) in the dtype of `x`."""
         rows = x.reshape(-1, x.shape[-1])
         tokens = rows.shape[0]
         values, scale = quantize_rows(functional.pad(rows, (0, 0, 0, -tokens % TOKENS_MULTIPLE)), self.format)
@@ -129,14 +137,14 @@ class QuantizedLinear(StandIn):
 
 
 def two_four_name(model: nn.Module) -> str:
-    """What the 2:4 layers of a model are to be called beside dense ones: "2:4", "2:4 int8" or "2:4 float8_e4m3fn"."""
+    """Returns a name for the 2:4 layers of a model: "2:4", "2:4 int8" or "2:4 float8_e4m3fn"."""
     formats = {layer.format.dtype for layer in model.modules() if isinstance(layer, QuantizedLinear)}
     return " ".join(["2:4", *(str(dtype).removeprefix("torch.") for dtype in formats)])
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """Layers as `QuantizedLinear`."""
+    """The `Form` that converts layers to `QuantizedLinear`."""
 
     format: EightBits
     kernel: Kernel
@@ -171,9 +179,9 @@ def convert_int8_(
     """
     Replaces every layer with a 2:4 weight by a `QuantizedLinear` in int8, in place, for inference.
 
-    Weights get one scale an output row, inputs one a token; products are summed exactly, in int32, by cuSPARSELt.
-    The layers that are replaced wait on the CPU, and `revert_` puts them back as they were, bit for bit. Any floating
-    dtype will do. Everything else is as in `convert_`, but for the tolerance: 5 % of the output's norm.
+    Weights get one scale per output row, inputs one per token. cuSPARSELt sums the products exactly, in int32. The
+    replaced layers are kept on the CPU, and `revert_` restores them bit for bit. The model may have any floating dtype.
+    The arguments are those of `convert_`; the tolerance is 5 % of the output's norm.
 
     Raises:
         ValueError: no layer is 2:4, or some are converted already.
@@ -190,9 +198,10 @@ def convert_fp8_(
     progress: bool = True,
 ) -> Conversion:
     """
-    `convert_int8_` in float8 (e4m3), summed in float32: from compute capability 9.0 and cuSPARSELt 0.6.2 on.
+    Replaces every layer with a 2:4 weight by a `QuantizedLinear` in float8 (e4m3), in place, for inference.
 
-    A layer's output may be off by 8 % of its norm.
+    Equivalent to `convert_int8_`, except that products are summed in float32, that the tolerance is 8 % of the output's
+    norm, and that compute capability 9.0 and cuSPARSELt 0.6.2 are needed.
 
     Raises:
         ValueError: no layer is 2:4, or some are converted already.

@@ -1,4 +1,4 @@
-"""2:4 weights as torch's semi-structured tensors, and back."""
+"""Converts 2:4 weights to torch's semi-structured tensors, and back."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ TRAINED = "weight_was_trained"
 
 @dataclass(frozen=True)
 class SemiStructured:
-    """The weight as a `torch.sparse.SparseSemiStructuredTensor` of the same dtype, in the same `nn.Linear`."""
+    """The `Form` with a `torch.sparse.SparseSemiStructuredTensor` of the same dtype in the same `nn.Linear`."""
 
     backend: Backend
 
@@ -25,7 +25,7 @@ class SemiStructured:
         return why_not(weight.shape, weight.dtype, self.backend)
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        # Sums of the same products in another order: both outputs are rounded, each by at most half an eps.
+        # The same products summed in another order: each output is rounded by at most half an eps.
         return 2 * torch.finfo(dtype).eps
 
     def made(self, layer: nn.Linear) -> nn.Linear:
@@ -49,19 +49,19 @@ class SemiStructured:
 
 
 def compress(weight: Tensor, bias: Tensor | None, backend: Backend) -> Tensor:
-    """The 2:4 tensor of a back end; for cuSPARSELt under the algorithm that is fastest for `SEARCH_TOKENS` tokens."""
+    """Returns a backend's 2:4 tensor; for cuSPARSELt with the fastest algorithm for `SEARCH_TOKENS` tokens."""
     sparse = TENSORS[backend].from_dense(weight)
     if backend == "cusparselt":
         x = weight.new_zeros(SEARCH_TOKENS, weight.shape[1])
         assert sparse.packed is not None
-        # As torch's own linear calls it: inputs go in transposed, and outputs come out so.
+        # torch's linear calls it in the same way: inputs and outputs are transposed.
         found = torch._cslt_sparse_mm_search(sparse.packed, x.t(), bias=bias, transpose_result=True)
         sparse.alg_id_cusparselt = found
     return sparse
 
 
 def _dense(sparse: Any) -> Tensor:
-    """The weights again: a product with the identity, by the default algorithm, as the found one is for other sizes."""
+    """Returns the dense weight; uses the default algorithm, since the one that was found is for other sizes."""
     plain = sparse.detach()
     plain.alg_id_cusparselt = 0
     dense: Tensor = plain.to_dense()
@@ -77,22 +77,25 @@ def convert_(
     progress: bool = True,
 ) -> Conversion:
     """
-    Turns every 2:4 weight of a model into a `torch.sparse.SparseSemiStructuredTensor`, in place, for inference.
+    Converts every 2:4 weight of a model to a `torch.sparse.SparseSemiStructuredTensor`, in place, for inference.
 
-    Layers and parameters keep their names. `revert_` brings the dense weights back, equal in every value; whatever
-    saves, casts, moves or trains the model needs them dense.
+    Layers and parameters keep their names. `revert_` restores the dense weights, equal in every value. Revert before
+    saving, casting, moving or training the model.
 
-    Without a GPU that has kernels, or with the model on the CPU, nothing is changed: a warning says why, and so does
-    the result. A layer that cannot be converted stays dense and is named in a warning.
+    Without a GPU that has kernels, or with the model on the CPU, the model is not changed; a warning and the result
+    give the reason. A layer that cannot be converted stays dense and is named in a warning.
 
     Args:
         model: a causal language model on a CUDA device, in bfloat16 or float16.
         targets: patterns of layer names; None for all linear layers of the decoder blocks.
         blocks: name of the list of decoder blocks, where it cannot be found.
-        verify: compare every layer's output with the dense layer's, on Gaussian inputs of 64 and of 13 tokens. The
-            norm of the difference may be twice the dtype's eps times the norm of the output (1.6 % in bfloat16, 0.2 %
-            in float16); where it is more the layer stays dense. That the weights come back is always checked.
+        verify: compare the output of every layer with that of its dense layer, on Gaussian inputs of 64 and of 13
+            tokens. A layer stays dense if the norm of the difference exceeds twice the dtype's eps times the norm of
+            the output (1.6 % in bfloat16, 0.2 % in float16). The exact recovery of the weights is always checked.
         progress: show a progress bar.
+
+    Returns:
+        the converted layers, the reasons why others stay dense, the measured errors, and the bytes.
 
     Raises:
         ValueError: no layer is 2:4, or some are converted already.
@@ -105,10 +108,10 @@ def convert_(
 
 def revert_(model: nn.Module) -> None:
     """
-    Takes every conversion back, in place: the dense weights, under their names, and what of them is trained.
+    Reverts `convert_`, `convert_int8_` and `convert_fp8_` in place: restores dense weights and their `requires_grad`.
 
-    Weights are those from before the conversion in every value (-0 comes back as 0). Nothing happens to a model
-    that is not converted.
+    Weights equal those before the conversion in every value, except that -0 becomes 0. A model without converted
+    layers is not changed.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, StandIn):
@@ -116,6 +119,6 @@ def revert_(model: nn.Module) -> None:
         elif is_converted(module) or TRAINED in module.__dict__:
             weight = module.get_parameter("weight")
             dense = _dense(weight) if isinstance(weight, SparseSemiStructuredTensor) else weight.detach()
-            # After model.cpu() a 2:4 tensor says that it is on the CPU, while what it holds is still on the GPU.
+            # After model.cpu() a 2:4 tensor reports the CPU as its device, but its parts are still on the GPU.
             trained = module.__dict__.pop(TRAINED, False)
             module.weight = nn.Parameter(dense.to(weight.device), requires_grad=trained)

@@ -1,4 +1,4 @@
-"""From whole zero rows and columns to a model that is smaller in fact."""
+"""Removes whole zero rows and columns, which makes the model itself smaller."""
 
 import copy
 from collections.abc import Mapping
@@ -20,24 +20,24 @@ from prune_callbacks.storage.model_folder import from_state, savable
 @torch.no_grad()
 def shrink(model: nn.Module, masks: Mapping[str, Tensor], *, blocks: str | None = None) -> PreTrainedModel:
     """
-    A smaller model without the channels and heads whose columns are zero in the layer that reads them.
+    Returns a smaller model without the channels and heads whose columns are zero in the layer that reads them.
 
-    Equivalent to the given model: the same logits, to the rounding of shorter sums, from matrices without the removed
-    rows and columns. It is a plain model of its `transformers` class with a configuration of its own, which saves,
-    loads and generates. The given model stays as it is.
+    Equivalent to the given model: its logits are the same up to the rounding of shorter sums. The result is a plain
+    model of the same `transformers` class with its own configuration; it can be saved, loaded and used for generation.
+    The given model is not changed.
 
     Args:
-        model: a causal LM of `transformers` (or what holds one), pruned by `Structured`.
-        masks: its masks, by parameter name; also those of other methods that removed whole columns.
+        model: a causal LM of `transformers` (or a module that holds one), pruned by `Structured`.
+        masks: its masks, by parameter name; masks of other methods that removed whole columns work too.
         blocks: name of the list of decoder blocks, where it cannot be found.
 
     Returns:
-        The smaller model, in the dtype and on the device of the given one, in its training mode.
+        the smaller model, with the dtype, the device and the training mode of the given one.
 
     Raises:
-        ValueError: nothing is removed whole, a weight of a removed unit is not zero, or blocks keep different
-            numbers of units, which one configuration cannot say, or numbers that it does not accept; there are adapters
-            that are not merged.
+        ValueError: no unit is removed as a whole; a weight of a removed unit is not zero; blocks keep different numbers
+            of units, which one configuration cannot express; the configuration does not accept these numbers; or the
+            model has adapters that are not merged.
     """
     if not isinstance(masks, Mapping):
         raise ValueError(f"shrink takes masks by parameter name, such as report.masks, got {masks!r}")
@@ -48,7 +48,7 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], *, blocks: str | None 
     if all(bool(units.all()) for units in kept.values()):
         raise ValueError(
             "no channel and no head is zero as a whole, so nothing can be made smaller; Structured(Columns(...)) "
-            "removes such"
+            "removes whole ones"
         )
     config = _smaller_configuration(whole, kept)
     state = {name: tensor.detach().clone() for name, tensor in whole.state_dict().items()}
@@ -66,7 +66,7 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], *, blocks: str | None 
 
 
 def _kept_units(model: nn.Module, group: Coupled, masks: Mapping[str, Tensor]) -> Bool[Tensor, " units"]:
-    """The units of which the reader reads anything."""
+    """Returns a mask of the units of which the reader keeps at least one column."""
     reader = LayerTarget.of(group.reader, model.get_submodule(group.reader))
     weight, name = reader.matrix(), reader.parameter_name
     if name not in masks:
@@ -84,7 +84,7 @@ def _smaller_configuration(model: PreTrainedModel, kept: Mapping[Coupled, Tensor
     for counts, what in ((channels, "channels"), (heads, "heads")):
         if len(counts) > 1:
             raise ValueError(
-                f"blocks keep different numbers of {what}, which one configuration cannot say: "
+                f"blocks keep different numbers of {what}, which one configuration cannot express: "
                 + ", ".join(f"{reader} keeps {count}" for count, reader in counts.items())
             )
     width = next((group.width for group in kept if group.width > 1), None)
@@ -92,16 +92,16 @@ def _smaller_configuration(model: PreTrainedModel, kept: Mapping[Coupled, Tensor
 
 
 def _heads(group: Coupled, units: Tensor) -> tuple[int, int]:
-    """Heads of queries and of keys and values that stay."""
+    """Returns the numbers of kept query heads and of kept key-value heads."""
     left = units.view(group.pools, -1).sum(1)
     if len(set(left.tolist())) > 1:
-        raise ValueError(f"{group.reader} keeps {left.tolist()} heads of its groups of queries; they must be equal")
+        raise ValueError(f"{group.reader} keeps {left.tolist()} heads in its groups of queries; they must be equal")
     total = int(units.sum())
     return total, group.pools if group.grouped else total
 
 
 def _slice(state: dict[str, Tensor], model: nn.Module, layer: str, features: Tensor, *, columns: bool) -> None:
-    """Leaves only these input features, or output rows and their biases, of a layer."""
+    """Keeps only the given input features of a layer, or the given output rows and their biases."""
     target = LayerTarget.of(layer, model.get_submodule(layer))
     weight = target.oriented(state[f"{layer}.weight"])
     kept = features.to(weight.device)
@@ -112,7 +112,7 @@ def _slice(state: dict[str, Tensor], model: nn.Module, layer: str, features: Ten
 
 @torch.no_grad()
 def logits_difference(model: nn.Module, other: nn.Module, tokens: Int[Tensor, "batch tokens"]) -> float:
-    """The largest absolute difference of two models' logits on the same tokens, both in evaluation mode."""
+    """Returns the largest absolute difference of two models' logits on the same tokens, both in evaluation mode."""
     logits = []
     for one in (model, other):
         training = one.training
@@ -122,7 +122,7 @@ def logits_difference(model: nn.Module, other: nn.Module, tokens: Int[Tensor, "b
 
 
 def changed_settings(model: nn.Module, other: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """The numbers that differ in two models' configurations."""
+    """Returns the integers that differ between two models' configurations, as (before, after) by name."""
     before, after = (savable(one).config.get_text_config(decoder=True).to_dict() for one in (model, other))
     names = [name for name, value in after.items() if isinstance(value, int) and value != before.get(name)]
     return {name: (before.get(name), after[name]) for name in names}

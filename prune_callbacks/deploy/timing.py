@@ -1,4 +1,4 @@
-"""The time of calls, taken in turns in one run."""
+"""Times several calls in turns in one run."""
 
 import statistics
 import time
@@ -12,10 +12,13 @@ import torch
 @dataclass(frozen=True)
 class Timing:
     """
-    Seconds of a call: the median, and the 10th and 90th percentiles of the repeats.
+    The measured time and memory of a call.
 
     Attributes:
-        peak_bytes: what the call held on the GPU beyond what was there before it, at most; None on a CPU.
+        median: median of the repeats, in seconds.
+        low: 10th percentile, in seconds.
+        high: 90th percentile, in seconds.
+        peak_bytes: peak bytes that the call allocated on the GPU in addition to earlier ones; None on a CPU.
     """
 
     median: float
@@ -26,7 +29,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Failure:
-    """A call that cannot be timed, and what it raised."""
+    """The error of a call that cannot be timed."""
 
     error: str
 
@@ -40,20 +43,23 @@ def time_in_turns(
     prepare: Callable[[str], object] | None = None,
 ) -> dict[str, Timing | Failure]:
     """
-    The time of every call, taken in turns: all once, then all again, so that a slow spell of the machine meets all.
+    Times calls in turns, each once per turn, so that a slow phase of the machine affects all of them alike.
 
-    On a GPU between two CUDA events around the call, on a CPU by `time.perf_counter`. A call that raises is left out
-    from there on and the others go on.
+    On a GPU measures the time between two CUDA events around the call, on a CPU uses `time.perf_counter`. A call that
+    raises is not repeated; the others continue.
 
     Args:
-        calls: by name.
-        device: where they work.
-        repeats: turns that count.
+        calls: the calls by name.
+        device: the device on which they run.
+        repeats: measured turns, at least one.
         warmup: calls of each before the first turn, at least one.
-        prepare: called with the name before every call, outside of its time.
+        prepare: function that gets the name before every call; its time is not measured.
+
+    Returns:
+        the timing of every call, or its failure, by name.
 
     Raises:
-        ValueError: there is no turn or no warm-up.
+        ValueError: `repeats` or `warmup` is less than 1.
     """
     if repeats < 1 or warmup < 1:
         raise ValueError(f"time_in_turns needs a repeat and a warm-up call, got repeats={repeats}, warmup={warmup}")
@@ -73,7 +79,7 @@ def time_in_turns(
 
     for name in calls:
         for _ in range(warmup):
-            peaks[name] = attempt(name, _peak)  # the last one's: the first may compile
+            peaks[name] = attempt(name, _peak)  # keeps the peak of the last warm-up: the first may compile
     for _ in range(repeats):
         for name in calls:
             seconds[name].append(attempt(name, _seconds))

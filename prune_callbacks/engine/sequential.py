@@ -13,7 +13,7 @@ from prune_callbacks.calibration.capture import Batch, BlockInputs
 from prune_callbacks.calibration.inputs import calibration_inputs, evaluating, next_inputs
 from prune_callbacks.calibration.prefetch import visited
 from prune_callbacks.calibration.statistics import collect
-from prune_callbacks.engine.plan import make_plan
+from prune_callbacks.engine.plan import Plan, make_plan
 from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.engine.report import PruneReport, warn_of_missed_counts
 from prune_callbacks.engine.sharing import share_weights
@@ -83,29 +83,7 @@ def prune_sequentially(
         torch.cuda.reset_peak_memory_stats(plan.device)
     run = BlockPruning(plan, ranks, min_expert_tokens)
     share_weights(model, ranks)
-    reached = plan.blocks[: plan.last + 1]
-    with (
-        evaluating(model),
-        layer_progress(len(plan.targets), progress and ranks.rank == 0) as (bar, task),
-        closing(visited(reached, plan.device, ranks)) as visits,
-    ):
-        inputs: list[BlockInputs] = []
-        if plan.observed and batches is not None:
-            bar.update(task, description="embedding the calibration windows")
-            inputs = calibration_inputs(model, [block for _, block in plan.blocks], batches, ranks)
-        if allocation is not None:
-            bar.update(task, description=f"{type(allocation).__name__}: measuring the dense model")
-            run.pruners = allocate(allocation, pruner, reached, plan.targets, inputs, plan.device, ranks)
-        for index, block_name, block, where in visits:
-            here = plan.in_block(index)
-            bar.update(task, description=f"pruning {block_name}")
-            if here:
-                seen = plan.calibrated_in_block(index) if plan.calibrated else {}
-                statistics = collect(pruner.statistic, index, block, seen, inputs, where, ranks) if seen else {}
-                run.prune(here, statistics, lambda count: bar.advance(task, count))
-                del statistics
-            if index < plan.last and plan.calibrated:
-                next_inputs(index, block, inputs, where, ranks)
+    peak = _prune_blocks(model, batches, plan, run, ranks, show=progress and ranks.rank == 0)
     if not run.layers:
         raise ValueError(
             f"nothing was pruned; all {len(run.skipped)} layers were skipped: {next(iter(run.skipped.values()))}"
@@ -117,8 +95,38 @@ def prune_sequentially(
         tuple(run.layers),
         run.skipped,
         time.perf_counter() - begin,
-        peak_memory(where),
+        peak,
         frozenset(run.input_first),
         run.scales,
         run.by_magnitude,
     )
+
+
+def _prune_blocks(
+    model: nn.Module, batches: Iterable[Batch] | None, plan: Plan, run: BlockPruning, ranks: Ranks, *, show: bool
+) -> int:
+    """Prunes block after block, each on the outputs of the pruned ones before it; returns the peak memory, in bytes."""
+    reached = plan.blocks[: plan.last + 1]
+    with (
+        evaluating(model),
+        layer_progress(len(plan.targets), show) as (bar, task),
+        closing(visited(reached, plan.device, ranks)) as visits,
+    ):
+        inputs: list[BlockInputs] = []
+        if plan.observed and batches is not None:
+            bar.update(task, description="embedding the calibration windows")
+            inputs = calibration_inputs(model, [block for _, block in plan.blocks], batches, ranks)
+        if plan.allocation is not None:
+            bar.update(task, description=f"{type(plan.allocation).__name__}: measuring the dense model")
+            run.pruners = allocate(plan.allocation, plan.pruner, reached, plan.targets, inputs, plan.device, ranks)
+        for index, block_name, block, where in visits:
+            here = plan.in_block(index)
+            bar.update(task, description=f"pruning {block_name}")
+            if here:
+                seen = plan.calibrated_in_block(index) if plan.calibrated else {}
+                statistics = collect(plan.pruner.statistic, index, block, seen, inputs, where, ranks) if seen else {}
+                run.prune(here, statistics, lambda count: bar.advance(task, count))
+                del statistics
+            if index < plan.last and plan.calibrated:
+                next_inputs(index, block, inputs, where, ranks)
+    return peak_memory(where)

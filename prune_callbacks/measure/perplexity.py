@@ -1,4 +1,4 @@
-"""Perplexity over fixed windows, streamed."""
+"""Computes perplexity over fixed windows, one batch at a time."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from prune_callbacks.ranks import ALONE, Ranks
 
 class Perplexity(Metric):
     """
-    `exp` of the mean negative log-likelihood per token, as a torchmetrics metric.
+    The perplexity, `exp` of the mean negative log-likelihood per token, as a torchmetrics metric.
 
-    Equivalent to `torchmetrics.text.Perplexity(ignore_index=-100)`, but through log-softmax, one window at a
-    time: a probability that underflows in softmax does not become an infinite perplexity, and the logits
-    are never copied as a whole. Sums are float64.
+    Equivalent to `torchmetrics.text.Perplexity(ignore_index=-100)`, but uses log-softmax, one window at a time: a
+    probability that underflows in softmax does not make perplexity infinite, and the logits of a batch are never copied
+    as a whole. Sums are float64.
     """
 
     full_state_update = False
@@ -32,14 +32,14 @@ class Perplexity(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Float[Tensor, "batch tokens vocab"], labels: Int[Tensor, "batch tokens"]) -> None:
-        """Adds windows: `logits[:, t]` predict `labels[:, t + 1]`; labels of -100 do not count."""
+        """Adds windows, in which `logits[:, t]` predict `labels[:, t + 1]`; labels of -100 are ignored."""
         for window, target in zip(logits[:, :-1], labels[:, 1:], strict=True):
             loss = nn.functional.cross_entropy(window.float(), target, ignore_index=-100, reduction="sum")
             self.total += loss.double()
             self.count += (target != -100).sum()
 
     def compute(self) -> Tensor:
-        """The perplexity of everything added so far; a float64 scalar."""
+        """Returns the perplexity of all windows added so far, as a float64 scalar."""
         return torch.exp(self.total / self.count)
 
 
@@ -53,18 +53,21 @@ def perplexity(
     ranks: Ranks = ALONE,
 ) -> float:
     """
-    Perplexity of a causal LM over non-overlapping windows, each scored on its own.
+    Computes the perplexity of a causal LM over non-overlapping windows, each scored on its own.
 
-    The first token of a window is not predicted, so `windows * (tokens - 1)` tokens count. This is the
-    protocol of the GPTQ, SparseGPT and Wanda papers, whose windows are cut from the whole WikiText-2 test
-    text. Always quote the window length with the number.
+    The first token of a window is not predicted, so `windows * (tokens - 1)` tokens count. This is the protocol of the
+    GPTQ, SparseGPT and Wanda papers, whose windows are cut from the whole WikiText-2 test text. Always quote the window
+    length with the value.
 
     Args:
-        model: a `transformers` causal LM; runs where it is, in evaluation mode.
-        windows: token ids.
+        model: a `transformers` causal LM; it runs on its own device, in evaluation mode.
+        windows: token ids (windows, tokens).
         batch_size: windows per forward pass.
         progress: show a progress bar.
         ranks: processes that share the windows; each has the model, or its shard of it.
+
+    Raises:
+        ValueError: there are no windows, or they have fewer than two tokens.
     """
     if windows.shape[0] == 0 or windows.shape[1] < 2:
         raise ValueError(f"perplexity needs windows of two or more tokens, got {tuple(windows.shape)}")
@@ -74,7 +77,7 @@ def perplexity(
     model.eval()
     try:
         batches = windows.split(batch_size)
-        # Every rank makes as many forward passes: those of sharded models communicate.
+        # Every rank makes the same number of forward passes, because those of sharded models communicate.
         rounds = range(ranks.rank, ranks.rank + len(batches), ranks.size)
         for place in track(rounds, "perplexity", disable=not progress, transient=True):
             ids = batches[min(place, len(batches) - 1)].to(device).long()

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy of a model in memory, measured by EleutherAI's lm_eval."""
+"""Measures zero-shot accuracy of a model in memory with EleutherAI's lm_eval."""
 
 import copy
 import importlib.util
@@ -21,31 +21,31 @@ HEADLINE = {
     "arc_challenge": "acc_norm",
     "winogrande": "acc",
 }
-"""The tasks, by lm_eval's names, and the metric that is quoted of each."""
+"""The headline metric of every task, by lm_eval's names."""
 
 
 @dataclass(frozen=True)
 class ZeroShot:
     """
-    Zero-shot accuracy on LAMBADA, HellaSwag, PIQA, ARC and WinoGrande through `lm_eval` (an extra: `eval`).
+    A measurement of zero-shot accuracy on LAMBADA, HellaSwag, PIQA, ARC and WinoGrande by `lm_eval` (extra: `eval`).
 
-    The numbers are those of `lm_eval --model hf --batch_size N` on the same examples. The headline is the accuracy; for
-    HellaSwag and ARC-Challenge it is the one normalised by the length of the answers, as the Open LLM Leaderboard has
-    it and as is customary for these six tasks together (Gu and Dao, Mamba, 2023). The pruning papers differ: Wanda's
-    tables (Sun et al. 2024) have the plain accuracy everywhere. Results hold both.
+    Equivalent to `lm_eval --model hf --batch_size N` on the same examples. The headline metric is the accuracy. For
+    HellaSwag and ARC-Challenge it is the accuracy normalised by the length of the answers, as on the Open LLM
+    Leaderboard and as is customary for these six tasks (Gu and Dao, Mamba, 2023). Pruning papers differ: Wanda's tables
+    (Sun et al. 2024) give the plain accuracy for all tasks. Results include both.
 
-    On local files the prompts and answers are those of `lm_eval`'s own tasks, but for questions of ARC with five
-    choices (`zero_shot_tasks/local_arc_easy.yaml`); LAMBADA's perplexity is left out.
+    With local files, prompts and answers are those of `lm_eval`'s own tasks, except for ARC questions with five choices
+    (see `zero_shot_tasks/local_arc_easy.yaml`). LAMBADA's perplexity is not measured.
 
     Args:
-        tasks: some of `HEADLINE`'s.
-        root: a folder with `lambada/lambada_test.jsonl` and the other files that `zero_shot_tasks/*.yaml` name; None
-            for lm_eval's own tasks, whose data comes from the Hugging Face hub.
-        limit: examples per task, from the front of the file; None for all.
+        tasks: names of tasks in `HEADLINE`.
+        root: a folder with `lambada/lambada_test.jsonl` and the other files named in `zero_shot_tasks/*.yaml`; None for
+            lm_eval's own tasks, with data from the Hugging Face Hub.
+        limit: number of examples per task, from the start of the file; None for all.
         batch_size: requests per forward pass.
 
     Raises:
-        ValueError: a task is unknown, a number is smaller than 1, or lm_eval is not installed.
+        ValueError: a task is unknown, a number is less than 1, or lm_eval is not installed.
     """
 
     tasks: Sequence[str] = tuple(HEADLINE)
@@ -69,24 +69,25 @@ class ZeroShot:
 
     def check(self) -> None:
         """
-        Reads the data of all tasks, so that what is missing is said before there is work to lose.
+        Reads the data of all tasks, so that missing data is reported before any work is done.
 
         Raises:
-            ValueError: a local file is missing or holds something else.
+            ValueError: a local file is missing or has another format.
         """
         with _isolated(logging.ERROR):
             self._load()
 
     def __call__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
         """
-        Measures a causal LM of `transformers`, which runs where it is and is left as it was, as is random state.
+        Measures a causal LM of `transformers` on its own device; restores its training mode and the random state.
 
         Returns:
-            task -> `metric` (the headline's name), `value`, `stderr` (None of one example), `limit`, `examples` (how
-            many there were), `data` ("local" or "hub"), and `all`: metric -> `value` and `stderr`.
+            for each task: `metric` (name of the headline metric), `value`, `stderr` (None for a single example),
+            `limit`, `examples` (number of examples), `data` ("local" or "hub"), and `all`, which maps each metric to
+            its `value` and `stderr`.
 
         Raises:
-            ValueError: the model is not one of transformers, or as `check`.
+            ValueError: the model is not a `transformers` model, or as in `check`.
         """
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"lm_eval measures models of transformers, got {type(model).__name__}")
@@ -102,7 +103,7 @@ class ZeroShot:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        with _isolated(logging.ERROR):  # that a model in memory and data of one's own are unusual
+        with _isolated(logging.ERROR):  # hides warnings about a model in memory and local data
             manager, tasks = self._load()
             # lm_eval may give the tokenizer a padding token.
             lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=self.batch_size)
@@ -121,7 +122,7 @@ class ZeroShot:
         return results
 
     def _load(self) -> tuple[Any, list[Any]]:
-        """lm_eval's index of tasks, and ours with their data."""
+        """Returns lm_eval's task manager, and the tasks of this measurement with their data."""
         from lm_eval.tasks import TaskManager
 
         if self.root is None:
@@ -137,7 +138,7 @@ class ZeroShot:
     def _result(self, task: str, results: dict[str, Any]) -> dict[str, Any]:
         name = self._name(task)
         values = results["results"][name]
-        # Keys are "acc,none" and "acc_stderr,none", after the filter of answers, of which there is none.
+        # Keys have the name of the answer filter as a suffix, which is "none" here: "acc,none", "acc_stderr,none".
         metrics = {
             metric: {
                 "value": float(values[f"{metric},none"]),
@@ -158,7 +159,7 @@ class ZeroShot:
 
 @contextmanager
 def _isolated(level: int) -> Iterator[None]:
-    """Nothing below this level is said by lm_eval, and Python's random numbers, which it draws, go on as before."""
+    """Temporarily sets the log level of lm_eval; restores it on exit, and the state of Python's random numbers."""
     logger, state = logging.getLogger("lm_eval"), random.getstate()
     before = logger.level
     logger.setLevel(level)

@@ -1,1 +1,1 @@
-"""What a rank holds of a parameter, its gradient and its optimizer state, under a training strategy."""
+"""Access to a rank's part of parameters, gradients and optimizer state, under each training strategy."""

@@ -1,4 +1,4 @@
-"""ParamAccess: masks on what one rank holds of a module's parameters, whatever strategy keeps them."""
+"""ParamAccess: applies masks to one rank's part of a module's parameters, under any training strategy."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -16,32 +16,36 @@ from prune_callbacks.sparsity import MaskSet
 
 
 class Span(NamedTuple):
-    """The places of a flattened parameter, from `start` to before `stop`, whose master copy a rank holds."""
+    """The indices `start` to `stop` (exclusive) of a flattened parameter: the part whose master copy a rank holds."""
 
     start: int
     stop: int
 
     @property
     def size(self) -> int:
-        """How many places."""
+        """Returns the number of indices."""
         return self.stop - self.start
 
 
 class ParamAccess(ABC):
     """
-    Masked parameters of a module: their weights, the master copies that the optimizer steps, gradients and moments.
+    Access to the masked parameters of a module: weights, gradients, optimizer moments, optimizer master copies.
 
-    Each rank masks its span of every parameter by its span of the mask, one bit per weight; nothing is communicated
-    but by the methods that say so. Parameters are looked up by name at every call, so that a module whose parameters
-    were replaced (cast, moved, wrapped again) is served as well.
+    Each rank masks its span of every parameter by the same span of the mask, stored at one bit per weight. Only methods
+    documented as collectives communicate. Parameters are looked up by name at every call, so that they may be replaced
+    (cast, moved, wrapped again) in between.
 
-    A family of strategies says what a rank holds: the methods that begin with an underscore and follow the constructor.
+    A subclass serves a family of strategies. It defines the methods after the constructor that begin with an
+    underscore; they return a rank's part of a parameter.
 
     Args:
-        module: holds the parameters, under names that `masks` knows.
-        masks: the masks to hold.
+        module: the module with the parameters, whose names must fit `masks` (see `MaskSet.places`).
+        masks: the masks to maintain.
         optimizers: the torch optimizers that make the steps.
-        ranks: the processes over which each parameter is spread.
+        ranks: the processes that each parameter is sharded or replicated over.
+
+    Raises:
+        ValueError: the masks do not fit the module.
     """
 
     def __init__(
@@ -66,30 +70,30 @@ class ParamAccess(ABC):
 
     @abstractmethod
     def _span(self, parameter: Tensor) -> Span:
-        """The places whose master copy this rank holds."""
+        """Returns the indices whose master copy this rank holds."""
 
     @abstractmethod
     def _owner(self, parameter: Tensor) -> Tensor | None:
-        """The tensor in the optimizer's groups that holds the span; None where this rank holds nothing."""
+        """Returns the tensor in the optimizer's groups that holds the span; None if this rank holds nothing."""
 
     @abstractmethod
     def _piece(self, parameter: Tensor, whole: Tensor) -> Tensor:
-        """The span in a local tensor of the owner's layout: the owner itself, or one of its moments; a view."""
+        """Returns a view of the span in `whole`, the owner or one of its moments."""
 
     @abstractmethod
     def _gradient(self, parameter: Tensor) -> Tensor | None:
-        """The span's gradient, complete and not yet clipped; a view. None if there is none."""
+        """Returns a view of the span's gradient, fully accumulated and not yet clipped; None without a gradient."""
 
     def _copies(self, parameter: Tensor) -> Iterator[tuple[Span, Tensor]]:
-        """Weights that are no master: what forward passes use, where that is another tensor; views."""
+        """Yields views of the weights that forward passes use, with their spans, where these are not the master."""
         return iter(())
 
     def _counts(self, parameter: Tensor) -> bool:
-        """Whether this rank holds something, and speaks for it: other ranks may hold the same."""
+        """Returns whether this rank contributes its span to collectives: one rank of those that hold the same span."""
         return True
 
     def _prepare(self) -> None:  # noqa: B027 (most need nothing)
-        """Called before parameters are looked up."""
+        """Runs before parameters are looked up."""
 
     def _bound(self) -> dict[str, str]:
         """Finds the name of every mask's parameter in the module."""
@@ -100,7 +104,7 @@ class ParamAccess(ABC):
     def _parameter(self, name: str) -> Tensor:
         try:
             return self._module.get_parameter(self._places[name])
-        except AttributeError:  # a wrapper (an adapter) was put around the layer since, or taken off
+        except AttributeError:  # the layer has been wrapped (by an adapter) or unwrapped since
             self._places = self._bound()
             return self._module.get_parameter(self._places[name])
 
@@ -113,7 +117,7 @@ class ParamAccess(ABC):
         return None if owner is None else self._piece(parameter, owner)
 
     def mask_gradients(self) -> None:
-        """Zeroes the gradients of pruned weights, so that they enter neither the clipping norm nor the moments."""
+        """Zeroes the gradients of pruned weights, which keeps them out of the clipping norm and the moments."""
         for name, parameter in self._parameters().items():
             if name in self._keep:
                 gradient = self._gradient(parameter)
@@ -121,7 +125,7 @@ class ParamAccess(ABC):
                     zero_removed(gradient, self._keep[name].unpacked())
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Zeroes the pruned weights in the master copies that a step of this optimizer has changed."""
+        """Zeroes the pruned weights in the master copies that this optimizer updates, after its step."""
         stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
         for name, parameter in self._parameters().items():
             owner = self._owner(parameter)
@@ -129,7 +133,7 @@ class ParamAccess(ABC):
                 zero_removed(self._piece(parameter, owner), self._keep[name].unpacked())
 
     def project(self) -> None:
-        """Zeroes the pruned weights everywhere: masters, the copies in use, and the optimizer's moments."""
+        """Zeroes the pruned weights in master copies and forward passes, and their optimizer moments."""
         for name, parameter in self._parameters().items():
             for span, weights in self._copies(parameter):
                 zero_removed(weights, PackedKeep(self.masks.packed(name), *span, weights.device).unpacked())
@@ -140,7 +144,7 @@ class ParamAccess(ABC):
                     zero_removed(value, keep)
 
     def _moments(self, parameter: Tensor) -> Iterator[Tensor]:
-        """Every optimizer state of the owner's own shape: momentum, Adam's moments."""
+        """Yields every optimizer state of the owner's shape: momentum, Adam's moments."""
         owner = self._owner(parameter)
         assert owner is not None
         for optimizer in self._optimizers:
@@ -150,16 +154,17 @@ class ParamAccess(ABC):
 
     def violations(self) -> dict[str, int]:
         """
-        How many pruned weights are not zero, in the masters or in the copies in use; {} when the masks hold.
+        Counts the pruned weights that are not zero, by parameter; {} if there are none.
 
-        A collective of the ranks, which all get the same counts.
+        Counts in the master copies and in the weights of forward passes, and takes the larger number. A collective of
+        the ranks; all get the same counts.
         """
         counts = {}
         for name, parameter in self._parameters().items():
             (start, stop), own = self._own(parameter)
             copies = [copy.flatten()[start - at.start : stop - at.start] for at, copy in self._copies(parameter)]
             keep = self.own_keep(name)
-            # Masters may be offloaded to the CPU, and the copies be on the device.
+            # Masters may be offloaded to the CPU while the copies are on the device.
             counts[name] = max(count_removed(values, keep.to(values.device)) for values in (own.flatten(), *copies))
         return {name: count for name, count in self._summed(counts).items() if count}
 
@@ -168,23 +173,23 @@ class ParamAccess(ABC):
         return dict(zip(counts, total.tolist(), strict=True))
 
     def layer_sparsity(self) -> dict[str, float]:
-        """The fraction of zeros in every masked parameter, counted in the weights; a collective of the ranks."""
+        """Returns the fraction of zeros among the weights of every masked parameter; a collective of the ranks."""
         nonzero = {name: int(own.count_nonzero()) for name in self.masks for own in [self.own(name)]}
         sizes = {name: torch.Size(self.masks.shape(name)).numel() for name in self.masks}
         return {name: 1 - count / max(1, sizes[name]) for name, count in self._summed(nonzero).items()}
 
     def own(self, name: str) -> Float[Tensor, " own"]:
         """
-        The master weights of a masked parameter that this rank alone speaks for: over the ranks, each weight once.
+        Returns this rank's part of the master weights of a masked parameter, flattened; each weight is on one rank.
 
-        In increasing order of the ranks they make up the flattened parameter.
+        Concatenated in the order of the ranks, the parts are the flattened parameter.
         """
         span, weights = self._own(self._parameter(name))
         assert weights.numel() == span.size
         return weights.flatten()
 
     def own_keep(self, name: str) -> Bool[Tensor, " own"]:
-        """The keep mask of what `own` returns."""
+        """Returns the keep mask of the weights that `own` returns."""
         span, weights = self._own(self._parameter(name))
         return PackedKeep(self.masks.packed(name), *span, weights.device).unpacked()
 
@@ -195,11 +200,11 @@ class ParamAccess(ABC):
         return next(self._copies(parameter)) if master is None else (self._span(parameter), master)
 
     def joined(self, own: Iterable[tuple[str, Bool[Tensor, " own"]]]) -> MaskSet:
-        """The masks of which every rank gives its own places, in the order of `own`; a collective, layer by layer."""
+        """Assembles whole masks from the ranks' parts, in the order of `own`; a collective for every layer."""
         return MaskSet.join(MaskSet({name: self._whole(self._parameter(name), k).bool()}) for name, k in own)
 
     def read(self, name: str) -> Tensor:
-        """A whole master weight, in its own shape and dtype, a copy on its device; a collective of the ranks."""
+        """Returns a copy of a whole master weight, in the parameter's shape; a collective of the ranks."""
         parameter = self._parameter(name)
         return self._whole(parameter, self._own(parameter)[1].flatten())
 
@@ -209,11 +214,11 @@ class ParamAccess(ABC):
         flat = torch.zeros(shape.numel(), dtype=dtype, device=self._device)
         span = self._own(parameter)[0]
         flat[span.start : span.stop] = own.to(flat)
-        return self.ranks.sum(flat).view(shape)  # the others' places are zeros: the sum is exact
+        return self.ranks.sum(flat).view(shape)  # exact, because every index is nonzero on one rank at most
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
-        """Overwrites a whole weight, in its master copy and the copies in use; every rank passes the same."""
+        """Overwrites a whole weight, in its master copy and in forward passes; every rank passes the same `value`."""
         parameter = self._parameter(name)
         flat = value.detach().flatten()
         master = self._master(parameter)

@@ -1,4 +1,4 @@
-"""FSDP2 (`ModelParallelStrategy`): a rank holds rows of every parameter, as a DTensor that is its own master copy."""
+"""FSDP2 (`ModelParallelStrategy`): a rank holds rows of every parameter in a DTensor, which is also the master copy."""
 
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -9,7 +9,7 @@ from prune_callbacks.parallel.access import ParamAccess, Span
 
 
 class FSDP2Access(ParamAccess):
-    """See `ParamAccess`. Serves rows sharded over one mesh dimension; over others the parameter is replicated."""
+    """`ParamAccess` for parameters sharded by rows over one mesh dimension and replicated over the others."""
 
     def _span(self, parameter: Tensor) -> Span:
         if not isinstance(parameter, DTensor):
@@ -17,7 +17,7 @@ class FSDP2Access(ParamAccess):
         sharded = [placement for placement in parameter.placements if not isinstance(placement, Replicate)]
         if len(sharded) > 1 or any(type(placement) is not Shard or placement.dim != 0 for placement in sharded):
             raise ValueError(
-                f"a parameter of shape {tuple(parameter.shape)} is placed as {parameter.placements}; masks are held on "
+                f"a parameter of shape {tuple(parameter.shape)} is placed as {parameter.placements}; masks need "
                 "parameters sharded by rows over one mesh dimension, as fully_shard(module, mesh=...) does by default"
             )
         mesh, placements = parameter.device_mesh, parameter.placements
@@ -28,7 +28,7 @@ class FSDP2Access(ParamAccess):
 
     def _prepare(self) -> None:
         for module in self._module.modules():
-            if isinstance(module, FSDPModule):  # one that stayed whole after a forward pass of evaluation
+            if isinstance(module, FSDPModule):  # it may still be unsharded after a forward pass of evaluation
                 module.reshard()
 
     def _owner(self, parameter: Tensor) -> Tensor:
@@ -49,5 +49,5 @@ class FSDP2Access(ParamAccess):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: of a DTensor its shard, of any other all of it; a view."""
+    """Returns a detached view of this rank's shard of a DTensor; of any other tensor, a view of it all."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()

@@ -1,4 +1,4 @@
-"""One device, or DDP: every rank holds whole parameters, and the parameter is its own master copy."""
+"""A single device, or DDP: every rank holds whole parameters, which are also the master copies."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from prune_callbacks.parallel.access import ParamAccess, Span
 
 
 class PlainAccess(ParamAccess):
-    """See `ParamAccess`. Rank 0 speaks for all, since all hold the same."""
+    """`ParamAccess` for parameters that every rank holds completely; only rank 0 contributes to collectives."""
 
     def _span(self, parameter: Tensor) -> Span:
         return Span(0, parameter.numel())

@@ -5,5 +5,5 @@ from torch import Tensor
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """Returns a parameter's whole shape. Partitioned by ZeRO-3 it is empty and carries that as `ds_shape`."""
+    """Returns the unsharded shape of a parameter: `ds_shape` where ZeRO-3 left an empty parameter, else `shape`."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

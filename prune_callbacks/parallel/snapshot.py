@@ -1,4 +1,4 @@
-"""Writing weights, optimizer and scheduler state to a file during a fit, and putting them back."""
+"""Saves weights, optimizer state and scheduler state to a file during a fit, and restores them."""
 
 import pickle
 import uuid
@@ -19,10 +19,14 @@ State = dict[str, Any]
 
 def save_snapshot(trainer: Trainer, path: Path) -> str:
     """
-    Writes the module's weights, the optimizers' and the learning-rate schedulers' state; returns the snapshot's name.
+    Writes the module's weights and the state of optimizers and learning-rate schedulers; returns the snapshot's name.
 
-    Where parameters are sharded, `path` is a folder and every rank writes its own shards into it; else a file that
-    rank 0 writes. Whoever reads never sees half a file.
+    If parameters are sharded, `path` is a folder and every rank writes its own shards into it. Otherwise rank 0 writes
+    one file. Files are written atomically. A collective of the ranks.
+
+    Raises:
+        ValueError: on every rank, if the state holds objects that `torch.load(weights_only=True)` refuses, or the
+            files cannot be read back on one rank.
     """
     state, ranks = _state(trainer), world(trainer)
     state["snapshot"] = name = ranks.share(uuid.uuid4().hex)
@@ -34,7 +38,7 @@ def save_snapshot(trainer: Trainer, path: Path) -> str:
             with whole_file(file) as partial:
                 torch.save(state, partial)
                 try:
-                    # Now, and not only at the first rewinding, rounds later.
+                    # Fails now instead of at the first rewind, rounds later.
                     torch.load(partial, mmap=True, map_location="cpu", weights_only=True)
                 except pickle.UnpicklingError as error:
                     raise ValueError(
@@ -43,12 +47,12 @@ def save_snapshot(trainer: Trainer, path: Path) -> str:
                     ) from error
 
     ranks.attempt(write)
-    check_snapshot(trainer, path, name)  # every process must see it: not only rounds later
+    check_snapshot(trainer, path, name)  # fails now, instead of rounds later, if a process cannot see the files
     return name
 
 
 def check_snapshot(trainer: Trainer, path: Path, name: str) -> None:
-    """Raises ValueError, on every rank, if there is no snapshot at `path`, or another than the one of this name."""
+    """Raises ValueError, on every rank, for a `path` without a snapshot, or with one of another name."""
 
     def check() -> None:
         file = _file(trainer, path)
@@ -56,7 +60,7 @@ def check_snapshot(trainer: Trainer, path: Path, name: str) -> None:
         if not file.is_file() and others:
             raise ValueError(
                 f"the rewind files in {path} were written by {others[0].stem.rpartition('_')[2]} processes, and now "
-                f"there are {trainer.world_size}; go on with as many as wrote them"
+                f"there are {trainer.world_size}; resume with the same number of processes"
             )
         if not file.is_file():
             raise ValueError(
@@ -77,16 +81,16 @@ def check_snapshot(trainer: Trainer, path: Path, name: str) -> None:
 
 def load_snapshot(trainer: Trainer, path: Path, name: str, *, optimizer: bool) -> None:
     """
-    Puts the weights that `save_snapshot` wrote back into the module, and into the optimizers' master copies.
+    Restores the weights that `save_snapshot` wrote, in the module and in the optimizers' master copies.
 
     Args:
-        trainer: in the middle of the fit that wrote it, or of one resumed from that on as many ranks.
-        path: where it is.
-        name: what `save_snapshot` returned.
-        optimizer: the optimizers' and schedulers' state too.
+        trainer: the trainer of the fit that wrote the snapshot, or of a fit resumed from it on as many ranks.
+        path: the path of the snapshot.
+        name: the name that `save_snapshot` returned.
+        optimizer: whether to restore the state of optimizers and schedulers too.
 
     Raises:
-        ValueError: it is missing, or not the one that was written.
+        ValueError: the snapshot is missing, or has another name.
     """
     check_snapshot(trainer, path, name)
     state = torch.load(_file(trainer, path), map_location="cpu", weights_only=True, mmap=sharded(trainer.strategy))
@@ -114,7 +118,7 @@ def _state(trainer: Trainer) -> State:
             "state_dict": strategy.lightning_module_state_dict(),
             "optimizer_states": [strategy.optimizer_state(optimizer) for optimizer in strategy.optimizers],
         }
-    # Rank by rank and without communication. (DeepSpeed's own checkpoints are meant for a freshly built engine.)
+    # Without communication. DeepSpeed's own checkpoints are unsuitable: only a freshly built engine can load them.
     return {
         "masters": [_on_cpu(master) for master in _masters(trainer)],
         "moments": [
@@ -140,11 +144,11 @@ def _load_shards(trainer: Trainer, state: State, optimizer: bool) -> None:
     for group, settings in zip(groups, state["groups"], strict=True):
         group.update(settings)
     for moments, saved in zip(_moments(trainer), state["moments"], strict=True):
-        for key in [key for key in moments if key not in saved]:  # there was no step before the snapshot
+        for key in [key for key in moments if key not in saved]:  # a snapshot before the first step has no moments
             del moments[key]
         for key, value in saved.items():
             if isinstance(value, Tensor):
-                local(moments[key]).copy_(value)  # in place: DeepSpeed holds views of it
+                local(moments[key]).copy_(value)  # in place, because DeepSpeed holds views of it
             else:
                 moments[key] = value
 
@@ -171,16 +175,16 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def _update_weights_in_use(zero: Any) -> None:
-    """Lets ZeRO's weights follow its masters, as after a step."""
+    """Updates ZeRO's weights in forward passes from its master copies, as after a step."""
     if hasattr(zero, "update_lp_params"):
         zero.update_lp_params()
         if hasattr(zero, "_hp_optimizer_states_linked"):
-            zero._hp_optimizer_states_linked = False  # of moments that are taken away and made again
+            zero._hp_optimizer_states_linked = False  # the links point to moments that have been replaced
         return
     for group in zero.fp16_groups:
         for parameter in group:
             place, start, count = zero.grad_position[zero.get_param_id(parameter)]
             master = zero.fp32_partitioned_groups_flat[place].narrow(0, start, count)
             parameter.ds_tensor.view(-1).copy_(master)
-    if zero.persistent_parameters:  # small parameters that are whole on every rank
+    if zero.persistent_parameters:  # small parameters that stay unsharded on every rank
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)

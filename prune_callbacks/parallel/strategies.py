@@ -1,4 +1,4 @@
-"""Which access serves which of Lightning's strategies."""
+"""Maps Lightning's strategies to the `ParamAccess` that serves them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,15 +27,15 @@ from prune_callbacks.sparsity import MaskSet
 @dataclass(frozen=True)
 class Served:
     """
-    How masks are held under a strategy.
+    How masks are maintained under a strategy; see `register_strategy`.
 
     Attributes:
-        strategy: the class; subclasses are served alike.
-        access: makes the access from the trainer, the module that has the parameters, the masks and the ranks, once the
-            strategy has been set up.
-        problem: says why a strategy with these settings cannot be served, as a clause that ends with a remedy; None: it
-            can.
-        sharded: whether no rank has all weights, masters and moments.
+        strategy: the strategy's class; its subclasses are served alike.
+        access: makes the `ParamAccess` from the trainer, the module with the parameters, the masks and the ranks. It is
+            called after the strategy has been set up.
+        problem: given a strategy, returns why its settings are not supported, as a clause that ends with a remedy; None
+            if they are.
+        sharded: whether weights, masters or moments are sharded, so that no rank has all of them.
     """
 
     strategy: type[Strategy]
@@ -67,7 +67,7 @@ def _zero_access(trainer: Trainer, module: nn.Module, masks: MaskSet, ranks: Ran
         return Zero3Access(module, masks, engine, ranks)
     raise ValueError(
         f"prune_callbacks cannot hold masks under DeepSpeed's {type(engine.optimizer).__name__}; use its ZeRO "
-        "optimizers with their default dtype of gradient accumulation"
+        "optimizers with the default gradient accumulation dtype"
     )
 
 
@@ -76,8 +76,8 @@ def _fsdp2_problem(strategy: ModelParallelStrategy) -> str | None:
     if parallel == 1 or (parallel == "auto" and strategy.num_processes == 1):
         return None
     return (
-        "with tensor parallelism, which cuts weights across; use ModelParallelStrategy(data_parallel_size=the number "
-        "of processes, tensor_parallel_size=1)"
+        "with tensor parallelism, which shards weights in other ways; use ModelParallelStrategy(data_parallel_size="
+        "the number of processes, tensor_parallel_size=1)"
     )
 
 
@@ -92,10 +92,11 @@ def _zero_problem(strategy: DeepSpeedStrategy) -> str | None:
     offload = zero.get("offload_optimizer") or {}
     if zero.get("zenflow") or offload.get("super_offload") or offload.get("ratio", 1) < 1:
         return (
-            "with ZenFlow, SuperOffload or a partly offloaded optimizer, which have steps of their own; leave that out"
+            "with ZenFlow, SuperOffload or a partly offloaded optimizer, which step outside ZeRO's optimizer; leave "
+            "that out"
         )
     if (config.get("data_types") or {}).get("grad_accum_dtype"):
-        return "with a dtype of its own for accumulating gradients (data_types), another optimizer; leave that out"
+        return "with a gradient accumulation dtype (data_types), which selects another optimizer; leave that out"
     if zero.get("zero_hpz_partition_size", 1) > 1 or zero.get("mics_shard_size", -1) > 0:
         return "with a second partition of the weights (zero_hpz_partition_size, mics_shard_size); leave that out"
     return None
@@ -111,10 +112,10 @@ _SERVED: list[Served] = [
 
 def register_strategy(served: Served) -> None:
     """
-    Serves a further strategy, or one of those above in another way: what is registered last is asked first.
+    Registers how a strategy is served; it takes precedence over earlier registrations and the built-in ones.
 
     Raises:
-        ValueError: it is no `Served`.
+        ValueError: `served` is not a `Served`.
     """
     if not isinstance(served, Served):
         raise ValueError(f"register_strategy takes Served(strategy=..., access=...), got {served!r}")
@@ -127,12 +128,12 @@ def _served(strategy: Strategy) -> Served | None:
 
 def check_strategy(strategy: Strategy, who: str, *, whole_weights: bool) -> None:
     """
-    Raises ValueError for a strategy under which a callback cannot work; the one place that refuses strategies.
+    Raises ValueError for a strategy that a callback cannot work under; no other function refuses strategies.
 
     Args:
-        strategy: the trainer's.
+        strategy: the trainer's strategy.
         who: class name of the callback.
-        whole_weights: it works only where every process holds all weights; else it needs masks to be held.
+        whole_weights: whether the callback needs all weights on every process; if not, it needs masks to be supported.
     """
     name, served = type(strategy).__name__, _served(strategy)
     if whole_weights:
@@ -140,7 +141,7 @@ def check_strategy(strategy: Strategy, who: str, *, whole_weights: bool) -> None
             raise ValueError(f'{who} does not work under {name}; use one device or strategy="ddp"')
         return
     problem = (
-        'whose parameters it does not know how to reach; use one device or strategy="ddp", ModelParallelStrategy '
+        'whose parameters it cannot access; use one device or strategy="ddp", ModelParallelStrategy '
         "(FSDP2), or DeepSpeedStrategy(stage=1, 2 or 3)"
         if served is None
         else served.problem(strategy)
@@ -150,18 +151,18 @@ def check_strategy(strategy: Strategy, who: str, *, whole_weights: bool) -> None
 
 
 def world(trainer: Trainer) -> Ranks:
-    """Returns all processes of a trainer's fit."""
+    """Returns the `Ranks` of all processes of a trainer's fit."""
     return Ranks(dist.group.WORLD, trainer.strategy.root_device) if trainer.world_size > 1 else ALONE
 
 
 def param_access(trainer: Trainer, masks: MaskSet, module: nn.Module) -> ParamAccess:
     """
-    Makes the access to masked parameters in a fit, once the strategy has been set up.
+    Makes the access to masked parameters in a fit; call it after the strategy has been set up.
 
     Args:
-        trainer: whose strategy `check_strategy` has passed.
+        trainer: a trainer whose strategy `check_strategy` has accepted.
         masks: the masks.
-        module: has their parameters; the trainer's module, or a part of it.
+        module: the module with their parameters: the trainer's module, or a part of it.
 
     Raises:
         ValueError: the masks do not fit the module.
@@ -172,13 +173,13 @@ def param_access(trainer: Trainer, masks: MaskSet, module: nn.Module) -> ParamAc
 
 
 def sharded(strategy: Strategy) -> bool:
-    """Returns whether no rank has all weights, masters and moments."""
+    """Returns whether a strategy shards weights, masters or moments, so that no rank has all of them."""
     served = _served(strategy)
     return served is not None and served.sharded
 
 
 def lost_a_process(error: BaseException) -> bool:
-    """Whether a collective failed because another process has ended."""
+    """Returns whether an error means that a collective failed because another process has ended."""
     return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error) and "onnection" in str(error)
     )
@@ -186,14 +187,14 @@ def lost_a_process(error: BaseException) -> bool:
 
 def gathered_state_dict(trainer: Trainer, model: nn.Module) -> dict[str, Tensor] | None:
     """
-    The `state_dict` of a part of the trainer's module, whole and on the CPU, on rank 0; of the others None.
+    Returns the unsharded `state_dict` of a part of the trainer's module on rank 0, None on the others.
 
-    A collective: parameters that are sharded are gathered one after another.
+    A collective. Sharded parameters are gathered one after another, and copied to the CPU.
     """
     if not sharded(trainer.strategy):
         return model.state_dict() if trainer.is_global_zero else None
     state: dict[str, Tensor] = {}
-    copies: dict[int, Tensor] = {}  # what is tied stays one tensor
+    copies: dict[int, Tensor] = {}  # keeps tied parameters one tensor
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) not in copies:
             whole = _gathered(value)
@@ -214,14 +215,14 @@ def _gathered(tensor: Tensor) -> Tensor:
 
 
 def masks_of_zeros(trainer: Trainer, weights: Mapping[str, Tensor], module: nn.Module) -> MaskSet:
-    """Returns `MaskSet.from_nonzero` of parameters of `module`, by name there, wherever the strategy has put them."""
+    """Returns the masks of the nonzero `weights`, parameters of `module` by name, sharded or not; a collective."""
     shapes = {name: whole_shape(weight) for name, weight in weights.items()}
     access = param_access(trainer, MaskSet.all_kept(shapes), module)
     return access.joined((name, access.own(name) != 0) for name in shapes)
 
 
 def stepping_optimizers(trainer: Trainer) -> list[Any]:
-    """The optimizers that make the steps: the one of torch inside ZeRO's, or the trainer's own."""
+    """Returns the torch optimizers that make the steps: those inside ZeRO's optimizers, or the trainer's own."""
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         return [cast(Any, optimizer).optimizer for optimizer in trainer.optimizers]
     return list(trainer.optimizers)

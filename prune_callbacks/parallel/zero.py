@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: the optimizer steps fp32 master copies, cut over the ranks; the weights in use follow them."""
+"""DeepSpeed ZeRO: the optimizer steps fp32 master copies, sharded over the ranks; forward passes use casts of them."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # an extra
 
 
 class _ZeroAccess(ParamAccess):
-    """What the stages have in common; `optimizer` of the engine is ZeRO's, and that one's `optimizer` is torch's."""
+    """The common part of all stages. `engine.optimizer` is ZeRO's optimizer, whose `optimizer` is torch's."""
 
     def __init__(self, module: nn.Module, masks: MaskSet, engine: "DeepSpeedEngine", ranks: Ranks) -> None:
         self._engine = engine
@@ -25,18 +25,18 @@ class _ZeroAccess(ParamAccess):
         """
         Zeroes the gradients of pruned weights before the engine clips them.
 
-        Lightning calls `on_before_optimizer_step` for every micro-batch under DeepSpeed; the accumulated gradients
-        are complete at the last one only.
+        Lightning calls `on_before_optimizer_step` for every micro-batch under DeepSpeed. The accumulated gradients are
+        complete only at the last one; at the others this does nothing.
         """
         if self._engine.is_gradient_accumulation_boundary():
-            wait = getattr(self._zero, "_wait_for_offload_copies", None)  # ZeRO-1 and 2 copy without waiting
+            wait = getattr(self._zero, "_wait_for_offload_copies", None)  # ZeRO-1 and 2 copy asynchronously
             if wait is not None:
                 wait()
             super().mask_gradients()
             self._mask_norms()
 
     def _mask_norms(self) -> None:
-        # With an offloaded optimizer, norms are taken while gradients are copied to the CPU: before they are masked.
+        # An offloaded optimizer computes norms while it copies gradients to the CPU, before they are masked.
         norms = getattr(self._zero, "norm_for_param_grads", {})
         if not norms:
             return
@@ -50,10 +50,10 @@ class _ZeroAccess(ParamAccess):
 
 class Zero12Access(_ZeroAccess):
     """
-    ZeRO-1 and ZeRO-2: see `ParamAccess`.
+    `ParamAccess` for ZeRO-1 and ZeRO-2.
 
-    Every rank has whole weights, and masters, moments and averaged gradients of one stretch of all parameters laid end
-    to end; it may begin and end inside a parameter, and have nothing of others.
+    Every rank has all weights. It has masters, moments and averaged gradients for one contiguous part of all
+    parameters laid end to end. This part may begin and end inside a parameter, and contain nothing of others.
     """
 
     def _span(self, parameter: Tensor) -> Span:
@@ -81,15 +81,15 @@ class Zero12Access(_ZeroAccess):
         yield Span(0, parameter.numel()), parameter.detach()
 
     def _counts(self, parameter: Tensor) -> bool:
-        # Frozen parameters have no mapping, and are whole on every rank.
+        # Frozen parameters have no mapping and are complete on every rank, so rank 0 counts them.
         return self.ranks.rank == 0 if not hasattr(parameter, "_hp_mapping") else parameter._hp_mapping is not None
 
 
 class Zero3Access(_ZeroAccess):
     """
-    ZeRO-3: see `ParamAccess`.
+    `ParamAccess` for ZeRO-3.
 
-    Every parameter is cut over the ranks, the last piece padded; masters, moments and gradients likewise.
+    Every parameter is sharded over the ranks, with the last shard padded; so are masters, moments and gradients.
     """
 
     def _span(self, parameter: Tensor) -> Span:
@@ -109,7 +109,7 @@ class Zero3Access(_ZeroAccess):
         return whole.detach().narrow(0, start, self._span(parameter).size)
 
     def _gradient(self, parameter: Tensor) -> Tensor | None:
-        # safe_get_local_grad of deepspeed.utils returns a copy where the dtype or the device differs.
+        # safe_get_local_grad of deepspeed.utils would return a copy, not a view, if dtype or device differ.
         gradient, _ = self._zero._get_fp32_grad_state_partition(parameter, release_swap_buffers=True)
         return gradient.view(-1)[: self._span(parameter).size]  # type: ignore[no-any-return]
 
@@ -119,4 +119,4 @@ class Zero3Access(_ZeroAccess):
         span = self._span(parameter)
         yield span, parameter.ds_tensor.detach().view(-1)[: span.size]  # type: ignore[attr-defined]
         if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
-            yield Span(0, parameter.ds_numel), parameter.detach()  # type: ignore[attr-defined]  # small ones stay
+            yield Span(0, parameter.ds_numel), parameter.detach()  # type: ignore[attr-defined]  # small ones persist

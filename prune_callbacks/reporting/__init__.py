@@ -1,1 +1,1 @@
-"""Pages and pictures of one run or several. Only this room draws."""
+"""Writes pages and pictures of one run or several; the only package that draws."""

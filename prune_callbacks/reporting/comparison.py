@@ -1,4 +1,4 @@
-"""`python -m prune_callbacks.reporting RUN_A RUN_B`: runs side by side, in groups that can be compared."""
+"""Compares runs side by side, in comparable groups: `python -m prune_callbacks.reporting RUN_A RUN_B`."""
 
 import argparse
 import os
@@ -23,7 +23,7 @@ Runs = dict[str, Run]
 
 
 class Setting(NamedTuple):
-    """What runs must have in common for their perplexities to be compared."""
+    """The model and the evaluation text that runs must share for their perplexities to be comparable."""
 
     model: str
     architecture: str | None
@@ -38,13 +38,13 @@ class Setting(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; returns the exit code, or leaves with 2 where something is wrong with what was given."""
+    """Runs the command line and returns the exit code; exits with code 2 and a message for bad arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m prune_callbacks.reporting",
-        description="One RUN: writes its report.html anew. Several: compares them, and writes compare.html.",
+        description="One RUN: writes its report.html again. Several: compares them, and writes compare.html.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the folder of a run, finished or not")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="the page; its folder is made if there is none")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="the page; its folder is created if needed")
     given = parser.parse_args(arguments)
     try:
         if len(given.runs) == 1:
@@ -64,13 +64,17 @@ def main(arguments: Sequence[str]) -> int:
 
 def write_comparison(dirpaths: Sequence[Path], path: Path) -> dict[Setting, Runs]:
     """
-    Writes a page that compares runs.
+    Writes an HTML page that compares runs.
+
+    Args:
+        dirpaths: folders of the runs.
+        path: the page.
 
     Returns:
-        the runs by name, in groups of those that can be compared with each other.
+        the runs by name, in groups of comparable runs.
 
     Raises:
-        ValueError: a folder is named twice, or is no run's (see `read_run`).
+        ValueError: a folder is named twice, or does not hold a run (see `read_run`).
     """
     seen: dict[Path, Path] = {}
     for dirpath in dirpaths:
@@ -99,17 +103,17 @@ def write_comparison(dirpaths: Sequence[Path], path: Path) -> dict[Setting, Runs
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """What is left of the paths without what they share in front."""
+    """Returns the paths relative to their common parent folder, as names of the runs."""
     common = os.path.commonpath([folder.parent for folder in folders])
     return [os.path.relpath(folder, common) for folder in folders]
 
 
 def grouped(runs: Runs) -> dict[Setting, Runs]:
     """
-    The runs that can be compared with each other, together.
+    Groups runs that can be compared with each other.
 
-    Two models of one name are different ones if their architectures are. A run that has not saved its model yet is
-    taken for one of its name, if all others of that name are alike.
+    Models with the same name but different architectures count as different models. A run that has not saved its model
+    yet is assumed to have the architecture of the other runs with its model name, if these all agree.
     """
     known: dict[str | None, set[str]] = {}
     for run in runs.values():
@@ -127,7 +131,7 @@ def grouped(runs: Runs) -> dict[Setting, Runs]:
 
 
 def notes(runs: Runs) -> list[str]:
-    """What to mind when the runs of a group are compared."""
+    """Returns warnings for the comparison of the runs in a group."""
     found = []
     dense = [
         run.record.perplexity.dense
@@ -146,7 +150,7 @@ def notes(runs: Runs) -> list[str]:
 
 
 def violated(runs: Runs) -> list[str]:
-    """What is said of runs whose masks did not hold."""
+    """Returns a sentence for each run with pruned weights that are not zero."""
     counts = {name: sum((run.record.violations or {}).values()) for name, run in runs.items()}
     return [
         f"{name}: {count} pruned weights are not zero; its masks did not hold."
@@ -161,7 +165,7 @@ def _measured(run: Run) -> bool:
 
 @plain_text
 def _quality(runs: Runs, setting: Setting) -> str:
-    """Bars of all stages and, where runs differ in their sparsity or have rounds, perplexity over sparsity."""
+    """Draws bars of all stages and, if runs differ in sparsity or have rounds, perplexity over sparsity."""
     zeros = {run.record.sparsity.achieved for run in runs.values()}
     curves = len(zeros - {None}) > 1 or any(run.record.rounds for run in runs.values())
     height = max(3.4, 0.9 + 0.75 * len(runs))
@@ -215,7 +219,7 @@ def _training(runs: Runs) -> str:
 
 
 def _print(setting: Setting, runs: Runs) -> None:
-    """The table of a group on the terminal."""
+    """Prints the table of a group on the terminal."""
     table = Table(title=f"perplexity: {escape(str(setting))}")
     for column in ("run", "dense", "pruned", "recovered", "zeros", "violations"):
         table.add_column(column, justify="left" if column == "run" else "right")

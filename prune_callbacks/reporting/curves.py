@@ -1,4 +1,4 @@
-"""A sweep's points as one table and one picture."""
+"""Shows the points of a sweep as a table and a picture."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ PANELS = (("perplexity", "perplexity"), ("seconds", "seconds to prune"), ("peak_
 
 
 def curves(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The points of every curve that were measured, from left to right; other calibration makes another curve."""
+    """Returns the measured points of every curve, from left to right; each calibration setting has its own curve."""
     measured = [cell for cell in results["cells"].values() if "error" not in cell]
     along = {"calibration windows": "calibration_windows", "calibration text": "calibration"}
     told = [
@@ -31,17 +31,17 @@ def curves(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _place(at: int | float | str | None) -> tuple[bool, float, str]:
-    """Numbers in order, then names in theirs; no value at all ("everything at once") is the last."""
+    """Returns a sort key: numbers in order, then None (which stands for "all"), then names in alphabetical order."""
     return (False, float(at), "") if isinstance(at, int | float) else (True, 0.0, "" if at is None else at)
 
 
 @plain_text
 def draw_curves(results: dict[str, Any], path: Path) -> None:
     """
-    Draws perplexity, time and memory of every point.
+    Draws perplexity, pruning time in seconds and peak memory in GiB of every point.
 
     Args:
-        results: what a sweep's file holds: `setting`, `dense`, and the points as `cells`.
+        results: content of a sweep's file: `setting`, `dense`, and the points as `cells`.
         path: the picture.
     """
     setting, found = results["setting"], curves(results)
@@ -72,7 +72,7 @@ def draw_curves(results: dict[str, Any], path: Path) -> None:
 
 
 def _narrow(axis: Axes) -> bool:
-    """Whether a logarithmic axis would show hardly a power of ten."""
+    """Returns whether an axis spans less than a factor of 20, so that it may show no power of ten."""
     low, high = axis.get_ylim()
     return bool(high < 20 * low)
 
@@ -94,7 +94,7 @@ def _label(axis: Axes, along: str, label: str, places: Any) -> None:
 
 
 def sweep_table(path: Path) -> None:
-    """Prints all points of a sweep's file, if it is there."""
+    """Prints all points of a sweep's file, if the file exists."""
     if not path.is_file():
         return
     results = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""What pictures of a run are made of: curves, bars, heat maps over blocks and layer kinds, corners of masks."""
+"""Draws the parts of pictures of a run: curves, bars, heat maps over blocks and layer kinds, corners of masks."""
 
 import base64
 import io
@@ -23,19 +23,19 @@ from prune_callbacks.storage.run_record import STAGES, Perplexities
 
 COLOURS = {"dense": "#4c78a8", "pruned": "#e45756", "recovered": "#54a24b"}
 CORNER = (64, 128)
-"""Rows and columns of a mask that are shown."""
+"""Number of rows and columns of a mask that are shown."""
 
 Curve = Sequence[Sequence[int | float | None]]
 
 plain_text: ContextDecorator = matplotlib.rc_context({"text.parse_math": False})
-"""Decorates what draws names of models and layers: dollar signs in them are no formulas."""
+"""Decorator for functions that draw names of models and layers: keeps dollar signs from starting formulas."""
 
 
 def subplots(*shape: int, figsize: tuple[float | int, float | int], **settings: Any) -> tuple[Figure, Any]:
     """
-    Returns a figure outside of pyplot, and its axes as `pyplot.subplots` would.
+    Returns a figure and its axes, as `pyplot.subplots` would, but outside of pyplot.
 
-    Pyplot chooses a backend for the whole process, a notebook's too, and keeps every figure until it is closed.
+    Pyplot sets a backend for the whole process, including a notebook, and keeps every figure until it is closed.
     """
     figure = Figure(figsize=figsize, layout="constrained")
     return figure, figure.subplots(*shape, **settings)
@@ -43,9 +43,9 @@ def subplots(*shape: int, figsize: tuple[float | int, float | int], **settings: 
 
 def save(figure: Figure, file: Path | io.BytesIO, dpi: int = 110) -> None:
     """
-    Writes a figure of `subplots`, in the format of the file's name, or as a PNG.
+    Writes a figure of `subplots`, in the format given by the suffix of the file name, or as a PNG to a buffer.
 
-    Equivalent to `figure.savefig`, which draws everything twice where there is a layout to compute.
+    Equivalent to `figure.savefig`, which draws everything twice when it computes a layout.
     """
     figure.dpi = dpi
     layout = figure.get_layout_engine()
@@ -67,7 +67,7 @@ def _uri(png: bytes) -> str:
 
 
 def draw_perplexity(axis: Axes, measured: Perplexities) -> None:
-    """Bars of the stages that were measured."""
+    """Draws a bar for the perplexity of every measured stage."""
     values = {stage: value for stage in STAGES if (value := measured.at(stage)) is not None}
     bars = axis.bar(list(values), list(values.values()), color=[COLOURS[stage] for stage in values])
     axis.bar_label(bars, fmt="%.1f")
@@ -75,10 +75,10 @@ def draw_perplexity(axis: Axes, measured: Perplexities) -> None:
 
 
 def draw_rounds(axis: Axes, rounds: list[dict[str, Any]], label: str) -> None:
-    """Perplexity over sparsity."""
+    """Draws perplexity over sparsity at the end of every round."""
     points = [(entry["sparsity"], entry["perplexity"]) for entry in rounds if entry["perplexity"] is not None]
     if points:
-        # Of two points nothing is known in between.
+        # Dotted for two points: nothing was measured between them.
         axis.plot(*zip(*points, strict=True), marker="o", label=label, linestyle="-" if len(points) > 2 else ":")
         axis.annotate(f"{points[-1][1]:.2f}", points[-1], textcoords="offset points", xytext=(6, 0), va="center")
     axis.xaxis.set_major_formatter(PercentFormatter(1))
@@ -89,14 +89,14 @@ def draw_rounds(axis: Axes, rounds: list[dict[str, Any]], label: str) -> None:
 
 
 def title_perplexity(axis: Axes, measured: Perplexities) -> None:
-    """Says what perplexity is of, with the context length."""
+    """Titles an axis with the text of the perplexity and the context length."""
     dataset = textwrap.fill(measured.dataset or "evaluation text", 30)
     axis.set_title(f"perplexity\n{dataset}\nwindows of {measured.seq_len} tokens", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def draw_training(axis: Axes, curve: Curve, changes: Sequence[int]) -> None:
-    """The training loss; dotted lines where the masks change."""
+    """Draws the training loss, with dotted lines at changes of the masks."""
     axis.set_title("training loss with masks held" + (" (dotted: masks change)" if changes else ""))
     axis.set_xlabel("optimizer step")
     for step in changes:
@@ -109,7 +109,7 @@ def draw_training(axis: Axes, curve: Curve, changes: Sequence[int]) -> None:
 
 
 def draw_curve(axis: Axes, curve: Curve, **style: Any) -> None:
-    """Losses over steps, with gaps where the loss was no number."""
+    """Draws losses over steps, with gaps where the loss was not finite."""
     steps, losses = zip(*curve, strict=True)
     axis.plot(steps, [np.nan if loss is None else loss for loss in losses], linewidth=1, **style)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -117,12 +117,14 @@ def draw_curve(axis: Axes, curve: Curve, **style: Any) -> None:
 
 def layer_grid(values: Mapping[str, float]) -> tuple[list[str], list[str], Float[ndarray, "blocks kinds"]]:
     """
-    What is known of layers, by parameter name, as a grid over decoder blocks and kinds of layers.
+    Arranges values of layers, given by parameter name, in a grid over decoder blocks and kinds of layers.
 
-    "model.layers.3.mlp.up_proj.weight" is in row "3" and column "up_proj"; kinds that would share a name are told
-    apart by what they are part of ("attn.c_proj", "mlp.c_proj"). Layers that differ in a further number only (experts,
-    also those whose number comes last) share a cell, which holds their mean. A name without a number is in row "-".
-    NaN: there is no such layer.
+    "model.layers.3.mlp.up_proj.weight" is in row "3" and column "up_proj". Kinds with the same last name keep their
+    path ("attn.c_proj", "mlp.c_proj"). Layers that differ only in a further number (experts, also if the number comes
+    last) share a cell, which holds their mean. A name without a number is in row "-".
+
+    Returns:
+        names of the rows, names of the columns, and the values (blocks, kinds); NaN where no such layer exists.
     """
     cells: dict[tuple[int, str], list[float]] = {}
     for name, value in values.items():
@@ -136,7 +138,11 @@ def layer_grid(values: Mapping[str, float]) -> tuple[list[str], list[str], Float
 
 
 def place(parameter: str) -> tuple[int, str]:
-    """A layer's block number (-1: there is none), and its path in the block, "*" for further numbers but a last one."""
+    """
+    Returns the block number of a layer (-1 for none), and its path in the block.
+
+    In the path "*" replaces further numbers; a number at the end is dropped.
+    """
     path = parameter.removesuffix(".weight")
     number = re.search(r"\.(\d+)\.", path)
     if number is None:
@@ -150,7 +156,7 @@ def _short(kinds: list[str]) -> list[str]:
 
 
 def draw_layers(axis: Axes, losses: dict[str, float | None], sparsity: dict[str, float]) -> None:
-    """A heat map of what every layer lost or, if that is not known, of its sparsity."""
+    """Draws a heat map of the reconstruction loss of every layer or, if none was measured, of its sparsity."""
     measured = {name: loss for name, loss in losses.items() if loss is not None}
     values, title = (measured, "squared error of layer outputs, relative") if measured else (sparsity, "sparsity")
     blocks, kinds, grid = layer_grid(values)
@@ -166,12 +172,16 @@ def draw_layers(axis: Axes, losses: dict[str, float | None], sparsity: dict[str,
 @plain_text
 def heat_map(values: Mapping[str, float], label: str, *, percent: bool) -> str:
     """
-    A picture of `layer_grid` with its numbers written into the cells, unless they are too many.
+    Draws `layer_grid` as a heat map with the values written into the cells, unless there are too many.
 
     Args:
-        values: by parameter name, at least one.
-        label: what they are.
-        percent: shares of 1, on a scale from 0 to 100 %; else errors, on a logarithmic scale where they differ much.
+        values: values by parameter name, at least one.
+        label: label of the colour bar.
+        percent: True for fractions, on a scale from 0 to 100 %. False for errors, on a logarithmic scale if all are
+            positive and differ by more than a factor of 20.
+
+    Returns:
+        a PNG in a `data:` URI.
     """
     blocks, kinds, grid = layer_grid(values)
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
@@ -197,10 +207,10 @@ def heat_map(values: Mapping[str, float], label: str, *, percent: bool) -> str:
 @plain_text
 def draw_sensitivity(increase: Mapping[str, float], dense: float, seq_len: int, path: Path) -> None:
     """
-    A heat map over blocks and kinds of layers of how much perplexity rises, or bars if the names are blocks'.
+    Draws the increase in perplexity as a heat map over blocks and kinds of layers, or as bars if units are blocks.
 
     Args:
-        increase: by the name of the layer or the block that was pruned alone.
+        increase: increase in perplexity, by the name of the layer or the block that was pruned alone.
         dense: perplexity of the dense model.
         seq_len: tokens per window.
         path: the picture.
@@ -216,7 +226,7 @@ def draw_sensitivity(increase: Mapping[str, float], dense: float, seq_len: int, 
         axis.set_xlabel("increase in perplexity")
         axis.spines[["top", "right"]].set_visible(False)
     else:
-        # A single layer out of all may cost a hundred times what the others do, and some cost less than nothing.
+        # One layer may increase perplexity a hundred times as much as the others, and some layers decrease it.
         reach = max(float(np.nanmax(np.abs(grid))), 1e-12)
         norm = SymLogNorm(reach / 100, vmin=-reach, vmax=reach)
         image = axis.imshow(grid, aspect="auto", cmap="RdBu_r", norm=norm)
@@ -237,7 +247,7 @@ def draw_sensitivity(increase: Mapping[str, float], dense: float, seq_len: int, 
 
 
 def draw_corner(keep: Bool[ndarray, "out in"]) -> str:
-    """The upper left corner of a mask, one pixel a weight: black is kept, white removed."""
+    """Returns the upper left corner of a mask as a PNG in a `data:` URI; a pixel is a weight, black if kept."""
     file = io.BytesIO()
     imsave(file, keep[: CORNER[0], : CORNER[1]], cmap="gray_r", vmin=0, vmax=1, format="png")
     return _uri(file.getvalue())

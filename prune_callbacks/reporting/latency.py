@@ -1,4 +1,4 @@
-"""What a record of measured times says: its setting, plain sentences and a table."""
+"""Summarises a record of measured times: its setting, plain sentences and a table."""
 
 import platform
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ from prune_callbacks.deploy.latency import BASE
 
 Cell = dict[str, Any]
 Record = dict[str, Any]
-"""`setting` (see there), `cells` (of `layer_sweep` and `model_sweep`), and maybe `left_out` (why, by variant) and `csr`
-(the sizes of a `CSRReport`)."""
+"""The record of a measurement: `setting` (see that function), `cells` (records of `layer_sweep` and `model_sweep`), and
+optionally `left_out` (reasons by variant) and `csr` (the sizes of a `CSRReport`)."""
 
 BASELINES = (BASE, f"{BASE} compiled")
 
 
 def setting(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Where and in what something is measured."""
+    """Returns the setting of a measurement: device, threads, dtype and version of torch."""
     return {
         "kind": device.type,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
@@ -37,10 +37,10 @@ def _cpu_name() -> str:
 
 def verdict(record: Record) -> list[str]:
     """
-    What was measured, in plain sentences: where a variant is faster than dense and by how much at best, where it loses.
+    Describes a measurement in plain sentences: where each variant is faster than dense, by how much, and where slower.
 
-    Two times differ if neither median lies between the 10th and the 90th percentile of the other's repeats. Of a CPU
-    the first sentence says that it was one.
+    Two times differ if neither median lies between the 10th and the 90th percentile of the other's repeats. For a CPU,
+    the first sentence says that the times do not apply to GPUs.
     """
     where = record["setting"]
     if where["kind"] == "cpu":
@@ -65,12 +65,12 @@ def verdict(record: Record) -> list[str]:
 
 
 def variants_of(record: Record) -> list[str]:
-    """Returns the variants of a record, in the order they were measured in."""
+    """Returns the variants of a record, in the order of measurement."""
     return list(dict.fromkeys(cell["variant"] for cell in record["cells"]))
 
 
 def place_of(cell: Cell) -> tuple[Any, ...]:
-    """Returns what cells of several variants that belong together have in common."""
+    """Returns the key that the cells of different variants of one measurement share."""
     return cell["title"], cell["phase"], cell["batch"], cell["tokens"]
 
 
@@ -99,12 +99,12 @@ def _compared(name: str, baseline: str, cells: list[Cell], all_cells: list[Cell]
 
 
 def describe(cell: Cell) -> str:
-    """Where a cell was measured, in words."""
+    """Returns a description of the measurement of a cell, in words."""
     return f"{group_of(cell)}, {_tokens(cell['tokens'])}"
 
 
 def group_of(cell: Cell) -> str:
-    """Says what a cell measured, in words, whatever the number of tokens."""
+    """Returns a description of the measurement of a cell, in words, without the number of tokens."""
     if cell["phase"] == "layer":
         return str(cell["title"])
     return ("" if cell["title"] == "model" else f"{cell['title']}, ") + f"{cell['phase']}, batch {cell['batch']}"
@@ -115,7 +115,7 @@ def _tokens(count: int, last: int | None = None) -> str:
 
 
 def _spans(chosen: list[Cell], cells: list[Cell], ratios: dict[tuple[Any, ...], float]) -> Iterable[str]:
-    """The chosen cells, neighbours in the number of tokens put together."""
+    """Yields descriptions of the chosen cells; cells with neighbouring numbers of tokens share one."""
     for group in dict.fromkeys(group_of(cell) for cell in cells):
         run: list[Cell] = []
         ordered = sorted((c for c in cells if group_of(c) == group), key=lambda c: c["tokens"])
@@ -147,7 +147,7 @@ def _weights(name: str, cells: list[Cell], all_cells: list[Cell]) -> list[str]:
 
 
 def latency_table(record: Record) -> Table:
-    """A row a cell, a column a variant: the median and the speed over dense; then the bytes."""
+    """Returns a table with a row per measurement and a column per variant: median, speed over dense, and bytes."""
     where, names = record["setting"], variants_of(record)
     table = Table(title=f"{where['device']}, {where['dtype']}: median time and speed over {BASE}")
     table.add_column("")

@@ -1,4 +1,4 @@
-"""A picture of measured times: the speed over dense against the number of tokens."""
+"""Draws measured times: the speed over dense against the number of tokens."""
 
 import math
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from prune_callbacks.reporting.drawing import save, subplots
 from prune_callbacks.reporting.latency import Cell, Record, group_of, place_of, variants_of
 
 SPEEDS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.4, 2, 3, 5, 7, 10, 20, 30, 50, 70, 100)
-"""Where the axes have marks."""
+"""Positions of the tick marks for speed."""
 
 COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2", "#9d755d", "#72b7b2", "#ff9da6")
 
 
 def draw_latency(record: Record, path: Path) -> None:
-    """Draws the speed over dense against the number of tokens, one panel a layer shape, or a phase and batch."""
+    """Draws the speed over dense against the number of tokens, with a panel for each layer, or each phase and batch."""
     groups = list(dict.fromkeys(group_of(cell) for cell in record["cells"]))
     columns = min(3, len(groups))
     rows = math.ceil(len(groups) / columns)
@@ -27,7 +27,7 @@ def draw_latency(record: Record, path: Path) -> None:
         columns,
         figsize=(4.6 * columns + 0.4, 3.2 * rows + 0.9),
         squeeze=False,
-        sharey=True,  # a small gain is to look small
+        sharey=True,  # so that a small gain looks small
     )
     where = record["setting"]
     note = ": a CPU, which says nothing about GPUs" if where["kind"] == "cpu" else ""
@@ -52,7 +52,7 @@ def draw_latency(record: Record, path: Path) -> None:
 
 
 def _ratios(cells: list[Cell]) -> list[float]:
-    """All that is drawn, and some space around 1."""
+    """Returns all speeds that are drawn, with 0.8 and 1.25 for some space around 1."""
     dense = {place_of(cell): cell["median"] for cell in cells if cell["variant"] == BASE}
     known = [cell for cell in cells if cell["variant"] != BASE and cell["speedup"] is not None]
     return [0.8, 1.25, *(dense[place_of(cell)] / cell[key] for cell in known for key in ("low", "high"))]
@@ -67,7 +67,7 @@ def _draw_group(axis: Axes, group: str, cells: list[Cell], names: Sequence[str])
         if found:
             places, values = [cell["tokens"] for cell in found], [cell["speedup"] for cell in found]
             least, most = ([dense[c["tokens"]] / c[end] for c in found] for end in ("high", "low"))
-            # Of two points nothing is known in between.
+            # Dotted for two points: nothing was measured between them.
             line = "-" if len(found) > 2 else ":"
             axis.plot(places, values, marker="o", markersize=4, linestyle=line, color=colour, label=name)
             axis.fill_between(places, least, most, color=colour, alpha=0.2, linewidth=0)

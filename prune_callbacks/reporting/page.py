@@ -1,4 +1,4 @@
-"""report.html: one page about one run that needs nothing else, for readers who did not run it."""
+"""Writes report.html: a self-contained page about one run, for readers who did not run it."""
 
 import datetime
 from pathlib import Path
@@ -25,19 +25,19 @@ from prune_callbacks.writing import write_text
 Record = RunRecord
 
 NONE = "-"
-"""Stands for what was not measured."""
+"""Placeholder for values that were not measured."""
 
 
 def write_page(dirpath: str | Path, path: Path | None = None) -> Path:
     """
-    Writes the page of a run, finished or not, and returns where it is.
+    Writes the page of a run, finished or not, and returns its path.
 
     Args:
-        dirpath: the run's folder.
-        path: the file; None for `report.html` in the run's folder.
+        dirpath: the folder of the run.
+        path: the file; None for `report.html` in the folder of the run.
 
     Raises:
-        ValueError: the folder has no trace of a run, or its `report.json` is something else.
+        ValueError: the folder does not hold a run, or its `report.json` is not the report of a run.
     """
     run = read_run(dirpath)
     path = run.dirpath / "report.html" if path is None else path
@@ -46,7 +46,7 @@ def write_page(dirpath: str | Path, path: Path | None = None) -> Path:
 
 
 def render_page(run: Run) -> str:
-    """The page of a run, as HTML."""
+    """Returns the page of a run as HTML."""
     record = run.record
     losses = {name: loss for name, loss in record.reconstruction_loss.items() if loss is not None}
     return render(
@@ -66,7 +66,7 @@ def render_page(run: Run) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this package, filled in; everything that is put into it is escaped."""
+    """Returns a template of this package as HTML, with all values escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -80,19 +80,19 @@ def render(template: str, **values: Any) -> str:
 
 
 def number(value: float | None) -> str:
-    """With as many digits as a perplexity deserves."""
+    """Formats a perplexity: two decimals below 1000, none below 1e7, else three significant digits."""
     if value is None:
         return NONE
     return f"{value:.2f}" if value < 1e3 else f"{value:.0f}" if value < 1e7 else f"{value:.3g}"
 
 
 def percent(value: float | None, digits: int = 2) -> str:
-    """A share of 1."""
+    """Formats a fraction as a percentage."""
     return NONE if value is None else f"{value:.{digits}%}".replace("%", " %")
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds, minutes or hours."""
+    """Formats seconds as seconds, minutes or hours."""
     if seconds is None:
         return NONE
     if seconds < 120:
@@ -102,12 +102,12 @@ def duration(seconds: float | None) -> str:
 
 
 def size(count: int | None) -> str:
-    """Bytes."""
+    """Formats bytes in GiB."""
     return NONE if count is None else f"{count / 2**30:.2f} GiB"
 
 
 def stage_names(record: Record) -> dict[str, str]:
-    """When each of the three models was measured."""
+    """Returns when each of the three models was measured, in words, by stage."""
     if record.schedule:
         return {
             "dense": "trained, before the masks' first change",
@@ -119,10 +119,10 @@ def stage_names(record: Record) -> dict[str, str]:
 
 def share_recovered(record: Record) -> float | None:
     """
-    The share of the rise in perplexity that training took back.
+    Returns the fraction of the rise in perplexity that training took back: (pruned - recovered) / (pruned - dense).
 
-    None where there is none to speak of: a value is missing, pruning cost less than 1 %, or masks changed during
-    training, so that the three numbers differ by more than pruning.
+    Returns None if a value is missing, if pruning raised perplexity by less than 1 %, or if masks changed during
+    training: the three values then differ by more than pruning.
     """
     measured = record.perplexity
     dense, pruned, recovered = measured.dense, measured.pruned, measured.recovered
@@ -132,7 +132,7 @@ def share_recovered(record: Record) -> float | None:
 
 
 def verdict(record: Record) -> list[str]:
-    """What came out, in plain sentences."""
+    """Describes the result of a run in plain sentences."""
     measured, sentences = record.perplexity, []
     if record.sparsity.achieved is not None:
         layers = len(record.sparsity.layers)
@@ -183,16 +183,16 @@ def _rounds(record: Record) -> str:
 
 def mask_pictures(masks: MaskSet) -> list[dict[str, Any]]:
     """
-    The upper left corners of three masks: the first of the first block, one from the middle, the last of the last.
+    Draws the upper left corners of three masks: the first one, one from the middle, and the last one.
 
     Returns:
-        for each `name`, `picture` (a `data:` URI), `shape` of the layer, `shown` (rows and columns), `sparsity` of the
-        whole layer.
+        for each mask: `name`, `picture` (a `data:` URI), `shape` of the layer, `shown` (rows and columns), and
+        `sparsity` of the whole layer.
     """
     pictures = []
     for name in _three(list(masks)):
         whole = masks[name]
-        keep = (whole[0] if whole.ndim == 3 else whole.flatten(1)).numpy()  # of experts in one parameter, the first
+        keep = (whole[0] if whole.ndim == 3 else whole.flatten(1)).numpy()  # the first of several experts
         shown = [min(limit, length) for limit, length in zip(CORNER, keep.shape, strict=True)]
         sparsity = 1 - float(whole.float().mean())
         pictures.append(
@@ -202,7 +202,7 @@ def mask_pictures(masks: MaskSet) -> list[dict[str, Any]]:
 
 
 def _three(names: list[str]) -> list[str]:
-    """Of different kinds, where there are several."""
+    """Returns up to three names: the first, one from the middle block, the last; of different kinds if possible."""
     if not names:
         return []
     middle = [name for name in names if place(name)[0] == place(names[len(names) // 2])[0]]

@@ -1,4 +1,4 @@
-"""Pictures of a run, and of several beside one another."""
+"""Draws pictures of one run, and of several runs side by side."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +24,10 @@ from prune_callbacks.storage.run_record import STAGES, RunRecord
 
 def compare(records: Mapping[str, RunRecord], path: Path) -> None:
     """
-    Prints the results of several runs side by side and draws perplexity over sparsity, one curve a run.
+    Prints the results of several runs side by side, and draws perplexity over sparsity with a curve for each run.
 
     Args:
-        records: what the `report.json` of each run holds, by the run's name.
+        records: the record of each run (its `report.json`), by the name of the run.
         path: the picture.
     """
     first = next(iter(records.values())).perplexity
@@ -51,7 +51,7 @@ def compare(records: Mapping[str, RunRecord], path: Path) -> None:
 
 
 def draw_report(record: RunRecord, path: Path) -> None:
-    """Draws perplexities, the training curve, and a heat map of what every layer lost."""
+    """Draws perplexities, the training curve, and a heat map of the reconstruction loss of every layer."""
     figure, axes = subplots(1, 3, figsize=(15, 5), width_ratios=(1, 1.4, 1.6))
     how = record.schedule or record.pruner
     figure.suptitle(f"{record.model or 'model'}: {how}, {record.sparsity.achieved:.1%} zeros")
@@ -66,7 +66,7 @@ def draw_report(record: RunRecord, path: Path) -> None:
 
 
 def draw_sparsity(history: list[dict[str, Any]], path: Path) -> None:
-    """Draws the sparsity of all layers over the steps, their mean, and where pruned weights were not zero."""
+    """Draws the sparsity of all layers over the steps, their mean, and the steps with violated masks."""
     figure, axis = subplots(figsize=(8, 5))
     steps = [entry["step"] for entry in history]
     layers = list(history[-1]["sparsity"])

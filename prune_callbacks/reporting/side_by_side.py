@@ -1,4 +1,4 @@
-"""The table of runs that can be compared: a column for every run."""
+"""Builds the table of comparable runs, with a column for every run."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ SETTINGS = {
 
 
 class Row(NamedTuple):
-    """One line of the table of a group: a cell for each run; `best` are the places of the best values."""
+    """One row of the table, with a cell for each run; `best` holds the indices of the best values."""
 
     name: str
     cells: list[str]
@@ -30,12 +30,12 @@ class Row(NamedTuple):
 
     @property
     def differs(self) -> bool:
-        """Whether the runs differ in it."""
+        """Returns whether the runs differ in this row."""
         return len(set(self.cells)) > 1
 
 
 def sections(records: Sequence[RunRecord]) -> dict[str, list[Row]]:
-    """The table's rows under their titles, each with a cell for every record."""
+    """Returns the rows of the table by section title; each row has a cell for every record."""
     quality = [_perplexity(stage, "perplexity", [r.perplexity.at(stage) for r in records]) for stage in STAGES]
     quality += [
         Row("of what pruning cost, taken back", [percent(share_recovered(r), 0) for r in records]),
@@ -68,7 +68,7 @@ def sections(records: Sequence[RunRecord]) -> dict[str, list[Row]]:
 
 
 def _perplexity(stage: str, title: str, values: Sequence[float | None]) -> Row:
-    """The lowest of the sparse models' is best, where there are several and not all are the same."""
+    """Returns a row of perplexities; marks the lowest of a sparse stage as best, if not all values are equal."""
     known = [value for value in values if value is not None]
     shown = [number(value) for value in values]
     best = [place for place, value in enumerate(values) if value is not None and value == min(known)]
@@ -76,7 +76,7 @@ def _perplexity(stage: str, title: str, values: Sequence[float | None]) -> Row:
 
 
 def _corpora(records: Sequence[RunRecord]) -> list[Row]:
-    """A row for every stage on every text that was measured in the same way."""
+    """Returns a row for every stage on every text; values measured in another way get rows of their own."""
     ways = dict.fromkeys(
         (name, c.get("dataset"), c.get("seq_len"), c.get("windows")) for r in records for name, c in r.corpora.items()
     )
@@ -92,7 +92,7 @@ def _corpora(records: Sequence[RunRecord]) -> list[Row]:
 
 
 def _zero_shot(records: Sequence[RunRecord]) -> list[Row]:
-    """A row for every stage on every task that was measured on the same examples."""
+    """Returns a row for every stage on every task; values measured on other examples get rows of their own."""
     ways = dict.fromkeys(
         (task, z["metric"], z["limit"], z["examples"], z.get("data"))
         for r in records

@@ -1,4 +1,4 @@
-"""A run's result as tables on the terminal."""
+"""Prints the result of a run as tables on the terminal."""
 
 from rich.console import Console
 from rich.table import Table
@@ -48,5 +48,5 @@ def _rounds_table(record: RunRecord) -> Table:
 
 
 def optional_number(value: float | None) -> str:
-    """Formats a perplexity for a table; a dash where it was not measured."""
+    """Formats a perplexity for a table; returns a dash if it was not measured."""
     return "-" if value is None else f"{value:.2f}"

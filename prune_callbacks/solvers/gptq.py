@@ -125,7 +125,7 @@ class Grid:
 
 
 def round_to_nearest(weight: Float[Tensor, "out in"], grid: Grid) -> tuple[Tensor, Tensor]:
-    """Rounds every weight to the nearest point of its group's grid, the baseline of GPTQ; returns weights and scales."""
+    """Rounds every weight to the nearest point of its group's grid, GPTQ's baseline; returns weights and scales."""
     scale = torch.stack([grid.fit(part) for part in weight.split(grid.width(weight.shape[1]), 1)], 1)
     return grid.rounded(weight, grid.spread(scale, weight.shape[1])), scale
 

@@ -109,7 +109,7 @@ class MaskedLeastSquares:
             self.descend(tolerance)
 
     def certify(self) -> Float[Tensor, " layers"]:
-        """Recomputes gradient and loss with exact products; returns an upper bound on the excess of each layer's loss."""
+        """Recomputes gradient and loss with exact products; returns an upper bound on the excess of every layer."""
         self._refresh()
         return self._by_layer(self.system.excess_bound(self.gradient * self.kept, self.split.remainder.dtype))
 

@@ -48,7 +48,7 @@ class DampedGram:
 
     @cached_property
     def split(self) -> "Split":
-        """Returns `H` as the sum of a diagonal, a low-rank part and a remainder; see `prune_callbacks.solvers.split`."""
+        """Returns `H` as the sum of a diagonal, a low-rank part and a remainder; see `Split`."""
         # The rounding errors of inexact products must stay below the smallest eigenvalue, which the damping sets.
         return split(self.matrix, dtype=None if self.damping >= 0.005 else self.matrix.dtype)
 

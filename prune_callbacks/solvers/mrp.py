@@ -151,6 +151,7 @@ def _subsets(n: int, m: int) -> tuple[Tensor, Tensor]:
 def _in_blocks(
     weight: Tensor, system: DampedGram, choose: Choose, block_size: int | None, heights: Sequence[int] | None
 ) -> Solved:
+    """Alternates between choosing the mask of a block of columns and compensating all weights exactly."""
     dense = weight * (~system.dead).to(weight)
     columns = weight.shape[1]
     step = columns if block_size is None else block_size

@@ -14,7 +14,7 @@ Choose = Callable[[Float[Tensor, "out columns"], int], Bool[Tensor, "out columns
 
 Settle = Callable[[int, Float[Tensor, "columns out"], Bool[Tensor, " out"]], Float[Tensor, " out"]]
 """
-Returns the final values of a column, given its index, the current weights from it on (one column per row), and its mask.
+Returns the final values of a column, given its index, its mask, and the current weights from it on (one column a row).
 
 Weights beyond the current block do not yet include the block's compensation.
 """

@@ -100,7 +100,7 @@ def split(matrix: Float[Tensor, "in in"], rank: int | None = None, dtype: torch.
 
 
 def product_dtype(like: Tensor) -> torch.dtype:
-    """Returns the dtype for products that may be inexact: bfloat16 where it is faster than float32, else `like.dtype`."""
+    """Returns the dtype for inexact products: bfloat16 where it is faster than float32, else that of `like`."""
     if like.dtype != torch.float32:
         return like.dtype
     if like.is_cuda:

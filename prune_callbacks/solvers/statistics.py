@@ -13,7 +13,7 @@ AT_ONCE = 2**25
 """How many numbers are converted to float32 at once, so that no 16-bit batch is copied as a whole."""
 
 STRIP = 256
-"""The least features of a strip of a Gram; also the least tokens for which computing half of it and mirroring is faster."""
+"""The minimum of features in a strip of a Gram, and of tokens for which strips with mirroring are faster."""
 
 
 @runtime_checkable

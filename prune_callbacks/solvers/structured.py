@@ -47,6 +47,7 @@ def cheapest_units(
 
 
 def _losses(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
+    """Computes the exact loss of removing each unit, (units,)."""
     if width == 1:
         return weight.square().sum(0) / inverse.diagonal()
     blocks = inverse.unflatten(0, (-1, width)).unflatten(2, (-1, width)).diagonal(dim1=0, dim2=2).movedim(-1, 0)

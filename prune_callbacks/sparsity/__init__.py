@@ -1,4 +1,4 @@
-"""Which weights stay, and when the others go: patterns, exact selection, masks, schedules. Tensors only."""
+"""Patterns, exact selection of scores, masks and sparsity schedules, on tensors alone."""
 
 from prune_callbacks.sparsity.masks import MaskSet
 from prune_callbacks.sparsity.patterns import NM, Pattern, Unstructured

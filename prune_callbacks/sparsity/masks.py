@@ -1,4 +1,4 @@
-"""MaskSet: the masks of a model, one bit per weight at rest."""
+"""MaskSet: the masks of a model, stored at one bit per weight."""
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from prune_callbacks.sparsity.patterns import Pattern
 from prune_callbacks.writing import whole_file
 
 METADATA = "prune_callbacks.masks"
-"""The key under which a masks file has its shapes."""
+"""The metadata key of the shapes in a masks file."""
 
 NamedTensors = Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
 
@@ -34,11 +34,11 @@ class MaskSet(Mapping[str, Tensor]):
     """
     An immutable mapping from parameter name to keep mask, True = kept.
 
-    Masks have the shape of their parameter and are stored packed, one bit per weight; `masks[name]` unpacks
-    one into a new bool tensor on the CPU. Names are those of the model that was pruned. Methods that take
-    named parameters also accept those of a module that *contains* that model (a LightningModule, a DDP
-    wrapper), whose names carry one common prefix, and those of
-    layers that a wrapper (an adapter) holds under a further name.
+    A mask has the shape of its parameter and is stored packed, one bit per weight; `masks[name]` unpacks it into a new
+    bool tensor on the CPU. Names are those of the model that was pruned. Methods that take named parameters also accept
+    those of a module that *contains* this model (a LightningModule, a DDP wrapper), with one prefix common to all
+    names, and those of wrapped layers (adapters), with one more part in their names. The constructor raises ValueError
+    for a mask that is not a bool tensor.
     """
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
@@ -50,7 +50,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def join(cls, parts: Iterable["MaskSet"]) -> "MaskSet":
-        """One set of the masks of several, whose names must differ; nothing is unpacked."""
+        """Returns the union of several sets, without unpacking; raises ValueError for a name in more than one."""
         joined = cls({})
         for part in parts:
             shared = joined.keys() & part.keys()
@@ -62,12 +62,12 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def from_nonzero(cls, named_parameters: NamedTensors) -> "MaskSet":
-        """The masks of an already sparse model: kept is what is not zero, for every tensor given."""
+        """Returns the masks of an already sparse model: nonzero weights are kept, in every given tensor."""
         return cls.join(cls({name: tensor.detach() != 0}) for name, tensor in _items(named_parameters).items())
 
     @classmethod
     def all_kept(cls, shapes: Mapping[str, Sequence[int]]) -> "MaskSet":
-        """Masks of these shapes that remove nothing."""
+        """Returns masks of these shapes that keep every weight."""
         return cls.join(cls({name: torch.ones(*shape, dtype=torch.bool)}) for name, shape in shapes.items())
 
     def __getitem__(self, name: str) -> Bool[Tensor, "..."]:
@@ -77,11 +77,11 @@ class MaskSet(Mapping[str, Tensor]):
         return torch.from_numpy(flat.view(np.bool_)).view(shape)
 
     def packed(self, name: str) -> UInt8[Tensor, " bytes"]:
-        """The mask of a parameter, flattened and packed: eight weights a byte, the first in the highest bit."""
+        """Returns a parameter's mask flattened and packed: eight weights per byte, the first in the highest bit."""
         return self._bits[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter's mask."""
+        """Returns the shape of a parameter's mask."""
         return self._shapes[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -101,7 +101,7 @@ class MaskSet(Mapping[str, Tensor]):
         return f"MaskSet({len(self)} masks, sparsity {self.sparsity():.4f})"
 
     def __and__(self, other: "MaskSet") -> "MaskSet":
-        """Kept in both; a name that only one of the two has keeps that one's mask."""
+        """Returns the masks of weights kept in both sets; a name that only one set has keeps its mask."""
         merged = MaskSet({})
         merged._bits = {**other._bits, **self._bits}
         merged._shapes = {**other._shapes, **self._shapes}
@@ -112,12 +112,12 @@ class MaskSet(Mapping[str, Tensor]):
         return merged
 
     def sparsity(self) -> float:
-        """The fraction removed over all masks, in [0, 1]; 0 for an empty set."""
+        """Returns the fraction of weights removed over all masks, in [0, 1]; 0 for an empty set."""
         total = sum(int(np.prod(shape, dtype=np.int64)) for shape in self._shapes.values())
         return 1 - sum(self._kept(name) for name in self) / total if total else 0.0
 
     def layer_sparsity(self) -> dict[str, float]:
-        """The fraction removed of every parameter, by name."""
+        """Returns the fraction of weights removed from every parameter, by name."""
         return {n: 1 - self._kept(n) / max(1, int(np.prod(self._shapes[n], dtype=np.int64))) for n in self}
 
     def _kept(self, name: str) -> int:
@@ -125,14 +125,14 @@ class MaskSet(Mapping[str, Tensor]):
 
     def matching(self, named_parameters: NamedTensors) -> dict[str, Tensor]:
         """
-        Returns the parameters that these masks are for, by mask name.
+        Returns the parameter of every mask, by mask name.
 
-        Of a module with several models that the masks fit (a student and a frozen teacher), those of the only one that
-        is trained.
+        If the masks fit several models of a module (a student and a frozen teacher), the parameters of the only trained
+        one are returned.
 
         Raises:
             ValueError: a mask has no parameter, or one of another shape; the first mismatches are listed. Or the masks
-                fit several models, and not exactly one is trained.
+                fit several models, of which not exactly one is trained.
         """
         parameters = _items(named_parameters)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -140,17 +140,17 @@ class MaskSet(Mapping[str, Tensor]):
         return {name: parameters[place] for name, place in places.items()}
 
     def fits(self, named_parameters: NamedTensors) -> bool:
-        """Returns whether every mask has a parameter of exactly its name and shape, but for wrapped layers."""
+        """Returns whether every mask has a parameter of its shape under its name, or under that of a wrapped layer."""
         known = Parameters({name: parameter.shape for name, parameter in _items(named_parameters).items()})
         return all(known.find(name, shape) is not None for name, shape in self._shapes.items())
 
     def places(self, shapes: Mapping[str, Sequence[int]], trained: Collection[str] = ()) -> dict[str, str]:
         """
-        Returns the names of the parameters that these masks are for, by mask name; see `matching`.
+        Returns the name of every mask's parameter, by mask name; see `matching`.
 
         Args:
-            shapes: of a module's parameters, whole, by name.
-            trained: the names of those that are trained.
+            shapes: the unsharded shapes of a module's parameters, by name.
+            trained: the names of the trained parameters.
 
         Raises:
             ValueError: see `matching`.
@@ -175,13 +175,13 @@ class MaskSet(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def apply_(self, named_parameters: NamedTensors) -> None:
-        """Sets every pruned weight to zero, in place."""
+        """Zeroes every pruned weight, in place; raises ValueError as `matching` does."""
         for name, parameter in self.matching(named_parameters).items():
             parameter.masked_fill_(~self[name].to(parameter.device), 0)
 
     @torch.no_grad()
     def violations(self, named_parameters: NamedTensors) -> dict[str, int]:
-        """How many pruned weights are not zero, for every parameter that has any; {} when the masks hold."""
+        """Counts the pruned weights that are not zero, by parameter; {} if there are none."""
         counts = {
             name: int(parameter.masked_fill(self[name].to(parameter.device), 0).count_nonzero())
             for name, parameter in self.matching(named_parameters).items()
@@ -192,12 +192,12 @@ class MaskSet(Mapping[str, Tensor]):
         """
         Raises ValueError naming the masks that do not have `pattern`.
 
-        Of experts in one parameter, (experts, out, in), each matrix must have it, or be kept whole: not every expert
-        need be a target.
+        In a parameter of several experts, (experts, out, in), each matrix must have the pattern or be kept completely,
+        because not every expert need be a target.
 
         Args:
-            pattern: what every mask must have.
-            input_first: names of masks stored as (in, out), those of GPT-2's `Conv1D`; of experts (experts, in, out).
+            pattern: the pattern that every mask must have.
+            input_first: names of masks stored as (in, out), as for GPT-2's `Conv1D`, or (experts, in, out).
         """
         wrong = [name for name in self if not self._has(name, pattern, name in input_first)]
         if wrong:
@@ -210,27 +210,27 @@ class MaskSet(Mapping[str, Tensor]):
         return keep.ndim == 2 and pattern.holds(keep)
 
     def state_dict(self) -> dict[str, Any]:
-        """Packed masks and shapes as plain values that `torch.load(weights_only=True)` accepts."""
+        """Returns packed masks and shapes as plain values that `torch.load(weights_only=True)` accepts."""
         return {"bits": dict(self._bits), "shapes": {name: list(shape) for name, shape in self._shapes.items()}}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "MaskSet":
-        """The inverse of `state_dict`."""
+        """Returns the set whose `state_dict` is `state`."""
         masks = cls({})
         masks._bits = {name: bits.cpu() for name, bits in state["bits"].items()}
         masks._shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
         return masks
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file: one bit per weight, the shapes in its metadata."""
-        # One key: safetensors writes several in any order, and equal masks are to be equal files.
+        """Writes a safetensors file with one bit per weight and the shapes in its metadata; see `whole_file`."""
+        # One metadata key: safetensors orders several at random, and equal masks must give equal files.
         with whole_file(path) as partial:
             save_file(self._bits, partial, metadata={METADATA: json.dumps(self._shapes)})
 
     @classmethod
     def load(cls, path: str | Path) -> "MaskSet":
         """
-        Reads what `save` wrote.
+        Reads a file that `save` wrote.
 
         Raises:
             ValueError: the file is missing, damaged, or not a masks file.

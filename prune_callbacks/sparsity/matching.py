@@ -1,13 +1,13 @@
-"""Finds the parameter that a mask is for, in a module that may contain the model that was pruned."""
+"""Finds the parameters of masks in a module that may contain the pruned model."""
 
 from collections.abc import Collection, Mapping, Sequence
 
 
 class Parameters:
     """
-    The parameters of a module, by name, to look masks up in.
+    The shapes of a module's parameters, by name, for finding the parameters of masks.
 
-    A layer may have been wrapped, and the wrapper hold it under a further name: `up_proj.weight` is then found as
+    A wrapper around a layer adds one part to the names of its parameters. So `up_proj.weight` is also found as
     `up_proj.NAME.weight`, and the other way round, if exactly one such parameter has the mask's shape.
     """
 
@@ -19,7 +19,7 @@ class Parameters:
             self._wrapped.setdefault(f"{owner.rpartition('.')[0]}.{last}", []).append(name)
 
     def find(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """Returns the name of a mask's parameter, or None."""
+        """Returns the name of the parameter of a mask, given the mask's name and shape; None if there is none."""
         if name in self.shapes:
             return name
         owner, _, last = name.rpartition(".")
@@ -29,14 +29,16 @@ class Parameters:
 
     def prefix(self, masks: Mapping[str, tuple[int, ...]], trained: Collection[str]) -> str:
         """
-        Returns what precedes the masks' names in the parameters' names; of several models, the only trained one's.
+        Returns the prefix that the parameters' names have in front of the masks' names.
+
+        If the masks fit several models, it is the prefix of the only trained one.
 
         Args:
             masks: the shapes of the masks, by name.
-            trained: the names of the parameters that are trained.
+            trained: the names of the trained parameters.
 
         Raises:
-            ValueError: the masks fit several models, and not exactly one is trained.
+            ValueError: the masks fit several models, of which not exactly one is trained.
         """
         first, shape = next(iter(masks.items()), ("", ()))
         if not first or self.find(first, shape) is not None:
@@ -51,7 +53,7 @@ class Parameters:
         if len(learning) != 1:
             raise ValueError(
                 f"these masks fit {len(fitting)} models, {[prefix.rstrip('.') for prefix in fitting]}, of which "
-                f"{len(learning)} are trained; one must be: freeze the others (requires_grad_(False)), or give the "
-                "parameters of the one that is meant"
+                f"{len(learning)} are trained; one must be: freeze the others (requires_grad_(False)), or pass the "
+                "parameters of one model only"
             )
         return learning[0]

@@ -1,8 +1,8 @@
 """
-Sparsity patterns: which masks are allowed, as frozen values.
+Sparsity patterns: frozen values that say which masks are allowed.
 
-A pattern owns its sparsity, the fraction of weights removed. Weights, scores and masks are
-`(out, in)`: rows are output neurons, columns are input features.
+A pattern includes its sparsity, the fraction of weights removed. Weights, scores and masks have shape `(out, in)`:
+rows are output neurons, columns are input features.
 """
 
 import itertools
@@ -19,14 +19,14 @@ from prune_callbacks.sparsity.selection import count_true, keep_largest, refuse_
 @runtime_checkable
 class Pattern(Protocol):
     """
-    What every pattern offers.
+    The interface of a pattern.
 
-    `keep(scores, start)` returns the mask with the largest total score that the pattern allows: an exact
-    count, ties broken toward the lowest index (the first of equal scores is kept), ValueError on NaN.
-    `start` is for solvers that choose masks a slice of columns at a time: it is the slice's first column in
-    the whole layer, and the counts of consecutive slices add up to the count of the whole layer.
+    `keep(scores, start)` returns the mask, True = kept, with the largest total score that the pattern allows. Its count
+    is exact, of equal scores the first is kept, and scores of NaN raise ValueError. `start` serves solvers that choose
+    masks a slice of columns at a time. It is the index of the slice's first column in the layer, and the counts of
+    consecutive slices add up to the count of the whole layer.
 
-    A pattern may answer further questions, by attributes that have a default; see `prune_callbacks.sparsity.questions`.
+    A pattern may also have the optional attributes that `prune_callbacks.sparsity.questions` reads.
     """
 
     @property
@@ -35,14 +35,14 @@ class Pattern(Protocol):
     def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]: ...
 
     def check_shape(self, shape: tuple[int, int]) -> None:
-        """Raises ValueError if a layer of `shape` (out, in) cannot have this pattern."""
+        """Raises ValueError for a `shape`, (out, in), that cannot have this pattern."""
 
     def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
-        """Whether a mask has this pattern: at least as sparse, and of the right structure."""
+        """Returns whether a mask has this pattern: at least its sparsity, and its structure."""
 
 
 def check_sparsity(pattern: str, sparsity: float) -> None:
-    """Raises ValueError, in the name of a pattern, for a sparsity outside [0, 1)."""
+    """Raises ValueError, naming the pattern, for a sparsity outside [0, 1)."""
     if not 0 <= sparsity < 1:
         raise ValueError(
             f"{pattern}: sparsity is the fraction of weights removed and must lie in [0, 1), "
@@ -51,21 +51,25 @@ def check_sparsity(pattern: str, sparsity: float) -> None:
 
 
 def removed_units(sparsity: float, total: int, before: int = 0) -> int:
-    """How many of the units `before`..`total` go, so that consecutive ranges add up exactly."""
+    """Returns how many of the units `before`..`total` to remove, so that consecutive ranges add up exactly."""
     return round(sparsity * total) - round(sparsity * before)
 
 
 @dataclass(frozen=True)
 class Unstructured:
     """
-    Any weight may go: `round(sparsity * count)` weights are removed.
+    Unstructured sparsity: any weight may be removed, `round(sparsity * count)` in all.
 
     Args:
-        sparsity: fraction removed, in [0, 1).
-        per: "row": every output row loses the same count (Wanda's convention). "even": the same count up to one, so
-            that the layer's total is exact to one weight; where rows differ, those lose one more whose next weight
-            scores least. "tensor": the whole layer is one pool (SparseGPT and MRP: the pool is one block of columns
-            at a time). None: what the pruner's paper does, which is "row" for Wanda and "tensor" for the others.
+        sparsity: fraction of weights removed, in [0, 1).
+        per: the pool of weights that are compared. "row": every output row loses the same count (Wanda's convention).
+            "even": every row loses the same count up to one, so that the layer's total is exact to one weight; the rows
+            that lose one more are those whose next weight scores least. "tensor": the whole layer is one pool (for
+            SparseGPT and MRP: one block of columns at a time). None: the convention of the pruner's paper, "row" for
+            Wanda and "tensor" for the others.
+
+    Raises:
+        ValueError: `sparsity` lies outside [0, 1), or `per` is none of these.
     """
 
     sparsity: float
@@ -76,10 +80,10 @@ class Unstructured:
     def __post_init__(self) -> None:
         check_sparsity("Unstructured", self.sparsity)
         if self.per not in ("row", "even", "tensor", None):
-            raise ValueError(f'Unstructured: per must be "row", "tensor" or None, or "even", got {self.per!r}')
+            raise ValueError(f'Unstructured: per must be "row", "even", "tensor" or None, got {self.per!r}')
 
     def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
-        """The mask of the largest scores; see `Pattern`."""
+        """Returns the mask of the largest scores; see `Pattern`."""
         refuse_nan(scores)
         rows, columns = scores.shape
         end = start + columns
@@ -91,18 +95,18 @@ class Unstructured:
         return keep_largest(scores.flatten(), scores.numel() - removed).view(scores.shape)
 
     def in_pool(self, pool: Literal["row", "layer"]) -> "Unstructured":
-        """The pattern with `per` set as a pruner of this pool means it; itself if `per` is given."""
+        """Returns the pattern with `per="row"` if `per` is None and the pool is a row; else the pattern itself."""
         return replace(self, per="row") if self.per is None and pool == "row" else self
 
     def with_exact_total(self, pool: Literal["row", "layer"]) -> "Unstructured":
-        """The pattern whose total over a layer is exact to one weight: equal counts in all rows would miss it."""
+        """Returns the pattern with "row" (in this pool) replaced by "even": a layer's total is exact to one weight."""
         return replace(self, per="even") if self.in_pool(pool).per == "row" else self
 
     def check_shape(self, shape: tuple[int, int]) -> None:
-        """Every shape will do."""
+        """Accepts every shape."""
 
     def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
-        """Whether enough weights are gone, by the count that `per` names; None: by either count."""
+        """Returns whether enough weights are removed from the pool that `per` names; None: from either pool."""
         columns, in_rows = keep.shape[1], count_true(keep)
         by_row = bool((in_rows <= columns - removed_units(self.sparsity, columns)).all())
         by_tensor = int(in_rows.sum()) <= keep.numel() - removed_units(self.sparsity, keep.numel())
@@ -111,7 +115,7 @@ class Unstructured:
 
 
 def _keep_evenly(scores: Tensor, removed: int) -> Tensor:
-    """The largest scores of every row, as many in each up to one."""
+    """Returns the mask of the largest scores of every row, with counts that differ by at most one."""
     rows, columns = scores.shape
     each, further = divmod(removed, rows)
     keep = keep_largest(scores, columns - each)
@@ -126,10 +130,17 @@ def _keep_evenly(scores: Tensor, removed: int) -> Tensor:
 @dataclass(frozen=True)
 class NM:
     """
-    N:M semi-structured: `n` **kept** of every `m` consecutive weights along the input dimension.
+    N:M semi-structured sparsity: `n` of every `m` consecutive weights along the input dimension are **kept**.
 
     `NM(2, 4).sparsity == 0.5` and `NM(1, 4).sparsity == 0.75`. (The reference code of Wanda and SparseGPT
     counts the zeros instead.)
+
+    Args:
+        n: weights kept in a group.
+        m: weights in a group.
+
+    Raises:
+        ValueError: not 0 < n < m.
     """
 
     n: int
@@ -144,28 +155,28 @@ class NM:
 
     @property
     def sparsity(self) -> float:
-        """Fraction removed, `1 - n / m`."""
+        """Returns the fraction of weights removed, `1 - n / m`."""
         return 1 - self.n / self.m
 
     @property
     def column_group(self) -> int:
-        """`m`."""
+        """Returns `m`."""
         return self.m
 
     @property
     def kept_of_group(self) -> tuple[int, int]:
-        """`(n, m)`."""
+        """Returns `(n, m)`."""
         return self.n, self.m
 
     def at(self, sparsity: float) -> "NM":
-        """Raises ValueError: there is no other sparsity."""
+        """Raises ValueError, because the pattern determines its sparsity."""
         raise ValueError(f"{self} has one sparsity and cannot have {sparsity}")
 
     def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
-        """The mask of the n largest scores of every group of m; see `Pattern`."""
+        """Returns the mask of the n largest scores of every group of m; see `Pattern`."""
         refuse_nan(scores)
         self.check_shape((scores.shape[0], scores.shape[1]))
-        # Every score against every other of its group: a fifth of the time of sorting groups this small.
+        # Comparing every pair in a group takes a fifth of the time of sorting groups this small.
         places = scores.unflatten(-1, (-1, self.m)).movedim(-1, 0).contiguous()
         ranks = torch.zeros_like(places, dtype=torch.uint8 if self.m < 256 else torch.int32)
         for i, j in itertools.combinations(range(self.m), 2):
@@ -175,7 +186,7 @@ class NM:
         return (ranks < self.n).movedim(0, -1).flatten(-2)
 
     def check_shape(self, shape: tuple[int, int]) -> None:
-        """Raises ValueError unless m divides the input size."""
+        """Raises ValueError for an input size that m does not divide."""
         if shape[1] % self.m:
             raise ValueError(
                 f"NM({self.n}, {self.m}) needs an input size divisible by {self.m}, got {shape[1]} "
@@ -183,7 +194,7 @@ class NM:
             )
 
     def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
-        """Whether no group of m keeps more than n."""
+        """Returns whether no group of m keeps more than n weights."""
         if keep.shape[1] % self.m:
             return False
         return bool((keep.unflatten(-1, (-1, self.m)).sum(-1) <= self.n).all())

@@ -1,7 +1,7 @@
 """
-What solvers, allocations and schedules ask a pattern, and the answer of a pattern that does not say.
+Optional properties of a pattern that solvers, allocations and schedules read, with their defaults.
 
-A pattern answers by an attribute or method of the function's name; none of them is part of the Protocol `Pattern`.
+A pattern sets one by an attribute or method of the function's name. None of them is part of the Protocol `Pattern`.
 """
 
 from dataclasses import fields, is_dataclass, replace
@@ -10,13 +10,13 @@ from typing import Any, Literal, TypeVar, cast
 from prune_callbacks.sparsity.patterns import Pattern
 
 Pool = Literal["row", "layer"]
-"""Among which weights a pruner chooses: those of a row, or of the whole layer."""
+"""The weights that a pruner compares with each other: those of a row, or of the whole layer."""
 
 P = TypeVar("P", bound=Pattern)
 
 
 def column_group(pattern: Pattern) -> int:
-    """Returns how many neighbouring columns are decided together, 1 by default: m of N:M, the side of a block."""
+    """Returns how many neighbouring columns are masked together: m of N:M, the side of a block; 1 by default."""
     return int(getattr(pattern, "column_group", 1))
 
 
@@ -37,32 +37,32 @@ def removes_columns(pattern: Pattern) -> bool:
 
 
 def removes_single_weights(pattern: Pattern) -> bool:
-    """Returns whether any number of weights may go, each by itself: the attribute `unit` is 1. False by default."""
+    """Returns whether the pattern may remove any number of single weights (its `unit` is 1); False by default."""
     return getattr(pattern, "unit", None) == 1
 
 
 def at_sparsity(pattern: P, sparsity: float) -> P:
     """
-    Returns the pattern at another sparsity, by its method `at`, or as a dataclass with another `sparsity`.
+    Returns the pattern at another sparsity, by its method `at` or by replacing its dataclass field `sparsity`.
 
     Raises:
-        ValueError: the pattern has one sparsity (N:M), or is no such dataclass.
+        ValueError: the pattern determines its sparsity (N:M), or has neither the method nor the field.
     """
     if hasattr(pattern, "at"):
         return cast(P, pattern.at(sparsity))
     if is_dataclass(pattern) and "sparsity" in {field.name for field in fields(pattern)}:
         return cast(P, replace(cast(Any, pattern), sparsity=sparsity))
     raise ValueError(
-        f"{pattern!r} does not say how it looks at another sparsity: make it a dataclass with a field `sparsity`, or "
+        f"{pattern!r} cannot be changed to another sparsity: make it a dataclass with a field `sparsity`, or "
         "give it a method at(sparsity)"
     )
 
 
 def in_pool(pattern: P, pool: Pool) -> P:
-    """Returns the pattern as a pruner of this pool means it; by default itself."""
+    """Returns the pattern with an open choice of pool settled by that of a pruner; by default the pattern itself."""
     return cast(P, pattern.in_pool(pool)) if hasattr(pattern, "in_pool") else pattern
 
 
 def with_exact_total(pattern: P, pool: Pool) -> P:
-    """Returns the pattern whose count over a layer is exact to one weight in this pool; by default itself."""
+    """Returns the pattern whose count over a layer is exact to one weight; by default the pattern itself."""
     return cast(P, pattern.with_exact_total(pool)) if hasattr(pattern, "with_exact_total") else pattern

@@ -1,8 +1,8 @@
 """
-Sparsity schedules: which sparsity is in force when, as pure functions of time.
+Sparsity schedules: pure functions from time to sparsity.
 
-Time counts finished optimizer steps or finished epochs, whichever `unit` names. Sparsity is the fraction of weights
-removed, absolute: a target does not depend on what was removed before.
+Time counts finished optimizer steps or finished epochs, as `unit` says. Sparsity is the fraction of all weights that
+is removed; a target does not depend on the weights removed before.
 """
 
 from collections.abc import Sequence
@@ -14,27 +14,27 @@ Unit = Literal["step", "epoch"]
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What every schedule offers."""
+    """The interface of a schedule."""
 
     @property
     def target(self) -> float:
-        """The sparsity in the end."""
+        """Returns the final sparsity."""
 
     @property
     def unit(self) -> Unit: ...
 
     @property
     def changes(self) -> Sequence[int]:
-        """The times at which the sparsity rises, ascending. Between them it is constant."""
+        """Returns the times at which the sparsity rises, ascending; it is constant between them."""
 
     def __call__(self, time: int) -> float:
-        """The sparsity in force once `time` steps or epochs are finished; 0 before the first change."""
+        """Returns the sparsity after `time` finished steps or epochs; 0 before the first change."""
 
 
 @dataclass(frozen=True)
 class ConstantSchedule:
     """
-    Everything at once: `s(t) = target` from `begin` on.
+    Prunes to the target in one step: `s(t) = target` from `begin` on.
 
     >>> schedule = ConstantSchedule(0.5, begin=100)
     >>> schedule(99), schedule(100)
@@ -50,7 +50,7 @@ class ConstantSchedule:
 
     @property
     def changes(self) -> Sequence[int]:
-        """`begin` only."""
+        """Returns `(begin,)`."""
         return (self.begin,)
 
     def __call__(self, time: int) -> float:
@@ -59,7 +59,7 @@ class ConstantSchedule:
 
 @dataclass(frozen=True)
 class _Ramp:
-    """From `initial` at `begin` to `target` at `end`; how it bends is all that its kinds differ in."""
+    """Rises from `initial` at `begin` to `target` at `end`; subclasses set the power of the curve."""
 
     target: float
     begin: int
@@ -86,7 +86,7 @@ class _Ramp:
 
     @property
     def changes(self) -> Sequence[int]:
-        """`begin` (if `initial` is not 0), then every `every` units up to `end`."""
+        """Returns `begin` (if `initial` is not 0), then the multiples of `every` after it, up to `end`."""
         first = self.begin if self.initial > 0 else self.begin + self.every
         return range(first, self.end + 1, self.every)
 
@@ -102,7 +102,7 @@ class _Ramp:
 @dataclass(frozen=True)
 class LinearSchedule(_Ramp):
     """
-    From `initial` at `begin` to `target` at `end` in equal steps, one every `every` units.
+    Rises from `initial` at `begin` to `target` at `end` in equal steps, one every `every` units.
 
     `s(t) = target + (initial - target) (1 - x)` with `x = (t - begin) / (end - begin)`, `t` rounded down to a change.
 
@@ -132,12 +132,12 @@ class CubicSchedule(_Ramp):
 @dataclass(frozen=True)
 class IMPSchedule:
     """
-    Rounds of iterative magnitude pruning (Frankle & Carbin 2019): every round removes the same share of what is left.
+    Iterative magnitude pruning (Frankle & Carbin 2019): every round removes the same fraction of the survivors.
 
-    After round r of R the kept share is `(1 - target)^(r / R)`, so `s = 1 - (1 - target)^(r / R)`. Round 1, which
-    is dense, ends at `begin` (None: after `every`), each later one `every` units after the one before. Training
-    should go on for another `every` units after the last change. With `Rewind(step=k)` let `begin = T` and
-    `every = T - k`: then every round ends at step T of its own training.
+    After round r of R the kept fraction is `(1 - target)^(r / R)`, so `s = 1 - (1 - target)^(r / R)`. Round 1 trains
+    the dense model and ends at `begin` (None: after `every`). Each later round ends `every` units after the previous
+    one. Training should continue for another `every` units after the last change. With `Rewind(step=k)` set
+    `begin = T` and `every = T - k`: then every round ends at step T of its own training.
 
     >>> schedule = IMPSchedule(0.9, rounds=2, every=70, begin=100)
     >>> [round(schedule(t), 3) for t in (99, 100, 169, 170)]
@@ -163,7 +163,7 @@ class IMPSchedule:
 
     @property
     def changes(self) -> Sequence[int]:
-        """The ends of the rounds."""
+        """Returns the ends of the rounds."""
         return tuple(self._first + r * self.every for r in range(self.rounds))
 
     def __call__(self, time: int) -> float:
@@ -174,7 +174,7 @@ class IMPSchedule:
 def _check(name: str, target: float, begin: int, every: int, unit: str) -> None:
     if not 0 < target < 1:
         raise ValueError(
-            f"{name}: target is the fraction of weights removed in the end and must lie in (0, 1), got {target}. "
+            f"{name}: target is the final fraction of weights removed and must lie in (0, 1), got {target}. "
             "For 90 % write 0.9."
         )
     if not isinstance(begin, int) or not isinstance(every, int) or begin < 0 or every < 1:

@@ -1,4 +1,4 @@
-"""Exact-count, stable selection of the largest scores."""
+"""Stable selection of an exact number of the largest scores."""
 
 from collections.abc import Iterator, Mapping
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from prune_callbacks.ranks import ALONE, Ranks
 
 DIGIT = 16
-"""Bits that one pass of the selection over several tensors looks at."""
+"""Bits of the scores that one pass of the selection over several tensors reads."""
 
 
 def keep_largest(scores: Float[Tensor, "*batch n"], kept: int) -> Bool[Tensor, "*batch n"]:
     """
     Marks the `kept` largest scores along the last dimension.
 
-    Equivalent to a stable descending sort of which the first `kept` positions are taken: among equal
-    scores the lowest index is kept. Selection by a threshold, so no full sort is made.
+    Equivalent to taking the first `kept` positions of a stable descending sort, so that among equal scores the lowest
+    index is kept. It selects by a threshold instead of sorting.
 
     Args:
         scores: shape (..., n), any floating dtype, no NaN; infinities are allowed.
-        kept: how many to keep in every row, 0 <= kept <= n.
+        kept: how many scores to keep in every row, 0 <= kept <= n.
     """
     n = scores.shape[-1]
     if kept >= n:
@@ -38,14 +38,13 @@ def keep_largest(scores: Float[Tensor, "*batch n"], kept: int) -> Bool[Tensor, "
 
 def _drop_last_ties(keep: Tensor, tied: Tensor, kept: int) -> Tensor:
     """
-    `keep` without the last of the tied of every row, so that `kept` are left; may be the same memory.
+    Returns `keep` without the last tied scores of every row, so that `kept` are left; may share its memory.
 
-    Lists the tied, of which there are mostly few, and those of them that go, in place of counting along whole rows,
-    which takes 8 bytes a score.
+    It lists the tied scores, mostly few, because counting along whole rows would take 8 bytes per score.
     """
     extra = count_true(keep).flatten() - kept
-    # Of the listed ties of a row, its last `extra` go: they begin so far before the row's end in the list. Over all
-    # rows they are counted through, `goes` from 0.
+    # A row drops the last `extra` of its listed ties. `goes` numbers the dropped ties of all rows from 0; adding the
+    # row's offset gives their places in the list.
     ends = count_true(tied).flatten().cumsum(0)
     goes = torch.arange(int(extra.sum()), device=keep.device)
     goes += (ends - extra.cumsum(0)).repeat_interleave(extra)
@@ -55,10 +54,10 @@ def _drop_last_ties(keep: Tensor, tied: Tensor, kept: int) -> Tensor:
 
 
 def count_true(flags: Bool[Tensor, "*batch n"]) -> Int64[Tensor, "*batch"]:
-    """How many flags are set along the last dimension; equivalent to `flags.sum(-1)`."""
+    """Counts the flags that are set along the last dimension; equivalent to `flags.sum(-1)`."""
     if flags.device.type != "cpu":
         return flags.sum(-1)
-    # On CPUs torch makes 8 bytes of every flag first, and takes ten times as long.
+    # On CPUs torch first converts every flag to 8 bytes and takes ten times as long.
     return torch.as_tensor(np.count_nonzero(flags.numpy(), axis=-1))
 
 
@@ -74,8 +73,8 @@ def _kth_largest(scores: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*b
 
 
 def refuse_nan(scores: Tensor) -> None:
-    """Raises ValueError if a score is NaN: no order can be given to it."""
-    # The largest of numbers with a NaN among them is NaN: one pass, no copy.
+    """Raises ValueError for scores with NaN, which cannot be ordered."""
+    # The maximum of numbers with a NaN among them is NaN, and takes one pass without a copy.
     if scores.numel() and bool(torch.isnan(scores.amax())):
         count = int(torch.isnan(scores).sum())
         raise ValueError(
@@ -88,21 +87,24 @@ def keep_largest_of_all(
     scores: Mapping[str, Float[Tensor, "..."]], kept: int, ranks: Ranks = ALONE
 ) -> Iterator[tuple[str, Bool[Tensor, "..."]]]:
     """
-    Marks the `kept` largest scores of all tensors together; one mask after another, by name.
+    Yields, tensor by tensor, the name and the mask of the `kept` largest scores of all tensors together.
 
-    Equivalent to `keep_largest` on one flat tensor of all scores in the mapping's order (so among equal scores the
-    first are kept), which is never made: a radix selection finds the threshold from histograms of 16 bits of the
-    scores at a time, and those are sums over the tensors.
+    Equivalent to `keep_largest` on the flat concatenation of all scores in the mapping's order, so that among equal
+    scores the first are kept. The concatenation is never made. A radix selection finds the threshold from histograms
+    over 16 bits of the scores at a time, and histograms add up over tensors.
 
-    They are sums over ranks as well: each may hold a part of every tensor (rank 0 the beginning, and so on, on some
-    ranks maybe nothing), and gets the mask of its part. What is communicated is a few histograms of half a megabyte
-    and a count for every tensor.
+    Histograms also add up over ranks. Each rank may hold a part of every tensor, possibly an empty one, and gets the
+    mask of its part; the parts follow each other in the order of the ranks. The ranks communicate a few histograms of
+    half a megabyte and one count per tensor.
 
     Args:
-        scores: tensors of any shapes and floating dtypes, on any devices; no NaN, infinities are allowed. Each is asked
-            for four times, never two at once, so a mapping may make them when they are asked for.
-        kept: how many to keep in all.
-        ranks: the processes that hold the parts; every one calls this with the same names in the same order.
+        scores: tensors of any shapes and floating dtypes, on any devices; no NaN, infinities are allowed. Each tensor
+            is read several times, one tensor at a time, so a mapping may compute them on access.
+        kept: how many scores to keep in all.
+        ranks: the processes that hold the parts; each calls this with the same names in the same order.
+
+    Raises:
+        ValueError: scores contain NaN; on every rank.
     """
     total, double = _checked_sizes(scores, ranks)
     if kept <= 0 or kept >= total:
@@ -121,7 +123,7 @@ def keep_largest_of_all(
 
 
 def _checked_sizes(scores: Mapping[str, Tensor], ranks: Ranks) -> tuple[int, bool]:
-    """How many scores there are, and whether any are float64."""
+    """Returns the number of scores on all ranks, and whether any are float64; raises ValueError for NaN."""
 
     def check() -> tuple[int, bool]:
         total, double = 0, False
@@ -139,7 +141,7 @@ def _checked_sizes(scores: Mapping[str, Tensor], ranks: Ranks) -> tuple[int, boo
 
 
 def _threshold(scores: Mapping[str, Tensor], kept: int, double: bool, ranks: Ranks) -> tuple[int, int]:
-    """The key of the `kept`-th largest score, and how many of the scores equal to it are kept."""
+    """Returns the key of the `kept`-th largest score, and how many of the scores equal to it are kept."""
     bits = 64 if double else 32
     prefix, left = 0, kept
     for shift in range(bits - DIGIT, -1, -DIGIT):
@@ -161,7 +163,7 @@ def _threshold(scores: Mapping[str, Tensor], kept: int, double: bool, ranks: Ran
 
 
 def _ordered(values: Tensor, double: bool) -> Tensor:
-    """Integers in the order of the floating-point values: their bits, those of negative numbers reversed."""
+    """Returns integers that sort as the values do: their bits, inverted for negative numbers."""
     values = values.detach().to(torch.float64 if double else torch.float32) + 0  # -0 and +0 are equal
     bits = values.view(torch.int64) if double else values.view(torch.int32).long()
     largest = torch.iinfo(torch.int64 if double else torch.int32).max

@@ -1,4 +1,4 @@
-"""Patterns of structures: square blocks, whole rows, whole columns, by their summed scores."""
+"""Structured patterns, ranked by summed scores: square blocks, whole rows, whole columns."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +12,12 @@ from prune_callbacks.sparsity.selection import keep_largest, refuse_nan
 
 @dataclass(frozen=True)
 class Block:
-    """Square blocks of `size` x `size` weights; `round(sparsity * blocks)` of them are removed, by summed score."""
+    """
+    Square blocks of `size` x `size` weights: removes the `round(sparsity * blocks)` blocks of least summed score.
+
+    Raises:
+        ValueError: `sparsity` lies outside [0, 1), or `size` is below 1.
+    """
 
     size: int
     sparsity: float
@@ -24,11 +29,11 @@ class Block:
 
     @property
     def column_group(self) -> int:
-        """`size`."""
+        """Returns `size`."""
         return self.size
 
     def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
-        """The mask of the blocks with the largest summed scores; see `Pattern`."""
+        """Returns the mask of the blocks with the largest summed scores; see `Pattern`."""
         refuse_nan(scores)
         self.check_shape((scores.shape[0], scores.shape[1]))
         totals = self._tiles(scores).sum((1, 3))
@@ -39,7 +44,7 @@ class Block:
         return kept.repeat_interleave(self.size, 0).repeat_interleave(self.size, 1)
 
     def check_shape(self, shape: tuple[int, int]) -> None:
-        """Raises ValueError unless the block's side divides both dimensions."""
+        """Raises ValueError for a shape with a dimension that `size` does not divide."""
         if shape[0] % self.size or shape[1] % self.size:
             raise ValueError(
                 f"Block({self.size}, {self.sparsity}) needs both dimensions divisible by {self.size}, got a weight "
@@ -47,7 +52,7 @@ class Block:
             )
 
     def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
-        """Whether every block is wholly kept or removed, and enough are removed."""
+        """Returns whether every block is completely kept or removed, and enough are removed."""
         if keep.shape[0] % self.size or keep.shape[1] % self.size:
             return False
         tiles = self._tiles(keep)
@@ -62,7 +67,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Rows:
-    """Whole output neurons: `round(sparsity * out)` rows are removed, by summed score."""
+    """Whole output neurons: removes the `round(sparsity * out)` rows of least summed score; sparsity in [0, 1)."""
 
     sparsity: float
 
@@ -72,24 +77,24 @@ class Rows:
         check_sparsity("Rows", self.sparsity)
 
     def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
-        """The mask of the rows with the largest summed scores; see `Pattern`."""
+        """Returns the mask of the rows with the largest summed scores; see `Pattern`."""
         refuse_nan(scores)
         rows = scores.shape[0]
         kept = keep_largest(scores.sum(1), rows - removed_units(self.sparsity, rows))
         return kept[:, None].expand(scores.shape).contiguous()
 
     def check_shape(self, shape: tuple[int, int]) -> None:
-        """Every shape will do."""
+        """Accepts every shape."""
 
     def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
-        """Whether every row is wholly kept or removed, and enough are removed."""
+        """Returns whether every row is completely kept or removed, and enough are removed."""
         some, rows = keep.any(1), keep.shape[0]
         return bool((some == keep.all(1)).all()) and int(some.sum()) <= rows - removed_units(self.sparsity, rows)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Whole input features: `round(sparsity * in)` columns are removed, by summed score."""
+    """Whole input features: removes the `round(sparsity * in)` columns of least summed score; sparsity in [0, 1)."""
 
     sparsity: float
 
@@ -99,15 +104,15 @@ class Columns:
         check_sparsity("Columns", self.sparsity)
 
     def keep(self, scores: Float[Tensor, "out in"], start: int = 0) -> Bool[Tensor, "out in"]:
-        """The mask of the columns with the largest summed scores; see `Pattern`."""
+        """Returns the mask of the columns with the largest summed scores; see `Pattern`."""
         refuse_nan(scores)
         columns = scores.shape[1]
         kept = keep_largest(scores.sum(0), columns - removed_units(self.sparsity, start + columns, start))
         return kept[None, :].expand(scores.shape).contiguous()
 
     def check_shape(self, shape: tuple[int, int]) -> None:
-        """Every shape will do."""
+        """Accepts every shape."""
 
     def holds(self, keep: Bool[Tensor, "out in"]) -> bool:
-        """Whether every column is wholly kept or removed, and enough are removed."""
+        """Returns whether every column is completely kept or removed, and enough are removed."""
         return Rows(self.sparsity).holds(keep.T)

@@ -1,4 +1,4 @@
-"""Going through a checkpoint block by block: read, prune, run, write."""
+"""The walk over the blocks of a checkpoint: each is read, pruned, run and written."""
 
 import math
 import time
@@ -36,20 +36,20 @@ Advance = Callable[[int], None]
 
 class BlockWalk:
     """
-    The blocks of a checkpoint, of which one at a time has values.
+    A walk over the blocks of a checkpoint that keeps the weights of one block at a time in memory.
 
     Args:
-        checkpoint: is read.
-        model: its skeleton.
-        plan: what is pruned, by what, and on which device.
-        batches: calibration batches; none for a pruner that needs none.
+        checkpoint: the checkpoint to read.
+        model: its model on the meta device; see `build_skeleton`.
+        plan: the targets, the pruner and the device.
+        batches: calibration batches; empty for a pruner that needs no calibration.
         min_expert_tokens: an expert that fewer tokens reach is pruned by Magnitude.
 
     Attributes:
-        shards: which files the weights go into.
+        shards: the distribution of the weights over files.
 
     Raises:
-        ValueError: the batches or the checkpoint do not fit.
+        ValueError: the batches or the checkpoint do not fit the model, or blocks share weights.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class BlockWalk:
         self.few_tokens = False
 
     def run(self, journal: Journal, progress: bool, heard: RecordedWarnings) -> None:
-        """All blocks that are not finished; every record holds all that was warned of so far."""
+        """Prunes all unfinished blocks; every record includes all warnings so far."""
         begin = len(journal.records)
         if begin:
             last = journal.records[-1]
@@ -94,14 +94,15 @@ class BlockWalk:
                     journal.commit(record | more | {"warnings": list(heard.texts), "few_tokens": self.few_tokens})
 
     def _inputs(self, journal: Journal, index: int) -> list[StoredInputs]:
-        """The inputs of a block, whose hidden states are in its folder already, or it is the first one."""
+        """Returns the inputs of a block: the first one, or one whose hidden states an earlier call has written."""
         if index > 0 and not journal.hidden(index).is_dir():
             raise ValueError(
-                f"{journal.hidden(index)} is missing, with what enters block {index}, the first that is not finished: "
-                f"without it nothing can go on. Put it back, or delete {journal.target} to begin anew"
+                f"{journal.hidden(index)} is missing, with the hidden states that enter block {index}, the first "
+                f"unfinished one: pruning cannot resume without it. Put it back, or "
+                f"delete {journal.target} to start again"
             )
         outside = dict(self.shards.outside)
-        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call] # stands behind the blocks, and is not reached
+        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call] # after the blocks: never reached
         if head is not None and head is not self.model.get_input_embeddings():
             name = next(name for name, module in self.model.named_modules() if module is head)
             outside = {n: key for n, key in outside.items() if not n.startswith(f"{name}.")}
@@ -125,13 +126,13 @@ class BlockWalk:
         return [batch.get("input_ids") if isinstance(batch, Mapping) else batch for batch in self.batches]
 
     def _views(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        """Weights by name, on the files themselves."""
+        """Returns memory-mapped weights by their names in the model."""
         views = self.checkpoint.views(names.values())
         return {name: views[key] for name, key in names.items()}
 
     @contextmanager
     def _rows_only(self, embedding: nn.Embedding, key: str) -> Iterator[None]:
-        """The input embeddings with the rows of the calibration windows' tokens only, under numbers of their own."""
+        """Temporarily keeps only the embedding rows of the calibration tokens, and maps token ids to those rows."""
         used = torch.cat([ids.flatten() for ids in self._ids()]).unique().long().cpu()
         rows, begin = [], 0
         for piece in self.checkpoint.pieces(key):
@@ -156,7 +157,7 @@ class BlockWalk:
         ahead: Ahead | None,
         advance: Advance,
     ) -> dict[str, Any]:
-        """Prunes a block, runs it for the next one, and writes its weights."""
+        """Prunes a block, runs it to get the inputs of the next one, and writes its weights; returns its record."""
         targets, names = self.plan.in_block(index), self.shards.of_block[index]
         shard = journal.model / self.shards.file(index)
         runs = self.plan.calibrated and index < self.plan.last
@@ -205,12 +206,12 @@ class BlockWalk:
         }
 
     def _load(self, index: int, ahead: Ahead | None = None) -> None:
-        """Gives a block its values; on a GPU those of the next one are read and copied meanwhile."""
+        """Loads the weights of a block; on a GPU, starts to read and copy those of the next one in the background."""
         prefix, block = self.blocks[index]
         weights = ahead.take() if ahead is not None else None
         if weights is None:
             weights = self._read(index)
-        if ahead is not None and index < self.plan.last:  # those behind are written as they are
+        if ahead is not None and index < self.plan.last:  # blocks after the last target are copied without being run
             ahead.begin(lambda: self._read(index + 1))
         fill(block, {name.removeprefix(f"{prefix}."): weight for name, weight in weights.items()})
 
@@ -218,7 +219,7 @@ class BlockWalk:
         return read_weights(self.checkpoint, self.model, self.shards.of_block[index])
 
     def _unload(self, index: int) -> None:
-        """Takes them away; buffers that are computed stay."""
+        """Drops the weights of a block and moves its computed buffers to the CPU."""
         prefix, block = self.blocks[index]
         drop(block, [name.removeprefix(f"{prefix}.") for name in self.shards.of_block[index]])
         for module in block.modules():
@@ -228,5 +229,5 @@ class BlockWalk:
 
 
 def _are_ids(given: Any) -> bool:
-    """Whether it is what a model looks up; anything else is refused, with the reason, where it is run."""
+    """Returns whether a value is a tensor of token ids; the forward pass refuses anything else with the reason."""
     return isinstance(given, Tensor) and given.dtype in (torch.int64, torch.int32)

@@ -1,4 +1,4 @@
-"""What pruning does to a model, measured one change at a time."""
+"""Measures the effect of pruning on a model, one change at a time."""
 
 from prune_callbacks.studies.sensitivity import Sensitivity, sensitivity
 from prune_callbacks.studies.sensitivity_job import measure_sensitivity

@@ -1,4 +1,4 @@
-"""How much perplexity rises when one layer, or one block, is pruned and all others stay dense."""
+"""Measures how much perplexity rises when one layer, or one block, is pruned and all others stay dense."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,17 +42,17 @@ MEASURED = ("increase", "proxy", "shift")
 @dataclass(frozen=True)
 class Sensitivity(Result):
     """
-    What pruning each layer, or each block, alone does.
+    The effects of pruning each layer, or each block, alone.
 
     Attributes:
         unit: "layer" or "block".
         dense: perplexity of the dense model.
-        increase: how much it rises, by the name of the layer or block; below zero where pruning helped.
-        proxy: the squared error of the unit's layers on the dense model's inputs, relative to the squared norm of
-            their outputs and summed over the unit: known without a single evaluation.
-        shift: how far the hidden states that leave the block move, squared, relative to their squared norm, averaged
-            over calibration tokens: one more pass through the block. It knows what `proxy` does not, how much of the
-            residual stream the unit's output is.
+        increase: rise in perplexity, by the name of the layer or block; negative where pruning lowered perplexity.
+        proxy: squared error of the outputs of the unit's layers on the dense model's inputs, relative to the squared
+            norm of their outputs, summed over the unit. Needs no evaluation.
+        shift: squared change of the hidden states that leave the block, relative to their squared norm, averaged over
+            calibration tokens. Needs one more pass through the block. Unlike `proxy` it depends on the share of the
+            unit's output in the residual stream.
     """
 
     unit: Unit
@@ -63,12 +63,12 @@ class Sensitivity(Result):
 
     @property
     def rank_correlation(self) -> float:
-        """Spearman's, of the proxy and the increase, over all units; NaN of fewer than three."""
+        """Returns Spearman's rank correlation of `proxy` and `increase` over all units; NaN for fewer than three."""
         return _spearman(self.increase, self.proxy)
 
     @property
     def shift_rank_correlation(self) -> float:
-        """Spearman's, of the shift and the increase, over all units; NaN of fewer than three."""
+        """Returns Spearman's rank correlation of `shift` and `increase` over all units; NaN for fewer than three."""
         return _spearman(self.increase, self.shift)
 
 
@@ -95,28 +95,31 @@ def sensitivity(
     progress: bool = True,
 ) -> Sensitivity:
     """
-    Prunes one unit at a time, measures perplexity, and puts the dense weights back.
+    Prunes one unit at a time, measures perplexity, and restores the dense weights.
 
-    Equivalent to pruning a fresh copy of the dense model for every unit and measuring it whole; here what lies in
-    front of the pruned block is computed once.
+    Equivalent to pruning a fresh copy of the dense model for every unit and measuring its perplexity; here the outputs
+    of the blocks before the pruned one are computed once.
 
     Args:
-        model: a causal LM; ends as it was, bit for bit.
-        batches: calibration batches, as of `prune_sequentially`.
-        windows: token ids on which perplexity is measured; each window is scored on its own.
-        pruner: what is done to a unit.
-        unit: "layer" or "block". All experts in one tensor are one layer, by the tensor's name.
+        model: a causal LM; it is restored bit for bit.
+        batches: calibration batches, as in `prune_sequentially`.
+        windows: token ids (windows, tokens) on which perplexity is measured; each window is scored on its own.
+        pruner: the pruner for every unit.
+        unit: "layer" or "block". All experts in one tensor count as one layer with the name of the tensor.
         targets: patterns of layer names; None for all linear layers and experts of the decoder blocks but routers.
         blocks: name of the list of decoder blocks, where it cannot be found.
         batch_size: windows per forward pass.
-        min_expert_tokens: an expert that fewer tokens reach is pruned by Magnitude, as of `prune_sequentially`.
-        path: a JSON file that gets every unit's result as soon as it is known; what it holds is not measured again.
-        setting: what else the results depend on (model, text); a file of another setting is refused.
+        min_expert_tokens: an expert that fewer tokens reach is pruned by Magnitude, as in `prune_sequentially`.
+        path: a JSON file to which every result is written at once; results in it are not measured again.
+        setting: further settings on which the results depend (model, text); a file of another setting is refused.
         progress: show a progress bar.
 
+    Returns:
+        increase, proxy and shift of every unit.
+
     Raises:
-        ValueError: before any work for targets, shapes or blocks that do not fit, or a file of another setting; on
-            the way, naming the layer, for what the pruner cannot solve.
+        ValueError: before any work: targets, shapes or blocks do not fit, or the file is of another setting. During the
+            work: the pruner cannot solve a layer, which the error names.
     """
     if unit not in ("layer", "block"):
         raise ValueError(f'unit must be "layer" or "block", got {unit!r}')
@@ -160,7 +163,7 @@ def sensitivity(
 
 
 def _units(layers: Mapping[str, Target]) -> dict[str, dict[str, Target]]:
-    """Every layer by itself, but all experts of a tensor together."""
+    """Returns the layers by unit: each layer alone, but all experts of one tensor together."""
     units: dict[str, dict[str, Target]] = {}
     for name, layer in layers.items():
         unit = layer.parameter_name if layer.shares_parameter else name
@@ -169,12 +172,12 @@ def _units(layers: Mapping[str, Target]) -> dict[str, dict[str, Target]]:
 
 
 def _complete(cell: Mapping[str, float]) -> bool:
-    """Whether all is measured; older files have no shift."""
+    """Returns whether a cell has all measurements; older files have no shift."""
     return all(key in cell for key in MEASURED)
 
 
 def _shift(index: int, block: nn.Module, inputs: Sequence[BlockInputs], dense: Sequence[Tensor]) -> float:
-    """Mean over real tokens of the squared change of what leaves the block, relative to its squared norm."""
+    """Returns the mean over real tokens of the squared change of the block's output, relative to its squared norm."""
     total, count = 0.0, 0
     for batch, before in zip(inputs, dense, strict=True):
         after = run_block(index, block, batch, before.device)
@@ -192,7 +195,7 @@ def _pruned(
     pruner: Pruner,
     min_expert_tokens: int,
 ) -> Iterator[float]:
-    """The layers pruned for a while; their relative loss, summed."""
+    """Temporarily prunes layers and yields the sum of their relative losses; restores the weights on exit."""
     dense = {name: layer.matrix().clone() for name, layer in layers.items()}
     loss = 0.0
     try:
@@ -222,7 +225,7 @@ def _relative_loss(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 
 @contextmanager
 def _entering(blocks: Sequence[nn.Module], index: int, batches: Sequence[BlockInputs]) -> Iterator[None]:
-    """Block `index` gets, batch after batch, the hidden states in `batches`; what lies in front does not run."""
+    """Temporarily feeds the hidden states in `batches` to block `index`; the blocks before it do not run."""
     first = batches[0]
     args, kwargs = to_device(first.calls[0], first.hidden.device)
     as_tuple = isinstance(blocks[0](first.hidden, *args, **kwargs), tuple)  # in transformers 4

@@ -1,4 +1,4 @@
-"""`sensitivity` as a job: a data module in; a file, a table and a picture out."""
+"""Runs `sensitivity` on a data module; writes a file and a picture, and prints a table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ from prune_callbacks.reporting.drawing import draw_sensitivity
 from prune_callbacks.studies.sensitivity import Sensitivity, Unit, sensitivity
 
 SHOWN = 15
-"""How many are printed as a table."""
+"""Number of units in the printed table."""
 
 
 @runtime_checkable
 class CalibrationAndEvaluation(Protocol):
-    """A data module such as `TokenDataModule`, as far as a study needs it."""
+    """The part of a data module, such as `TokenDataModule`, that a study needs."""
 
     calibration_windows: Tensor | None
     evaluation_windows: Tensor | None
@@ -41,18 +41,26 @@ def measure_sensitivity(
     min_expert_tokens: int = 32,
 ) -> Sensitivity:
     """
-    `sensitivity` of a model into `dirpath/sensitivity.json`, going on where it stopped, and as a table.
+    Runs `sensitivity`, writes `sensitivity.json` and `sensitivity.png` to `dirpath`, and prints a table.
+
+    An interrupted measurement resumes from the file.
 
     Args:
         model: a causal LM.
-        data: has calibration and evaluation windows.
-        pruner: what is done to a unit.
-        dirpath: the folder.
-        name: of the model, for the file.
+        data: a data module with calibration and evaluation windows.
+        pruner: the pruner for every unit.
+        dirpath: the folder; created if needed.
+        name: name of the model, for the file.
         unit: "layer" or "block".
         targets: patterns of layer names; None for all linear layers and experts of the decoder blocks but routers.
         batch_size: evaluation windows per forward pass.
-        min_expert_tokens: as of `sensitivity`.
+        min_expert_tokens: as in `sensitivity`.
+
+    Returns:
+        the result of `sensitivity`.
+
+    Raises:
+        ValueError: as in `sensitivity`.
     """
     data.setup("fit")
     assert data.calibration_windows is not None

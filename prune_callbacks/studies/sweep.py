@@ -1,4 +1,4 @@
-"""Quality over sparsity, or over any other setting: many prunings of one model, one point at a time."""
+"""Measures quality over sparsity, or over any other setting: prunes one model many times, one point at a time."""
 
 import atexit
 import copy
@@ -29,7 +29,7 @@ from prune_callbacks.writing import write_json
 
 @runtime_checkable
 class SweepData(CalibrationAndEvaluation, Protocol):
-    """One that can also say what decides its windows before it makes them."""
+    """A `CalibrationAndEvaluation` that also reports, before `setup`, the settings that determine its windows."""
 
     @property
     def setting(self) -> Mapping[str, str | int | None]: ...
@@ -37,7 +37,7 @@ class SweepData(CalibrationAndEvaluation, Protocol):
 
 @dataclass
 class _Kept:
-    """The dense model and the token windows, which the next points of this process use again, and what made them."""
+    """The dense model and the token windows, which later points in the process reuse, and the settings behind them."""
 
     make: Callable[[], nn.Module] | None = None
     device: str | None = None
@@ -65,32 +65,34 @@ def sweep_point(
     progress: bool = True,
 ) -> dict[str, Any]:
     """
-    Prunes the dense model in one way and measures it, into `dirpath/sweep.json`, unless that has the point already.
+    Prunes the dense model, measures it, and adds the point to `dirpath/sweep.json`, unless the file has it already.
 
     Equivalent to `prune_sequentially` on a fresh model for every point. The model, its dense perplexity and the token
-    windows are made once and kept for the points to come; calibration statistics are not, because the inputs of every
-    block depend on how the blocks before were pruned. `sweep.png` is drawn again after every point.
+    windows are made once and kept for later points. Calibration statistics are not kept, because the inputs of every
+    block depend on the pruning of the blocks before it. `sweep.png` is drawn again after every point.
 
     Args:
-        model: makes the dense model, a causal LM; called once in a process.
-        data: has calibration and evaluation windows.
-        pruner: of this point.
+        model: function that returns the dense model, a causal LM; called once per process.
+        data: a data module with calibration and evaluation windows.
+        pruner: the pruner of this point.
         dirpath: the folder.
-        name: of the model.
+        name: name of the model.
         allocation: spreads the sparsity over layers; None: evenly.
         targets: patterns of layer names; None for all linear layers of the decoder blocks.
         device: where blocks are pruned and perplexity is measured; None: where the model is.
-        along: what the curves run along, for the axis; "sparsity" is the pattern's.
-        at: where on another axis this point is; None is "all".
+        along: the setting on the horizontal axis; "sparsity" is that of the pattern.
+        at: value of this point on any other axis; None stands for "all".
         batch_size: evaluation windows per forward pass.
         progress: show progress bars.
 
     Returns:
-        The point: perplexity, sparsity (achieved), seconds and peak_memory_bytes of pruning, and what it was.
+        the point: perplexity (None if not finite), achieved sparsity, seconds and peak_memory_bytes of pruning, and its
+        settings.
 
     Raises:
-        ValueError: the folder holds a sweep of another model or evaluation text, or what pruning raises; such a point
-            is noted in the file and tried again the next time.
+        ValueError: the folder holds a sweep of another model or evaluation text.
+        ValueError, RuntimeError: pruning or measuring failed; the error is written to the file, and the next call with
+            the same settings tries again.
     """
     folder, setting = Path(dirpath), dict(data.setting)
     calibration = {key: setting.pop(key) for key in ("calibration", "calibration_windows", "seed")}
@@ -116,9 +118,8 @@ def sweep_point(
         if "dense" not in results:
             results["dense"] = perplexity(network, evaluating, batch_size=batch_size, progress=progress)
         reset_peak_memory(where)
-        batches = calibrating.split(data.calibration_batch_size)
         how: dict[str, Any] = {"targets": targets, "allocation": allocation, "progress": progress}
-        report = prune_sequentially(network, batches, pruner, **how)
+        report = prune_sequentially(network, calibrating.split(data.calibration_batch_size), pruner, **how)
         value = perplexity(network, evaluating, batch_size=batch_size, progress=progress)
     except (ValueError, RuntimeError) as error:
         _keep(folder, described, key, point | {"error": str(error)}, results.get("dense"))
@@ -136,10 +137,10 @@ def sweep_point(
 
 
 def _keep(folder: Path, setting: dict[str, Any], key: str, cell: dict[str, Any], dense: float | None) -> dict[str, Any]:
-    """Adds a point to the file as it is now: another process may have written points of its own meanwhile."""
+    """Adds a point to the current file, which may have new points of other processes; returns its content."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".sweep.lock").open("w") as lock:
-        with suppress(OSError, ImportError):  # a file system without locks, Windows
+        with suppress(OSError, ImportError):  # file systems without locks, and Windows
             import fcntl
 
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -152,9 +153,9 @@ def _keep(folder: Path, setting: dict[str, Any], key: str, cell: dict[str, Any],
 
 
 def _dense_model(make: Callable[[], nn.Module], device: str | None) -> nn.Module:
-    """The model with its dense weights, from the first point of this process if that was made in the same way."""
+    """Returns the model with its dense weights; reuses that of the process if `make` and `device` are the same."""
     if not _same(make, _kept.make) or _kept.device != device or _kept.model is None or _kept.dense is None:
-        _kept.make, _kept.device, _kept.model, _kept.dense = make, device, None, None  # the old one goes first
+        _kept.make, _kept.device, _kept.model, _kept.dense = make, device, None, None  # frees the old one
         made = make().to(device) if device is not None else make()
         _kept.model, _kept.dense = made, copy.deepcopy({n: p.data for n, p in made.named_parameters()})
     with torch.no_grad():
@@ -164,14 +165,14 @@ def _dense_model(make: Callable[[], nn.Module], device: str | None) -> nn.Module
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Hydra makes a new partial for every point; of anything else the same object is meant."""
+    """Compares functions by identity, but partials by value: Hydra makes a new one for every point."""
     if isinstance(one, partial) and isinstance(other, partial):
         return (one.func, one.args, one.keywords) == (other.func, other.args, other.keywords)
     return one is other
 
 
 def _windows(data: SweepData) -> tuple[Tensor, Tensor]:
-    """Calibration and evaluation windows, from an earlier point of the same texts and tokenizer."""
+    """Returns calibration and evaluation windows; reuses those of an earlier point with equal texts and tokenizer."""
     kept = _kept.data
     if kept is None or kept.setting != data.setting or _vocabulary(kept) != _vocabulary(data):
         data.setup("fit")
@@ -187,7 +188,7 @@ def _vocabulary(data: SweepData) -> Any:
 
 
 def _told(allocation: Any) -> str | None:
-    """An allocation with a mark of what its name does not show: the sensitivities that it was made from."""
+    """Returns an allocation's repr with a hash of the fields it hides, such as its sensitivities; None without one."""
     if allocation is None:
         return None
     hidden = [getattr(allocation, f.name) for f in fields(allocation) if not f.repr] if is_dataclass(allocation) else []
@@ -196,7 +197,7 @@ def _told(allocation: Any) -> str | None:
 
 
 def _series(pruner: Pruner, allocation: Allocation | None, along: str) -> str:
-    """What points of one curve have in common."""
+    """Returns the name of the curve of a point: pruner, pattern, changed settings and allocation."""
     pattern = pruner.pattern
     group, kind = kept_of_group(pattern), type(pattern).__name__.lower()
     if along == "sparsity":
@@ -214,7 +215,7 @@ _folders: set[Path] = set()
 
 
 def sweep_job(dirpath: str | Path, **settings: Any) -> dict[str, Any]:
-    """`sweep_point` for a process that measures many points and is not told which is the last: ends with the table."""
+    """Runs `sweep_point` with `dirpath` and `settings`, and prints the table of all points when the process exits."""
     folder = Path(dirpath)
     if folder not in _folders:
         _folders.add(folder)

@@ -1,4 +1,4 @@
-"""What is trained and on what: a causal LM module, token windows, corpora and ready models."""
+"""Models and data for training and measuring: a causal LM module, token windows, corpora and ready models."""
 
 from prune_callbacks.tasks.causal_lm import CausalLM
 from prune_callbacks.tasks.corpora import HubText, PythonDocs, TextFile

@@ -19,20 +19,24 @@ from prune_callbacks.tasks.objectives import LanguageModeling, Objective
 
 class CausalLM(LightningModule):
     """
-    A language model trained on text, or on text and a teacher; validated by perplexity.
+    A LightningModule that trains a language model on text, or on text and a teacher, and validates by perplexity.
 
-    Batches are token ids (batch, tokens), or mappings with `input_ids` and maybe `attention_mask` (padding is not
-    predicted) and `labels`. Logs `train_loss` (and its terms, `train_loss_NAME`, if there are several), `val_loss` and
-    `val_perplexity`.
+    Batches are token ids (batch, tokens), or mappings with `input_ids` and optionally `attention_mask` (padding is not
+    predicted) and `labels` (-100 is ignored). Logs `train_loss`, its terms as `train_loss_NAME` if there are several,
+    `val_loss` and `val_perplexity`.
 
     Args:
-        model: e.g. `AutoModelForCausalLM.from_pretrained(...)`. Kept as it is, under `self.model`.
-        optimizer: makes the optimizer from the parameters; AdamW with learning rate 1e-4 by default.
-        scheduler: makes a learning-rate scheduler, stepped every optimizer step, from the optimizer and
-            `num_training_steps`, e.g. `partial(transformers.get_cosine_schedule_with_warmup, num_warmup_steps=10)`.
+        model: e.g. `AutoModelForCausalLM.from_pretrained(...)`. The same object becomes `self.model`.
+        optimizer: function that returns the optimizer for the parameters; AdamW with learning rate 1e-4 by default.
+        scheduler: function that returns a learning-rate scheduler for the optimizer and `num_training_steps`, e.g.
+            `partial(transformers.get_cosine_schedule_with_warmup, num_warmup_steps=10)`. It is stepped at every
+            optimizer step.
         objective: the training loss, e.g. `SquareHead(teacher)`. A teacher is not part of the module's `state_dict`.
         scheduler_steps: the scheduler's `num_training_steps`; None: the length of the whole training. For
             `IterativePrune` with rewinding, the length of one round.
+
+    Raises:
+        ValueError: `scheduler_steps` is less than 1, `objective` is not an `Objective`, or it does not fit the model.
     """
 
     def __init__(
@@ -57,7 +61,7 @@ class CausalLM(LightningModule):
         self.val_perplexity = Perplexity()
 
     def configure_model(self) -> None:
-        """Under `ModelParallelStrategy` (FSDP2), shards the parameters, those of every decoder block together."""
+        """Shards the parameters under `ModelParallelStrategy` (FSDP2), with one group per decoder block."""
         mesh = self.device_mesh
         if mesh is None or isinstance(self.model, FSDPModule):
             return
@@ -66,11 +70,11 @@ class CausalLM(LightningModule):
         fully_shard(self.model, mesh=mesh["data_parallel"])
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """The model's own forward."""
+        """Returns the output of the model's forward pass."""
         return self.model(input_ids=input_ids, **kwargs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The objective's loss."""
+        """Returns and logs the loss of the objective."""
         terms = self.objective(self.model, _with_labels(batch))
         loss = torch.stack(list(terms.values())).sum()
         self.log("train_loss", loss, prog_bar=True)
@@ -79,7 +83,7 @@ class CausalLM(LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Adds the batch to the perplexity."""
+        """Adds the batch to the perplexity, and logs it and the loss."""
         inputs = _with_labels(batch)
         labels = inputs["labels"]
         output = self.model(**inputs, use_cache=False)
@@ -88,7 +92,7 @@ class CausalLM(LightningModule):
         self.log("val_perplexity", self.val_perplexity, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """One optimizer over all trainable parameters, and the scheduler if there is one."""
+        """Returns one optimizer over all trainable parameters, with the scheduler if one is given."""
         optimizer = self._optimizer(p for p in self.parameters() if p.requires_grad)
         if self._scheduler is None:
             return optimizer
@@ -98,7 +102,7 @@ class CausalLM(LightningModule):
 
 
 def _with_labels(batch: Any) -> dict[str, Tensor]:
-    if isinstance(batch, tuple | list):  # of a TensorDataset
+    if isinstance(batch, tuple | list):  # as a TensorDataset yields
         batch = batch[0]
     inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     if "labels" not in inputs:

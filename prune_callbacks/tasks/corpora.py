@@ -1,4 +1,4 @@
-"""Corpora: where documents come from."""
+"""Corpora: sources of documents."""
 
 import json
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ class Corpus(Protocol):
 
     @property
     def title(self) -> str:
-        """For reports."""
+        """Returns the name of the corpus for reports."""
 
     def documents(self) -> list[str]:
-        """The texts, in a fixed order."""
+        """Returns the texts, in a fixed order."""
 
 
 @dataclass(frozen=True)
 class PythonDocs:
     """
-    The Python language reference, which CPython ships as text (`pydoc_data.topics`): needs no download.
+    The Python language reference, which CPython ships as text (`pydoc_data.topics`); it needs no download.
 
-    The reference repeats whole sections under several topics. Every paragraph is used once, and every topic
-    belongs to one part, so that parts share no paragraph. The text depends on the Python version.
+    The reference repeats whole sections under several topics. Here every paragraph is used once and every topic belongs
+    to one part, so that parts share no paragraph. The text depends on the Python version.
 
     Args:
         part: "train" (70 % of the characters), "calibration" or "evaluation" (15 % each).
@@ -40,7 +40,7 @@ class PythonDocs:
         return f"Python language reference ({self.part})"
 
     def documents(self) -> list[str]:
-        """One document a topic."""
+        """Returns one document per topic; raises ValueError for an unknown part."""
         from pydoc_data.topics import topics
 
         _check_part(self.part)
@@ -65,12 +65,12 @@ class PythonDocs:
 @dataclass(frozen=True)
 class TextFile:
     """
-    A local `.txt` file (one document) or `.jsonl` file (one document a line).
+    A local `.txt` file (one document) or `.jsonl` file (one document per line).
 
     Args:
         path: the file.
-        part: None for the whole file; else one of three parts that do not overlap: the first 70 % ("train"), the
-            next 15 % ("calibration") and the last 15 % ("evaluation") of its lines.
+        part: None for the whole file, or one of three disjoint parts of its lines: the first 70 % ("train"), the next
+            15 % ("calibration") or the last 15 % ("evaluation").
         field: the key of the text in a `.jsonl` line.
     """
 
@@ -83,7 +83,11 @@ class TextFile:
         return Path(self.path).name + (f" ({self.part})" if self.part else "")
 
     def documents(self) -> list[str]:
-        """The whole text, or one text a line."""
+        """
+        Returns the whole text, or one text per line of a `.jsonl` file.
+
+        Raises ValueError if the file is missing, has no text in the part, or a line is no JSON object with the field.
+        """
         path = Path(self.path)
         if not path.is_file():
             raise ValueError(f"no text file at {self.path}")
@@ -110,16 +114,16 @@ class TextFile:
 @dataclass(frozen=True)
 class HubText:
     """
-    A dataset that `datasets.load_dataset` finds, on the Hub or on disk.
+    A dataset on the Hub or on disk, loaded by `datasets.load_dataset`.
 
     Args:
         path: the dataset, e.g. "Salesforce/wikitext", or a format such as "json" with `data_files`.
-        name: its configuration, e.g. "wikitext-2-raw-v1".
+        name: configuration of the dataset, e.g. "wikitext-2-raw-v1".
         split: e.g. "test".
-        data_files: the file of the split, where only one is wanted.
-        field: the column of the text.
-        join: a string: the rows are lines of one document, joined with it. None: every row is a document.
-        limit: stream only the first so many rows instead of downloading all.
+        data_files: a single file to load as the split; None for all files.
+        field: the column with the text.
+        join: the string that joins the rows into one document; None: every row is a document.
+        limit: number of rows to stream from the start, instead of downloading all.
         revision: branch, tag or commit of the dataset.
     """
 
@@ -139,7 +143,7 @@ class HubText:
         return f"{self.path}{'/' + self.name if self.name else ''} {self.split}"
 
     def documents(self) -> list[str]:
-        """The rows, or one text of all of them."""
+        """Returns one text per row, or all rows joined into one text."""
         import datasets
 
         files = None if self.data_files is None else {self.split: self.data_files}

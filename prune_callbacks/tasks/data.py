@@ -19,42 +19,42 @@ from prune_callbacks.tasks.named_corpora import corpus
 
 class TokenDataModule(LightningDataModule):
     """
-    Cuts corpora into windows of `seq_len` tokens; batches are `{"input_ids": (batch, seq_len)}`.
+    A data module that cuts corpora into windows of `seq_len` tokens; batches are `{"input_ids": (batch, seq_len)}`.
 
-    Training and evaluation windows are contiguous, the evaluation text in order; calibration windows are drawn at
-    random (the papers' protocols). No special tokens are added.
+    Training and evaluation windows are contiguous; evaluation windows keep the order of the text. Calibration windows
+    are drawn at random. Both follow the protocols of the pruning papers. No special tokens are added.
 
-    Under a strategy of several ranks `batch_size` is that of each, and the ranks share the windows out (a few are used
-    twice where they do not come out even).
+    With several ranks, `batch_size` is the batch size of each rank, and the ranks share the windows. Some windows are
+    used twice if their number is not a multiple of the number of ranks.
 
-    Training resumed from a checkpoint, in the middle of an epoch too, goes on with the batches that were to come, on as
-    many ranks.
-    (Lightning 2.6 itself repeats a batch where a fit that is limited by `max_steps` alone resumes from a checkpoint
-    written at the end of an epoch; let `ModelCheckpoint` count steps there.)
+    Training that resumes from a checkpoint, also in the middle of an epoch, continues with the next batch on the same
+    number of ranks. Lightning 2.6 itself repeats a batch if a fit that is limited only by `max_steps` resumes from a
+    checkpoint that was written at the end of an epoch; configure `ModelCheckpoint` to count steps in that case.
 
     Args:
-        tokenizer: of the model.
-        train: corpus to train on; here and below a corpus, or its name or path (see `corpus`).
+        tokenizer: tokenizer of the model.
+        train: corpus to train on; this and the next three may be a corpus, or its name or path (see `corpus`).
         calibration: corpus to calibrate pruning on.
         evaluation: corpus for perplexity.
         evaluate: names or paths of further corpora for perplexity.
-        root: folder where named corpora are looked for; None: the Hub.
+        root: folder with the files of named corpora; None: the Hub.
         seq_len: tokens per window.
         batch_size: windows per training batch.
-        train_windows: use only the first so many; None for all.
-        calibration_windows: how many to draw; an error if the corpus holds fewer.
+        train_windows: number of windows from the start of the corpus; None for all.
+        calibration_windows: number of windows to draw; it is an error if the corpus holds fewer.
         calibration_batch_size: windows per calibration and evaluation batch.
-        evaluation_windows: use only the first so many of every corpus; None for all.
-        seed: draws the calibration windows and shuffles the training windows.
+        evaluation_windows: number of windows from the start of every evaluation corpus; None for all.
+        seed: seed that draws the calibration windows and shuffles the training windows.
 
     Attributes:
-        evaluation_windows: the evaluation windows, (windows, seq_len), after `setup`.
-        evaluation_title: what text they are from.
-        further_evaluation: title and windows of every further corpus, by its name or the name of its file, after
+        evaluation_windows: token ids (windows, seq_len) of the evaluation corpus, after `setup`; `train_windows` and
+            `calibration_windows` likewise.
+        evaluation_title: title of the evaluation corpus.
+        further_evaluation: title and windows of every corpus in `evaluate`, by its name or the name of its file, after
             `setup`.
 
     Raises:
-        ValueError: a corpus is unknown or its file is missing, or two of `evaluate` have one name.
+        ValueError: a corpus is unknown, its file is missing, or two corpora in `evaluate` have the same name.
     """
 
     def __init__(
@@ -107,13 +107,13 @@ class TokenDataModule(LightningDataModule):
     def from_text_file(
         cls, tokenizer: PreTrainedTokenizerBase, path: str, field: str = "text", **settings: Any
     ) -> "TokenDataModule":
-        """Windows of one local `.txt` or `.jsonl` file, cut into three parts that do not overlap; see `TextFile`."""
+        """Returns a data module on three disjoint parts of one local `.txt` or `.jsonl` file; see `TextFile`."""
         train, calibration, evaluation = (TextFile(path, part, field) for part in SHARES)
         return cls(tokenizer, train, calibration, evaluation, **settings)
 
     @property
     def setting(self) -> dict[str, str | int | None]:
-        """What decides the calibration and evaluation windows, apart from the tokenizer; known before `setup`."""
+        """Returns the settings, besides the tokenizer, that determine the calibration and evaluation windows."""
         parts: tuple[Part, ...] = ("calibration", "evaluation")
         texts: dict[str, str] = {part: self.corpora[part].title for part in parts}
         texts |= {f"{part}_source": repr(self.corpora[part]) for part in parts}
@@ -121,7 +121,7 @@ class TokenDataModule(LightningDataModule):
         return texts | counts | {"seq_len": self.seq_len, "seed": self.seed}
 
     def setup(self, stage: str) -> None:
-        """Reads and tokenizes the corpora, once."""
+        """Reads and tokenizes the corpora once; raises ValueError, naming the corpus, if its text is too short."""
         if self.train_windows is None:
             self.train_windows = self._contiguous("train")
             self.evaluation_windows = self._contiguous("evaluation")
@@ -135,6 +135,7 @@ class TokenDataModule(LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader[Any]:
+        """Returns a loader of shuffled training windows, which resumes after the batches of a loaded checkpoint."""
         assert self.train_windows is not None
         windows = Windows(self.train_windows)
         ranks = {"num_replicas": 1, "rank": 0}
@@ -146,27 +147,30 @@ class TokenDataModule(LightningDataModule):
             self._loader.load_state_dict(self._left_at)
         return self._loader
 
-    # Lightning restores loaders only if none was made before the checkpoint is read, and the length of the training
-    # cannot be estimated without one. A data module's state comes early enough.
+    # Lightning restores the state of a loader only if none was made before the checkpoint is read, but it needs one to
+    # estimate the length of the training. The state of a data module is restored early enough.
     def state_dict(self) -> dict[str, Any]:
+        """Returns the position in the training windows, for the checkpoint."""
         return {} if self._loader is None else self._loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the position in the training windows from a checkpoint."""
         self._left_at = state_dict or None
-        if self._loader is not None and self._left_at is not None:  # some strategies restore later than others
+        if self._loader is not None and self._left_at is not None:  # some strategies restore after the loader is made
             self._loader.load_state_dict(self._left_at)
 
     def calibration_dataloader(self) -> DataLoader[Any]:
-        """What `OneShotPrune` calibrates on."""
+        """Returns a loader of the calibration windows, for `OneShotPrune`."""
         assert self.calibration_windows is not None
         return self._in_order(self.calibration_windows)
 
     def val_dataloader(self) -> DataLoader[Any]:
+        """Returns a loader of the evaluation windows, in order."""
         assert self.evaluation_windows is not None
         return self._in_order(self.evaluation_windows)
 
     def _in_order(self, windows: Tensor) -> DataLoader[Any]:
-        # A loader without a generator of its own takes a number from the one that dropout uses.
+        # Without its own generator, a loader draws a number from the global one, which dropout uses too.
         return DataLoader(Windows(windows), self.calibration_batch_size, generator=torch.Generator())
 
     def _contiguous(self, part: str) -> Tensor:
@@ -187,7 +191,7 @@ class TokenDataModule(LightningDataModule):
         if not ids and text.strip():
             raise ValueError(
                 f"the tokenizer of {self.tokenizer.name_or_path or type(self.tokenizer).__name__} makes no token of "
-                "text: there are no files of a tokenizer, or none that fit. Name another folder "
+                "text: its files are missing or do not fit. Name another folder "
                 "(model.tokenizer.pretrained_model_name_or_path= on the command line)"
             )
         return ids

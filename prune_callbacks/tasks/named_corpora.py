@@ -1,4 +1,4 @@
-"""The corpora of the papers, by name: from the Hub, or from a folder of their published files."""
+"""The corpora of the pruning papers by name, from the Hub or from a folder of their published files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,36 +8,36 @@ from prune_callbacks.tasks.corpora import Corpus, HubText, Part, PythonDocs, Tex
 
 NAMES = ("wikitext2", "ptb", "c4", "lambada", "python_docs")
 C4_ROWS = 1100
-"""Documents of C4's validation shard that the papers' perplexity is measured on: enough for 256 windows of 2048."""
+"""Number of documents of C4's validation shard in the papers' perplexity; enough for 256 windows of 2048 tokens."""
 
 
 def corpus(name: str, part: Part, root: str | Path | None = None) -> Corpus:
     """
-    A corpus by its name, or by the path of a local file.
+    Returns a corpus by its name, or by the path of a local file.
 
-    The text is the papers' (SparseGPT, Wanda): WikiText-2 is the raw version, rows joined with blank lines; Penn
-    Treebank is Mikolov's, with its `<unk>` and `N`, sentences joined with spaces; C4 is its first validation documents
-    joined with spaces, and single documents to calibrate and to train on; LAMBADA is OpenAI's detokenised form of the
-    test passages, joined with blank lines. Nothing is detokenised beyond that.
+    The texts are those of the SparseGPT and Wanda papers. WikiText-2 is the raw version, with rows joined by blank
+    lines. Penn Treebank is Mikolov's, with its `<unk>` and `N`, and sentences joined by spaces. C4 is the first
+    validation documents joined by spaces for evaluation, and single documents for calibration and training. LAMBADA is
+    OpenAI's detokenised form of the test passages, joined by blank lines. No other text is detokenised.
 
     Args:
         name: "wikitext2", "ptb", "c4", "lambada", "python_docs" (see `PythonDocs`), or the path of a `.txt`, `.raw` or
             `.jsonl` file, whose last 15 % of lines are for evaluation and the 15 % before for calibration (see
             `TextFile`).
-        part: "train", "calibration" or "evaluation". The test split is evaluated on (of C4, validation), the training
-            split is for the two others; LAMBADA has its test passages only, which are cut as files are.
-        root: folder with the published files (see `local_files`); None: from the Hub.
+        part: "train", "calibration" or "evaluation". Evaluation uses the test split (for C4, validation), the other
+            parts use the training split. LAMBADA has test passages only and supports "evaluation" only.
+        root: folder with the published files (see `local_files`); None: the Hub.
 
     Raises:
-        ValueError: there is no corpus and no file of that name, the folder lacks the corpus's file, or LAMBADA is to
-            be calibrated or trained on.
+        ValueError: no corpus or file has that name, the folder lacks the file of the corpus, or LAMBADA is requested
+            for training or calibration.
     """
     if name == "python_docs":
         return PythonDocs(part)
     if name == "lambada" and part != "evaluation":
         raise ValueError(
-            f"lambada has test passages only, which are to be evaluated on, and was given for {part}; a file of "
-            "passages that is named by its path is cut into parts"
+            f"lambada has test passages only, for evaluation, and was given for {part}; a file of passages that is "
+            "named by its path is cut into parts"
         )
     if name in NAMES:
         return _from_hub(name, part) if root is None else _from_folder(name, part, Path(root))
@@ -51,7 +51,7 @@ def corpus(name: str, part: Part, root: str | Path | None = None) -> Corpus:
 
 
 def local_files(name: str, part: Part) -> Sequence[str]:
-    """Where a named corpus is looked for inside of a root folder, as patterns; the first that matches is taken."""
+    """Returns glob patterns for the file of a named corpus in a root folder; the first pattern that matches counts."""
     split = "test" if part == "evaluation" else "train"
     if name == "wikitext2":
         return tuple(f"{folder}/wiki.{split}.raw" for folder in ("wikitext2-raw", "wikitext-2-raw"))
@@ -67,7 +67,7 @@ def _from_hub(name: str, part: Part) -> Corpus:
     split = "test" if part == "evaluation" else "train"
     if name == "wikitext2":
         return HubText("Salesforce/wikitext", "wikitext-2-raw-v1", split, join="\n\n")
-    if name == "ptb":  # published as a script, which `datasets` runs no more; the Hub keeps a converted copy
+    if name == "ptb":  # published as a script, which `datasets` no longer runs; the Hub has a converted copy
         revision = "refs/convert/parquet"
         return HubText("ptb-text-only/ptb_text_only", "penn_treebank", split, None, "sentence", " ", None, revision)
     if name == "lambada":
@@ -86,7 +86,7 @@ def _from_folder(name: str, part: Part, root: Path) -> Corpus:
         what = f"{name}'s {part} text"
         raise ValueError(
             f"{root} has no file of {what}: looked for {' and '.join(patterns)}. Put it there, name a file by its path "
-            "in place of the corpus, or leave root away to take it from the Hub"
+            "in place of the corpus, or leave out root to load it from the Hub"
         )
     if name == "lambada":
         return TextFile(str(found))
@@ -103,13 +103,13 @@ def _from_folder(name: str, part: Part, root: Path) -> Corpus:
 @dataclass(frozen=True)
 class Lines:
     """
-    The rows that the Hub makes of a file with one row a line, joined into one document.
+    A file with one row per line, split into the same rows as on the Hub and joined into one document.
 
     Args:
         path: the file.
-        title: for reports.
-        join: what stands between rows.
-        keep_ends: rows end in their newline, and blank ones are empty (WikiText); else rows are stripped.
+        title: title of the corpus for reports.
+        join: the string between rows.
+        keep_ends: True: rows keep their newline, and blank rows are empty (WikiText). False: rows are stripped.
     """
 
     path: str
@@ -118,7 +118,7 @@ class Lines:
     keep_ends: bool
 
     def documents(self) -> list[str]:
-        """One text."""
+        """Returns one document."""
         with Path(self.path).open(encoding="utf-8", newline="\n") as file:
             rows = [(line if line.strip() else "") if self.keep_ends else line.strip() for line in file]
         return [self.join.join(rows)]

@@ -1,4 +1,4 @@
-"""What a recovering model is trained for: the text itself, or the text and a dense teacher."""
+"""Training losses for recovery after pruning: the text alone, or the text and a dense teacher."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,33 +11,34 @@ Losses = dict[str, Tensor]
 
 @runtime_checkable
 class Objective(Protocol):
-    """A training loss of a causal LM."""
+    """A training loss for a causal LM."""
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Called once, before training. Raises ValueError if `model` cannot be trained for it."""
+        """Prepares the loss before training; raises ValueError if `model` cannot be trained with it."""
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
         """
-        The terms of the loss, weighted, by name; their sum is what is minimised.
+        Returns the weighted terms of the loss by name, as scalars; training minimises their sum.
 
         Args:
             model: the model that is trained.
-            inputs: its keyword arguments: `input_ids`, maybe `attention_mask`, and `labels` (-100 does not count).
+            inputs: keyword arguments of the model: `input_ids`, optionally `attention_mask`, and `labels` (-100 is
+                ignored), each (batch, tokens).
         """
 
 
 class LanguageModeling:
-    """Mean cross-entropy of the next token."""
+    """The mean cross-entropy of the next token."""
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Every causal LM will do."""
+        """Does nothing: every causal LM is supported."""
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
         return {"task": model(**inputs, use_cache=False).loss}
 
 
 class _Teacher:
-    """A frozen dense model. It is no submodule of anything, so no checkpoint ever holds it."""
+    """A frozen dense model that is no submodule of any module, so that checkpoints do not include it."""
 
     def __init__(self, teacher: PreTrainedModel, dtype: torch.dtype | str | None) -> None:
         if not isinstance(teacher, PreTrainedModel):
@@ -48,7 +49,7 @@ class _Teacher:
         self.model = teacher
 
     def prepare(self, student: PreTrainedModel, fields: tuple[str, ...]) -> None:
-        """Freezes and converts the teacher, once it is clear that it fits."""
+        """Checks that the teacher fits the student, then freezes it and converts its dtype."""
         shared = {id(p) for p in student.parameters()} & {id(p) for p in self.model.parameters()}
         if shared:
             raise ValueError(
@@ -60,7 +61,7 @@ class _Teacher:
             if ours != theirs:
                 raise ValueError(
                     f"the teacher has {field}={theirs} and the model {ours}: they cannot be compared. Use the dense "
-                    "model that was pruned, or another of the same vocabulary and shape"
+                    "model that was pruned, or another one with the same vocabulary and shape"
                 )
         self.model.requires_grad_(False).eval()  # type: ignore[no-untyped-call]
         if self.dtype is not None:
@@ -71,23 +72,26 @@ class _Teacher:
         device = inputs["input_ids"].device
         self.model.to(device)
         given = {key: value for key, value in inputs.items() if key != "labels"}
-        with torch.autocast(device.type, enabled=False):  # the precision asked for, not that of the training
+        with torch.autocast(device.type, enabled=False):  # use the dtype of the teacher, not the precision of training
             return self.model(**given, use_cache=False, **kwargs)
 
 
 class LogitsDistillation:
     """
-    The teacher's predictions as soft labels (Hinton et al. 2015), beside the text.
+    A loss with the teacher's predictions as soft labels (Hinton et al. 2015), added to that of the text.
 
-    `task_weight * CE + weight * T^2 * KL(softmax(t / T) || softmax(s / T))`, the mean over the predicted tokens, with
-    the logits `t` of the teacher and `s` of the model.
+    Computes `task_weight * CE + weight * T^2 * KL(softmax(t / T) || softmax(s / T))`, averaged over the predicted
+    tokens, with the logits `t` of the teacher and `s` of the model.
 
     Args:
         teacher: the dense model; frozen here, kept out of checkpoints, moved to the device of the batches.
-        temperature: `T`.
-        weight: of the divergence.
-        task_weight: of the cross-entropy.
-        dtype: what to convert the teacher to, e.g. "bfloat16"; None: as it is.
+        temperature: the temperature `T`, positive.
+        weight: weight of the divergence, positive.
+        task_weight: weight of the cross-entropy, not negative.
+        dtype: dtype to which the teacher is converted, e.g. "bfloat16"; None: its own dtype.
+
+    Raises:
+        ValueError: the teacher, its dtype, the temperature or a weight is invalid.
     """
 
     def __init__(
@@ -108,7 +112,7 @@ class LogitsDistillation:
         self.task_weight = task_weight
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """The vocabularies must be one."""
+        """Prepares the teacher; raises ValueError unless both models have the same vocabulary size."""
         self.teacher.prepare(model, ("vocab_size",))
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
@@ -127,18 +131,21 @@ class LogitsDistillation:
 
 class SquareHead:
     """
-    The teacher's hidden states as targets, layer by layer (Kurtic et al. 2023), beside the text.
+    A loss with the teacher's hidden states as targets, layer by layer (Kurtic et al. 2023), added to that of the text.
 
-    `task_weight * CE + weight * sum over layers of sum (s - t)^2 / sum t^2`, the inner sums over features and real
-    tokens of the batch, with the hidden states `t` of the teacher and `s` of the model behind every block (behind the
-    last one: after the final norm, as transformers reports them).
+    Computes `task_weight * CE + weight * sum over layers of sum (s - t)^2 / sum t^2`. The inner sums run over features
+    and real tokens of the batch. The hidden states `t` of the teacher and `s` of the model are the outputs of the
+    decoder layers; that of the last one is taken after the final norm, as transformers reports it.
 
     Args:
         teacher: the dense model, of the same vocabulary, depth and width; frozen here, kept out of checkpoints, moved
             to the device of the batches.
-        weight: of the sum over layers.
-        task_weight: of the cross-entropy.
-        dtype: what to convert the teacher to, e.g. "bfloat16"; None: as it is.
+        weight: weight of the sum over layers, positive.
+        task_weight: weight of the cross-entropy, not negative.
+        dtype: dtype to which the teacher is converted, e.g. "bfloat16"; None: its own dtype.
+
+    Raises:
+        ValueError: the teacher, its dtype or a weight is invalid.
     """
 
     def __init__(
@@ -155,7 +162,7 @@ class SquareHead:
         self.task_weight = task_weight
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Vocabulary, depth and width must be the same."""
+        """Prepares the teacher; raises ValueError unless vocabulary size, depth and width are equal."""
         self.teacher.prepare(model, ("vocab_size", "num_hidden_layers", "hidden_size"))
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:

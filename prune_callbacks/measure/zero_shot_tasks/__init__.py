@@ -1,7 +1,7 @@
 """
-Zero-shot tasks over local files: the YAML files beside this one, and how they read what they name.
+Zero-shot tasks over local files: the YAML files in this folder, and the functions that read their data.
 
-`lm_eval` runs them by itself too:
+`lm_eval` can also run them directly:
 
     lm_eval --include_path FOLDER_OF_THIS_FILE --tasks local_hellaswag --metadata root=FOLDER_OF_THE_DATA ...
 """
@@ -14,21 +14,24 @@ from typing import Any
 from datasets import Dataset
 
 _BEGUN = re.compile(r"(.*[.!?][\"')]* )([^.!?]+)", re.DOTALL)
-"""A text whose last sentence is only begun: what stands before that sentence, and its beginning."""
+"""Matches a text whose last sentence is incomplete: the text before that sentence, and the sentence."""
 
 
 def read(root: str, file: str, labels: str | None = None, **_: Any) -> dict[str, Dataset]:
     """
-    The examples of a task, in the file's order, as `lm_eval` asks for them; read anew every time, without a cache.
+    Reads the examples of a task in the order of the file, in the form that `lm_eval` needs; never from a cache.
 
     Args:
         root: the folder of the data.
-        file: the examples inside of it, one JSON object a line.
-        labels: a file with the right answer of every example, one number a line; they become the key `label`.
-        _: what else `lm_eval` knows of the task and the model.
+        file: path in that folder of the file with the examples, one JSON object per line.
+        labels: path of a file with the correct answer of every example, one integer per line, which becomes `label`.
+        _: further keyword arguments that `lm_eval` passes about the task and the model.
+
+    Returns:
+        the examples as the split "test".
 
     Raises:
-        ValueError: a file is missing or holds something else.
+        ValueError: a file is missing, empty or has another format, or the number of labels differs from the examples.
     """
     rows = [_parsed(line, number, Path(root) / file) for number, line in enumerate(_lines(root, file), 1)]
     if labels is not None:
@@ -63,11 +66,11 @@ def _parsed(line: str, number: int, path: Path) -> dict[str, Any]:
 
 def hellaswag_query(example: dict[str, Any]) -> str:
     """
-    What HellaSwag's endings go on from, with a capital where `lm_eval` has one.
+    Returns the context that HellaSwag's endings continue, with the capital letter that `lm_eval` writes.
 
-    `lm_eval` writes the begun sentence (`ctx_b`, which ActivityNet's examples have) with a capital; the local file has
-    it as in the data set, in small letters: "A man is sitting on a roof. he" becomes "... He". Which sentence is begun
-    is told by its missing end; in the whole file that are the 3,243 examples in front, ActivityNet's, and no others.
+    `lm_eval` capitalises the incomplete sentence (`ctx_b`, in ActivityNet's examples). The local file has it in lower
+    case, as in the data set: "A man is sitting on a roof. he" becomes "... He". A sentence is incomplete if it has no
+    final punctuation. In the whole file this holds for the first 3,243 examples, those of ActivityNet, and no others.
     """
     query = str(example["query"])
     begun = _BEGUN.fullmatch(query)

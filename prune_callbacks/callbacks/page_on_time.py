@@ -1,0 +1,39 @@
+"""When the page of a running fit is drawn."""
+
+import time
+from pathlib import Path
+
+from prune_callbacks.reporting.page import write_page
+from prune_callbacks.reporting.pictures import draw_report
+from prune_callbacks.storage.run_record import RunRecord
+
+DRAWN_EVERY = 30.0
+"""Least number of seconds between two drawings while the model is trained; drawing takes one to two."""
+
+
+class PageOnTime:
+    """
+    Draws a run's page and picture, at most as often as `DRAWN_EVERY` says while the model is trained.
+
+    Args:
+        dirpath: the run's folder.
+
+    Attributes:
+        changed: whether the record has changed since the last drawing.
+    """
+
+    def __init__(self, dirpath: Path) -> None:
+        self.dirpath = dirpath
+        self.changed = False
+        self._drawn = time.perf_counter()
+
+    def is_due(self) -> bool:
+        """Returns whether enough time has passed since the last drawing."""
+        return time.perf_counter() - self._drawn > DRAWN_EVERY
+
+    def draw(self, run: RunRecord) -> None:
+        """Draws the page and the picture, if the record has changed."""
+        if self.changed:
+            draw_report(run, self.dirpath / "report.png")
+            write_page(self.dirpath)
+        self.changed, self._drawn = False, time.perf_counter()
