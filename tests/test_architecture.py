@@ -1,6 +1,8 @@
 """What importing costs: nothing for the package, torch for its core, and no more than Lightning for pruning."""
 
+import ast
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from launch import cold, good
 import prune_callbacks
 from prune_callbacks.memory import peak_memory
 
+PACKAGE = Path(prune_callbacks.__file__).parent
 HEAVY = ("lightning", "transformers", "deepspeed", "hydra", "datasets", "torchmetrics", "matplotlib", "scipy")
 CORE = ("Unstructured", "NM", "Magnitude", "Wanda", "SparseGPT", "MRP", "ALPS", "Gram", "MaskSet")
 LATE = (
@@ -101,7 +104,46 @@ def test_signatures_are_checked(request):
         prune_callbacks.NM(2, 4).keep(torch.rand(2, 2, 4))  # of matrices
 
 
-def test_one_file_looks_through_the_callbacks_of_a_trainer():
-    package = Path(prune_callbacks.__file__).parent
-    looks = {p.relative_to(package) for p in package.rglob("*.py") if "trainer.callbacks" in p.read_text()}
-    assert looks == {Path("callbacks/lineup.py")}
+def sources():
+    return {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "places"),
+    [
+        (r"trainer\.callbacks", {"callbacks/lineup.py"}),
+        (r"os\.replace|\.rename\(|\w\.replace\((new|path|folder)\)", {"writing.py"}),
+        (r"does not work under|cannot hold masks under \{name\}", {"parallel/strategies.py"}),
+        (r"\bds_shape\b", {"parallel/shapes.py"}),
+    ],
+)
+def test_some_things_are_done_in_one_place(pattern, places):
+    assert {name for name, text in sources().items() if re.search(pattern, text)} == places
+
+
+CLASSES = (
+    "Unstructured|NM|Block|Rows|Columns|Magnitude|Wanda|RIA|Scored|SparseGPT|SparseGPTQ|MRP|ALPS|GPTQ|Structured|"
+    "ScorePruner|Compensating|JointPruner|Pruner"
+)
+
+
+def test_patterns_and_pruners_are_asked_and_not_looked_at():
+    asked = re.compile(rf"isinstance\([^()]*\b({CLASSES})\b(?!\w)")
+    assert {name: asked.findall(text) for name, text in sources().items() if asked.search(text)} == {}
+    assert asked.search("if isinstance(pattern, NM):")  # the control
+
+
+def long_functions(text):
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[ast.get_docstring(node) is not None :]
+            lines = text.splitlines()[first[0].lineno - 1 : node.end_lineno] if first else []
+            if sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines) > 40:
+                yield node.name
+
+
+def test_files_and_functions_stay_readable():
+    assert [name for name, text in sources().items() if len(text.splitlines()) > 250] == []
+    assert {name: found for name, text in sources().items() if (found := list(long_functions(text)))} == {}
+    body = "\n".join(f"    a{i} = {i}" for i in range(41))
+    assert list(long_functions(f"def f():\n{body}\n")) == ["f"]  # the control

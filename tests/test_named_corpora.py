@@ -152,7 +152,7 @@ def test_the_command_line(tmp_path, root):
     given = ["recipe=wanda_50", "smoke=true", f"data.root={root}", f"data.calibration={path}"]
     trained(*given, f"evaluate=[c4,{path}]", f"output_dir={tmp_path / 'run'}")
     record = json.loads((tmp_path / "run/report.json").read_text())
-    assert set(record.corpora) == {"c4", "long.txt"}
+    assert set(record["corpora"]) == {"c4", "long.txt"}
     done = train(*given, "data.evaluation=lambada", f"output_dir={tmp_path / 'short'}")
     assert done.returncode == 1
     assert "the evaluation corpus, lambada_test.jsonl: the text has" in done.output

@@ -1,1 +1,1 @@
-"""How sparsity is spread over layers: counts that are exact to one weight, rules, and what they measure."""
+"""Allocates sparsity to layers: rules, their measurements, and counts that are exact to one weight."""

@@ -1,4 +1,4 @@
-"""SensitivityAllocation: layers that cost more when pruned alone stay denser."""
+"""SensitivityAllocation: keeps layers denser whose pruning alone costs more."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,13 +25,13 @@ from prune_callbacks.sparsity import Pattern
 @dataclass(frozen=True)
 class SensitivityAllocation:
     """
-    Layers that cost more when pruned alone stay denser; see `by_sensitivity`.
+    An allocation that keeps layers denser whose pruning alone costs more; see `by_sensitivity`.
 
     Args:
-        sensitivity: of every layer, by name, or of all experts in one tensor, by its name;
+        sensitivity: the sensitivity of every layer, by its name, or of all experts in one tensor, by the tensor's name;
             `prune_callbacks.studies.sensitivity` measures it.
-        lowest: sparsity that every layer has at least.
-        highest: and at most.
+        lowest: the least sparsity of a layer.
+        highest: the largest sparsity of a layer.
     """
 
     sensitivity: Mapping[str, float] = field(repr=False)
@@ -41,10 +41,10 @@ class SensitivityAllocation:
     @classmethod
     def from_file(cls, path: str | Path, lowest: float = 0.0, highest: float = 0.95) -> "SensitivityAllocation":
         """
-        By a file that `sensitivity(path=...)` or `recipe=sensitivity` wrote, for layers.
+        Makes the allocation from a file for layers that `sensitivity(path=...)` or `recipe=sensitivity` wrote.
 
         Raises:
-            ValueError: there is no such file, or it is one for blocks.
+            ValueError: there is no such file, or it holds the sensitivities of blocks.
         """
         results = read_sensitivities(path)
         if results["setting"]["unit"] != "layer":
@@ -52,19 +52,19 @@ class SensitivityAllocation:
         return cls({name: cell["increase"] for name, cell in results["cells"].items()}, lowest, highest)
 
     def check(self, pattern: Pattern) -> None:
-        """Takes `Unstructured`."""
+        """Raises ValueError for a pattern other than `Unstructured`."""
         check_single_weights("SensitivityAllocation", pattern)
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> None:
-        """None: it is known already."""
+        """Returns None: the sensitivities are given, so no pass over the dense model is needed."""
 
     def measure(
         self, pruner: Pruner, weights: Mapping[str, Tensor], statistics: Mapping[str, Statistic]
     ) -> dict[str, Any]:
-        """What was given."""
+        """Returns the given sensitivity of every layer that has one."""
         return {name: self.sensitivity[unit] for name in weights if (unit := unit_of(name, self.sensitivity))}
 
     def choose(self, values: Values, shapes: Mapping[str, tuple[int, int]], pattern: Pattern) -> dict[str, Pattern]:
-        """See `by_sensitivity`."""
+        """Returns the pattern of every layer; see `by_sensitivity`."""
         sizes = layer_sizes(shapes)
         return with_counts(by_sensitivity(values, sizes, pattern.sparsity, self.lowest, self.highest), sizes, pattern)

@@ -1,4 +1,4 @@
-"""How many weights every layer loses, so that all layers together lose a share: exact to one weight."""
+"""Computes how many weights to remove from every layer, so that the total is exact to one weight."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 Curve = Sequence[tuple[float, float]]
-"""(sparsity, loss) of a layer at several sparsities, between the first and the last of which it will lie."""
+"""(sparsity, loss) of a layer at several sparsities; the allocated one lies between the least and the largest."""
 
 
 def by_sensitivity(
@@ -18,24 +18,24 @@ def by_sensitivity(
     highest: float = 0.95,
 ) -> dict[str, int]:
     """
-    Sparsities in inverse proportion to what pruning a layer costs, within bounds.
+    Allocates sparsities in inverse proportion to the cost of pruning a layer, within bounds.
 
     Equivalent to finding the factor c for which `min(highest, max(lowest, c / sensitivity))` of all layers removes
     `round(target * weights)` weights. (Scaling to the target and clipping afterwards misses it.)
 
     Args:
-        sensitivity: of every layer, in any unit, e.g. the increase in perplexity when it alone is pruned. Of layers
-            whose pruning helped, or hardly cost anything, a thousandth of the largest is taken.
-        sizes: weights of every layer.
-        target: fraction removed of all layers together.
-        lowest: sparsity that every layer has at least.
-        highest: and at most.
+        sensitivity: the sensitivity of every layer, in any unit, e.g. the increase in perplexity when it alone is
+            pruned. Values below a thousandth of the largest, also negative ones, are raised to that.
+        sizes: the number of weights of every layer.
+        target: the fraction of all weights to remove.
+        lowest: the least sparsity of a layer.
+        highest: the largest sparsity of a layer.
 
     Returns:
-        How many weights every layer loses.
+        The number of weights to remove from every layer.
 
     Raises:
-        ValueError: the layers differ, a sensitivity is not finite or all are zero, or the bounds exclude the target.
+        ValueError: the layers differ, a sensitivity is not finite, none is positive, or the bounds exclude the target.
     """
     _check(sensitivity, sizes, target)
     if not 0 <= lowest <= target <= highest < 1:
@@ -52,19 +52,20 @@ def by_outliers(
     ratios: Mapping[str, float], sizes: Mapping[str, int], target: float, reach: float = 0.08
 ) -> dict[str, int]:
     """
-    Density in proportion to the share of outliers: OWL (Yin et al. 2024, "Outlier Weighed Layerwise Sparsity").
+    Allocates density by the fraction of outliers: OWL (Yin et al. 2024, "Outlier Weighed Layerwise Sparsity").
 
-    The ratios are stretched to [0, 2 reach]; a layer's sparsity is the target less that, shifted by what all have in
-    common so that the total is met. So layers lie within twice the reach of each other.
+    The ratios are scaled linearly to [0, 2 reach]. A layer's sparsity is a constant minus its scaled ratio, with one
+    constant for all layers such that the total is met. So the sparsities of two layers differ by at most `2 reach`.
 
     Args:
-        ratios: outliers of every layer, as a share of its weights; layers of a block have the block's in the paper.
-        sizes: weights of every layer.
-        target: fraction removed of all layers together.
+        ratios: the fraction of outliers among the weights of every layer; in the paper the layers of a block share the
+            fraction of the block.
+        sizes: the number of weights of every layer.
+        target: the fraction of all weights to remove.
         reach: the paper's lambda.
 
     Returns:
-        How many weights every layer loses.
+        The number of weights to remove from every layer.
 
     Raises:
         ValueError: the layers differ, a ratio is not finite, or the reach leaves [0, 1).
@@ -81,19 +82,19 @@ def by_outliers(
 
 def by_losses(curves: Mapping[str, Curve], sizes: Mapping[str, int], target: float) -> dict[str, int]:
     """
-    The least sum of losses that the total allows: exact Lagrangian allocation.
+    Allocates sparsities with the least sum of losses for the total: exact Lagrangian allocation.
 
-    A layer's loss is read off the lower convex hull of its curve, straight between two points. Equivalent to the
-    linear program over all points of the hulls; it is solved by removing weights where the next one costs least, which
-    is where all slopes meet the same Lagrange multiplier.
+    A layer's loss is interpolated linearly on the lower convex hull of its curve. Equivalent to the linear program over
+    all points of the hulls. It is solved greedily: the next weight is removed where it costs least, until all slopes
+    meet one Lagrange multiplier.
 
     Args:
-        curves: of every layer, in one unit of loss.
-        sizes: weights of every layer.
-        target: fraction removed of all layers together.
+        curves: the curve of every layer, all in the same unit of loss.
+        sizes: the number of weights of every layer.
+        target: the fraction of all weights to remove.
 
     Returns:
-        How many weights every layer loses.
+        The number of weights to remove from every layer.
 
     Raises:
         ValueError: the layers differ, a loss is not finite, or the curves do not reach the target.
@@ -114,7 +115,7 @@ def by_losses(curves: Mapping[str, Curve], sizes: Mapping[str, int], target: flo
             f"the loss curves do not reach {target:.2%} of all weights; measure losses at "
             f"{'lower' if left < 0 else 'higher'} sparsities"
         )
-    for _, name, weights in sorted(steps, key=lambda step: step[0]):  # stable, and the slopes of a hull rise
+    for _, name, weights in sorted(steps, key=lambda step: step[0]):  # stable, and slopes rise along a hull
         taken = min(weights, left)
         removed[name] += taken
         left -= taken
@@ -125,23 +126,23 @@ def mix_of_groups(
     losses: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], m: int, target: float
 ) -> dict[str, int]:
     """
-    How many of every m weights each layer keeps: the least sum of losses with at least the target removed.
+    Chooses n of N:M for every layer, with the least sum of losses that removes at least the target.
 
-    Equivalent to trying all mixes; a mixed-integer program (scipy's HiGHS), to within 0.1 % of the least sum.
+    Equivalent to trying all mixes, to within 0.1 % of the least sum; solved as a mixed-integer program (scipy's HiGHS).
 
     Args:
-        losses: of every layer, by n, the weights kept of every m.
-        sizes: weights of every layer, multiples of m.
-        m: size of a group.
-        target: fraction removed of all layers together.
+        losses: the loss of every layer at each n, the weights kept of every m.
+        sizes: the number of weights of every layer, a multiple of m.
+        m: the size of a group.
+        target: the fraction of all weights to remove.
 
     Returns:
         n of every layer.
 
     Raises:
-        ValueError: the layers differ, a loss is not finite, or no mix removes as much.
+        ValueError: the layers differ, a loss is not finite, or no mix removes that many weights.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp  # half a second, which only this function needs
+    from scipy.optimize import Bounds, LinearConstraint, milp  # imported here because it takes half a second
 
     _check({name: sum(by_n.values()) for name, by_n in losses.items()}, sizes, target)
     choices = [(name, n) for name in sizes for n in losses[name]]
@@ -170,7 +171,7 @@ def _solved(
     target: float,
     largest: float,
 ) -> dict[str, int]:
-    """The counts at the c in [0, largest] where wishes, which rise with c, meet the target within their bounds."""
+    """Returns the counts at the c in [0, largest] where `wishes`, which rise with c, meet the target within bounds."""
     wanted = round(target * sum(sizes.values()))
 
     def removed(c: float) -> dict[str, float]:
@@ -188,7 +189,7 @@ def _solved(
 def _whole(
     removed: Mapping[str, float], sizes: Mapping[str, int], bounds: Mapping[str, tuple[float, float]], target: float
 ) -> dict[str, int]:
-    """Whole numbers near `removed` and within the bounds, whose sum is the target's: largest remainders go up."""
+    """Rounds `removed` to whole numbers within the bounds with the target's sum, by largest remainders."""
     wanted = round(target * sum(sizes.values()))
     counts = {name: math.floor(value) for name, value in removed.items()}
     by_remainder = sorted(removed, key=lambda name: counts[name] - removed[name])
@@ -205,7 +206,7 @@ def _whole(
 
 
 def _lower_hull(curve: Curve) -> list[tuple[float, float]]:
-    """The lower convex hull of a curve, from left to right."""
+    """Returns the lower convex hull of a curve, from left to right."""
     least: dict[float, float] = {}
     for sparsity, loss in curve:
         least[sparsity] = min(least.get(sparsity, math.inf), loss)
@@ -220,7 +221,7 @@ def _lower_hull(curve: Curve) -> list[tuple[float, float]]:
 
 
 def check_reach(target: float, reach: float) -> None:
-    """Raises ValueError where `by_outliers` could leave [0, 1)."""
+    """Raises ValueError for a reach with which `by_outliers` could leave [0, 1)."""
     if not (reach >= 0 and target - 2 * reach >= 0 and target + 2 * reach < 1):
         raise ValueError(f"OWL: with a reach of {reach}, sparsities around {target} would leave [0, 1)")
 

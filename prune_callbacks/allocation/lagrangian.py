@@ -1,4 +1,4 @@
-"""LagrangianAllocation: the least sum of layer-wise losses under the total."""
+"""LagrangianAllocation: minimises the sum of layer-wise losses for a total sparsity."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,20 +30,23 @@ from prune_callbacks.sparsity.questions import at_sparsity, kept_of_group
 @dataclass(frozen=True)
 class LagrangianAllocation:
     """
-    The least sum of layer-wise losses under the total; see `by_losses` and, for N:M, `mix_of_groups`.
+    An allocation of least sum of layer-wise losses for the total; see `by_losses` and, for N:M, `mix_of_groups`.
 
-    Every layer is pruned on the dense model's inputs at several sparsities, by the pruner itself, and its loss taken
-    relative to the squared norm of its output. N:M patterns are mixed: every layer gets an `n` of its own, the total is
-    at least as sparse.
+    The pruner prunes every layer on the dense model's inputs at several sparsities. A layer's loss is taken relative to
+    the squared norm of its output. N:M patterns are mixed: every layer gets its own `n`, and the total is at least as
+    sparse as the given pattern.
 
-    Relative losses of different blocks do not weigh the same: what the first ones get wrong, all others inherit. With
-    `importance` losses are in units of what they cost.
+    Equal relative losses in different blocks cost the model different amounts, because later blocks inherit the errors
+    of earlier ones. `importance` weights the losses by these costs.
 
     Args:
-        importance: what a layer's loss is multiplied by, by the name of the layer, of an expert's tensor or of the
-            block; empty: by 1. Those of `from_file` turn losses into increases of perplexity, as measured.
-        reach: layers' sparsities lie within so much of the target (and in [0, 0.95]).
-        points: sparsities at which losses are measured, on either side of the target.
+        importance: the factor of a layer's loss, by the name of the layer, of an expert's tensor or of the block; an
+            empty mapping: 1. The factors of `from_file` convert losses into measured increases of perplexity.
+        reach: the largest distance of a layer's sparsity from the target; sparsities also lie in [0, 0.95].
+        points: the number of sparsities on either side of the target at which losses are measured.
+
+    Raises:
+        ValueError: `reach` lies outside (0, 1), or `points` is below 1.
     """
 
     reach: float = 0.15
@@ -60,10 +63,12 @@ class LagrangianAllocation:
     @classmethod
     def from_file(cls, path: str | Path, reach: float = 0.15, points: int = 3) -> "LagrangianAllocation":
         """
-        Losses weighted by what `sensitivity(path=...)` or `recipe=sensitivity` measured, for layers or for blocks.
+        Makes the allocation with importances from a file that `sensitivity(path=...)` or `recipe=sensitivity` wrote.
+
+        The file may hold the sensitivities of layers or of blocks.
 
         Raises:
-            ValueError: there is no such file, or nothing in it is sensitive.
+            ValueError: there is no such file, or no sensitivity in it is positive.
         """
         cells = read_sensitivities(path)["cells"]
         importance = {name: cell["increase"] / max(cell["proxy"], 1e-12) for name, cell in cells.items()}
@@ -78,17 +83,17 @@ class LagrangianAllocation:
             check_single_weights("LagrangianAllocation", pattern)
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
-        """The Gram that losses need."""
+        """Returns an empty Gram, from which losses are computed."""
         return Gram(in_features, device)
 
     def measure(
         self, pruner: Pruner, weights: Mapping[str, Tensor], statistics: Mapping[str, Statistic]
     ) -> dict[str, Any]:
-        """(sparsity, relative loss) of every layer at every point."""
+        """Measures the curve of every layer: (sparsity, relative loss) at every point."""
         return {name: self._curve(pruner, name, weight, statistics[name]) for name, weight in weights.items()}
 
     def choose(self, values: Values, shapes: Mapping[str, tuple[int, int]], pattern: Pattern) -> dict[str, Pattern]:
-        """See `by_losses` and `mix_of_groups`."""
+        """Returns the pattern of every layer; see `by_losses` and `mix_of_groups`."""
         sizes = layer_sizes(shapes)
         values = {name: [(s, self._importance(name) * loss) for s, loss in values[name]] for name in values}
         group = kept_of_group(pattern)

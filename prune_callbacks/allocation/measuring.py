@@ -1,4 +1,4 @@
-"""Applies an allocation: measures the dense model, block by block, and gives every layer a pattern of its own."""
+"""Applies an allocation: measures the dense model block by block, and gives every layer its own pattern."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -24,14 +24,16 @@ from prune_callbacks.sparsity.questions import removes_single_weights, with_exac
 
 
 def check_allocation(allocation: Allocation, pruner: Pruner) -> None:
-    """Raises ValueError for an allocation that the pruner's pattern cannot follow."""
+    """Raises ValueError for an allocation that is none, or that the pruner or its pattern does not support."""
     if not isinstance(allocation, Allocation):
         raise ValueError(
             f"allocation is None or one such as OWL(), LagrangianAllocation() or SensitivityAllocation(...), got "
             f"{allocation!r}"
         )
     if not takes_pattern(pruner):
-        raise ValueError(f"{type(pruner).__name__} takes its masks as they are; allocate where they are chosen")
+        raise ValueError(
+            f"{type(pruner).__name__} takes its masks as they are; allocate with the pruner that chooses them"
+        )
     allocation.check(pruner.pattern)
 
 
@@ -45,16 +47,21 @@ def allocate(
     ranks: Ranks,
 ) -> dict[str, Pruner]:
     """
-    The pruner of every layer: the one given, with the layer's own pattern. The model stays as it is.
+    Returns a pruner for every layer: `pruner` with the layer's own pattern. The model is not changed.
+
+    Experts that no token reached get the sparsity of `pruner`.
 
     Args:
-        allocation: decides.
-        pruner: of all layers; its pattern has the sparsity that all together must have.
-        blocks: of the model.
-        targets: to be pruned, by name.
-        inputs: of the first block; not changed.
-        device: where blocks are run; None: where they are.
-        ranks: each has inputs of its own; rank 0 decides.
+        allocation: chooses the patterns.
+        pruner: the pruner of all layers; its pattern has the sparsity of all layers together.
+        blocks: the model's decoder blocks.
+        targets: the targets, by name.
+        inputs: the inputs of the first block; not changed.
+        device: the device to run blocks on; None: their own.
+        ranks: the processes, each with its own inputs; rank 0 chooses.
+
+    Raises:
+        ValueError: calibration saw no inputs of a layer, or the allocation refuses its values.
     """
     shapes = {name: target.shape for name, target in targets.items()}
     passed = allocation.statistic(1) is not None
@@ -79,7 +86,7 @@ def _measured(
     device: torch.device | None,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """What the allocation measures on a pass over the dense blocks, of all layers that a token reaches."""
+    """Returns the allocation's values of all layers that a token reaches, measured in a pass over the dense blocks."""
     shown = [replace(batch) for batch in inputs]
     values: dict[str, Any] = {}
     with closing(visited(blocks, device, ranks)) as visits:
@@ -88,7 +95,7 @@ def _measured(
             statistics = _seen(mine, collect(allocation.statistic, index, block, mine, shown, where, ranks))
             weights = _weights({name: target for name, target in mine.items() if name in statistics})
             values |= ranks.share(ranks.attempt(lambda w=weights, s=statistics: allocation.measure(pruner, w, s)))  # type: ignore[misc]
-            del weights, statistics  # with them this block would stay on the device beside the next two
+            del weights, statistics  # otherwise this block would stay on the device with the next two
             if index < len(blocks) - 1:
                 next_inputs(index, block, shown, where, ranks)
     return values
@@ -96,12 +103,13 @@ def _measured(
 
 def _seen(targets: Mapping[str, Target], statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
     """
-    The statistics of the layers that a token reached.
+    Returns the statistics of the layers that a token reached.
 
-    Experts beside those that tokens reached have the pattern as it is, and are left to Magnitude.
+    Experts that no token reached are left out if other experts in their tensor were reached: they keep the given
+    pattern and are pruned by Magnitude.
 
     Raises:
-        ValueError: nothing was seen of another layer, or of all experts in a tensor.
+        ValueError: calibration saw no inputs of another layer, or of all experts in a tensor.
     """
     experts = {name for name, target in targets.items() if target.shares_parameter}
     seen = {name: found for name, found in statistics.items() if found.tokens or name not in experts}
@@ -116,12 +124,12 @@ def _seen(targets: Mapping[str, Target], statistics: Mapping[str, Statistic]) ->
 
 
 def _weights(targets: Mapping[str, Target]) -> dict[str, Tensor]:
-    """Returns the matrices, (out, in), where they are now."""
+    """Returns the targets' matrices, (out, in), on their current device."""
     return {name: target.matrix() for name, target in targets.items()}
 
 
 def _as_it_is(pattern: Pattern, sizes: Mapping[str, int], others: int) -> dict[str, Pattern]:
-    """The pattern for layers besides `others` weights; of `Unstructured` with counts that keep the total exact."""
+    """Returns the unallocated pattern for layers; counts of `Unstructured` continue after `others` weights exactly."""
     if not removes_single_weights(pattern):
         return dict.fromkeys(sizes, pattern)
     removed, before = {}, others

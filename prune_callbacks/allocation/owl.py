@@ -1,4 +1,4 @@
-"""OWL: blocks with more outliers stay denser."""
+"""OWL: keeps blocks with more outliers denser."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,31 +18,31 @@ from prune_callbacks.sparsity import Pattern
 @dataclass(frozen=True)
 class OWL:
     """
-    Blocks with more outliers stay denser (Yin et al. 2024); see `by_outliers`.
+    An allocation that keeps blocks with more outliers denser (Yin et al. 2024); see `by_outliers`.
 
-    A weight is an outlier whose Wanda score exceeds `threshold` times the mean of its block.
+    A weight is an outlier if its Wanda score exceeds `threshold` times the mean score of its block.
 
     Args:
         threshold: the paper's M (5 or 7 there).
-        reach: the paper's lambda: sparsities lie within twice of it of each other.
+        reach: the paper's lambda; the sparsities of two layers differ by at most twice this.
     """
 
     threshold: float = 5.0
     reach: float = 0.08
 
     def check(self, pattern: Pattern) -> None:
-        """Takes `Unstructured`."""
+        """Raises ValueError for a pattern other than `Unstructured`, or if `reach` could lead out of [0, 1)."""
         check_single_weights("OWL", pattern)
         check_reach(pattern.sparsity, self.reach)
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> InputNorm:
-        """The norms that Wanda's score needs."""
+        """Returns empty input norms, for Wanda's score."""
         return InputNorm(in_features, device)
 
     def measure(
         self, pruner: Pruner, weights: Mapping[str, Tensor], statistics: Mapping[str, Statistic]
     ) -> dict[str, Any]:
-        """The block's share of outliers, for each of its layers."""
+        """Computes the fraction of outliers in the block, and returns it for each of its layers."""
         scores = {n: w.float().abs() * statistics[n].squared_norm.to(w.device).sqrt() for n, w in weights.items()}
         count = sum(score.numel() for score in scores.values())
         mean = sum(float(score.sum(dtype=torch.float64)) for score in scores.values()) / count
@@ -50,6 +50,6 @@ class OWL:
         return dict.fromkeys(weights, outliers / count)
 
     def choose(self, values: Values, shapes: Mapping[str, tuple[int, int]], pattern: Pattern) -> dict[str, Pattern]:
-        """See `by_outliers`."""
+        """Returns the pattern of every layer; see `by_outliers`."""
         sizes = layer_sizes(shapes)
         return with_counts(by_outliers(values, sizes, pattern.sparsity, self.reach), sizes, pattern)

@@ -1,4 +1,4 @@
-"""What an allocation is, and what those of this room share: sizes, names, counts and measured sensitivities."""
+"""The protocol of an allocation, and common helpers: sizes, names, counts and measured sensitivities."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -16,21 +16,22 @@ from prune_callbacks.sparsity import Pattern
 from prune_callbacks.sparsity.questions import at_sparsity, removes_single_weights
 
 Values = Mapping[str, Any]
-"""What was measured of every layer."""
+"""The measured value of every layer, by name."""
 
 
 @runtime_checkable
 class Allocation(Protocol):
     """
-    Spreads a pattern's sparsity over layers, unevenly, with the same total.
+    The interface of an allocation, which spreads a pattern's sparsity unevenly over layers with the same total.
 
-    `statistic` makes what the layers' inputs are streamed into on a pass over the dense model; None: no pass is needed.
-    `measure` is asked for the values of every block's layers, with their statistics, `choose` at the end for the
-    patterns of all.
+    `statistic` returns an empty statistic, for the layers' inputs in a pass over the dense model, or None if no pass is
+    needed. `measure` is called once per block (once in all without a pass) with the block's weights, (out, in), and
+    statistics, by layer name; it returns the values of these layers. `choose` is called once at the end with the values
+    and shapes of all layers, and returns their patterns.
     """
 
     def check(self, pattern: Pattern) -> None:
-        """Raises ValueError for a pattern whose sparsity cannot be spread so."""
+        """Raises ValueError for a pattern that the allocation does not support."""
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram | InputNorm | None: ...
 
@@ -42,16 +43,16 @@ class Allocation(Protocol):
 
 
 def unit_of(name: str, units: Iterable[str]) -> str | None:
-    """Returns the smallest of the units that a layer is in: itself, the tensor that an expert is in, or the block."""
+    """Returns the smallest of the `units` that contain a layer: itself, an expert's tensor or the block; else None."""
     return max((unit for unit in units if inside(name, unit)), key=len, default=None)
 
 
 def read_sensitivities(path: str | Path) -> dict[str, Any]:
     """
-    Reads what `sensitivity(path=...)` or `recipe=sensitivity` wrote: its setting and its cells.
+    Reads a file that `sensitivity(path=...)` or `recipe=sensitivity` wrote: its `setting` and its `cells`.
 
     Raises:
-        ValueError: there is no such file, or it holds something else.
+        ValueError: there is no such file, or it holds no sensitivities.
     """
     if not Path(path).is_file():
         raise ValueError(f"no sensitivities at {path}; python train.py recipe=sensitivity measures them")
@@ -67,14 +68,14 @@ def layer_sizes(shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
 
 
 def with_counts(removed: Mapping[str, int], sizes: Mapping[str, int], pattern: Pattern) -> dict[str, Pattern]:
-    """Returns the pattern for every layer, with the sparsity that removes so many of its weights."""
+    """Returns, for every layer, the pattern at the sparsity that removes `removed` of its weights."""
     return {name: at_sparsity(pattern, count / sizes[name]) for name, count in removed.items()}
 
 
 def check_single_weights(name: str, pattern: Pattern) -> None:
-    """Raises ValueError, in the name of an allocation, for a pattern whose weights do not go one by one."""
+    """Raises ValueError, naming the allocation, for a pattern that does not remove single weights."""
     if not removes_single_weights(pattern):
         raise ValueError(
-            f"{name} spreads the sparsity of Unstructured over layers and cannot spread {pattern}: its weights do not "
-            "go one by one"
+            f"{name} spreads the sparsity of Unstructured over layers and cannot spread {pattern}, which does not "
+            "remove single weights"
         )

@@ -55,7 +55,7 @@ def find_blocks(model: nn.Module, name: str | None = None) -> list[tuple[str, nn
                     if depth
                     else "it has no nn.ModuleList. "
                 )
-                + f'Name the list of blocks with blocks="...", e.g. blocks="model.layers"; the model has {sorted(lists)}'
+                + f'Name the list of blocks with blocks="...", e.g. blocks="model.layers"; found {sorted(lists)}'
             )
         chosen = max(candidates, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
     return [(f"{chosen}.{i}", block) for i, block in enumerate(lists[chosen])]

@@ -39,7 +39,7 @@ def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Itera
     Runs the model up to its blocks and records the arguments of every block, for all batches.
 
     The blocks do not run: during the capture each returns the hidden states that it received (in a tuple if the real
-    block returns one), and the pass ends at the last block. Only the first block runs once, to see its return type.
+    block returns one), and the pass ends at the last block. The first block alone runs once, to see its return type.
 
     Args:
         model: a causal language model.

@@ -115,11 +115,12 @@ def _without(
     real: Tensor, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Calls `forward` on the rows of real tokens only; returns its output with zeros for the other rows."""
+
     def rows(value: Any, count: int) -> Any:
         if isinstance(value, Tensor) and (not value.ndim or len(value) != count):
             raise ValueError(
-                f"{name} deals {count} tokens to experts, and has a tensor of shape {tuple(value.shape)}, whose padding "
-                "rows cannot be identified. Give calibration windows without padding"
+                f"{name} deals {count} tokens to experts, and has a tensor of shape {tuple(value.shape)}, whose "
+                "padding rows cannot be identified. Give calibration windows without padding"
             )
         return value
 
