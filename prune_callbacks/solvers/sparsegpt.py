@@ -87,14 +87,15 @@ def sweep(
     # Transposed, so that a column of the weight is contiguous in memory.
     columns = weight.T.clone(memory_format=torch.contiguous_format)
     columns[system.dead] = 0
-    before, cost = columns.clone(), columns.new_zeros(columns.shape[1])
+    cost = columns.new_zeros(columns.shape[1])
     keep = torch.zeros_like(columns, dtype=torch.bool)
     for a in range(0, len(columns), block_size):
         b = min(a + block_size, len(columns))
         errors = sweep_block(columns[a:], factor[a:b, a:b], keep[a:b], choose, step, settle, a)
         columns[b:].addmm_(factor[a:b, b:].T, errors, alpha=-1)
         cost += torch.linalg.vecdot(errors, errors, dim=0)
-    cost -= system.ridge * before.sub_(columns).square_().sum(0)
+        change = (weight[:, a:b].T - columns[a:b]) * ~system.dead[a:b, None]
+        cost -= system.ridge * torch.linalg.vecdot(change, change, dim=0)
     return Solved(columns.T.contiguous(), keep.T.contiguous(), sum_by_layer(cost, heights))
 
 
