@@ -1,7 +1,7 @@
 """Tries a pruner, a pattern or a schedule on drawn numbers, and says what it does not keep of its contract."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +18,7 @@ SHAPES = ((16, 32), (8, 48), (24, 96))
 TOKENS = 200
 
 
-def check_contract(contender: Any, *, seed: int = 0) -> None:
+def check_contract(contender: Any, *, seed: int = 0, shapes: Sequence[tuple[int, int]] = SHAPES) -> None:
     """
     Checks what the Protocol of a pruner, a pattern or a schedule promises; call it in a test of your own.
 
@@ -32,6 +32,7 @@ def check_contract(contender: Any, *, seed: int = 0) -> None:
     Args:
         contender: the pruner, pattern or schedule.
         seed: of the drawn numbers.
+        shapes: (out, in) of the drawn layers; those that the pattern does not fit are left out.
 
     Raises:
         ValueError: the contract is broken, or it is none of the three; the text says what was found.
@@ -39,9 +40,9 @@ def check_contract(contender: Any, *, seed: int = 0) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if hasattr(contender, "prune") or hasattr(contender, "statistic"):
-            _check_pruner(contender)
+            _check_pruner(contender, shapes)
         elif hasattr(contender, "keep"):
-            _check_pattern(contender)
+            _check_pattern(contender, shapes)
         elif hasattr(contender, "changes"):
             _check_schedule(contender)
         else:
@@ -65,24 +66,23 @@ def _refuses(call: Callable[[], object]) -> bool:
     return False
 
 
-def _fitting(pattern: Pattern) -> Iterator[tuple[int, int]]:
+def _fitting(pattern: Pattern, shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Yields the shapes that the pattern takes."""
-    for shape in SHAPES:
+    for shape in shapes:
         with suppress(ValueError):
             pattern.check_shape(shape)
             yield shape
 
 
-def _check_pruner(pruner: Pruner) -> None:
+def _check_pruner(pruner: Pruner, drawn: Sequence[tuple[int, int]]) -> None:
     check_pruner("check_contract", pruner)
-    _check_pattern(pruner.pattern)
+    _check_pattern(pruner.pattern, drawn)
     _require(" at 0x" not in repr(pruner), pruner, "its repr holds an address, which differs between processes")
     _require(repr(copy.deepcopy(pruner)) == repr(pruner), pruner, "a copy has another repr")
     if takes_pattern(pruner):
         again = with_pattern(pruner, pruner.pattern)
         _require(repr(again) == repr(pruner), pruner, f"with its own pattern it becomes {again!r}")
-    shapes = list(_fitting(pruner.pattern))
-    _require(bool(shapes), pruner, f"its pattern fits none of {SHAPES}")
+    shapes = list(_fitting(pruner.pattern, drawn))
     for shape in shapes:
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             weight = torch.randn(shape).to(dtype)
@@ -147,11 +147,11 @@ def _check_loss(pruner: Pruner, weight: Tensor, pruned: Pruned, statistic: Stati
     _require(near, pruner, f"the loss is {found}, and d G d^T is {expected}")
 
 
-def _check_pattern(pattern: Pattern) -> None:
+def _check_pattern(pattern: Pattern, drawn: Sequence[tuple[int, int]]) -> None:
     _require(isinstance(pattern, Pattern), pattern, "it lacks one of sparsity, keep, check_shape and holds")
     _require(0 <= pattern.sparsity < 1, pattern, f"its sparsity, {pattern.sparsity}, is not in [0, 1)")
-    shapes = list(_fitting(pattern))
-    _require(bool(shapes), pattern, f"check_shape refuses all of {SHAPES}")
+    shapes = list(_fitting(pattern, drawn))
+    _require(bool(shapes), pattern, f"check_shape refuses all of {list(drawn)}; give others with shapes=")
     for shape in shapes:
         scores = torch.randn(shape).abs()
         keep = pattern.keep(scores)

@@ -78,9 +78,12 @@ class LagrangianAllocation:
         return cls(reach, points, {name: max(value, largest / 1000) for name, value in importance.items()})
 
     def check(self, pattern: Pattern) -> None:
-        """Takes `Unstructured` and `NM`."""
-        if kept_of_group(pattern) is None:
+        """Raises ValueError for a pattern other than `Unstructured` and `NM`."""
+        group = kept_of_group(pattern)
+        if group is None:
             check_single_weights("LagrangianAllocation", pattern)
+        elif pattern != NM(*group):
+            raise ValueError(f"LagrangianAllocation mixes NM patterns, and {pattern!r} is of another class")
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
         """Returns an empty Gram, from which losses are computed."""

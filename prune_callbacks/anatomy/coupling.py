@@ -16,7 +16,7 @@ MLPS = (
 """Names of the layers that write an MLP's channels, and of the one that reads them after elementwise functions."""
 
 READS_HEADS = "o_proj"
-"""The layer that reads the heads of an attention with `q_proj`, `k_proj` and `v_proj`."""
+"""The layer that reads an attention's heads from `q_proj`, `k_proj`, `v_proj`; a configuration may set their size."""
 
 
 @dataclass(frozen=True)

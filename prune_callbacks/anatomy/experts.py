@@ -80,7 +80,7 @@ def dense_in_mixtures(
     blocks: Sequence[tuple[str, nn.Module]], chosen: Mapping[str, Target]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """
-    Returns the tensors of fused experts that are no targets, and the routers that are none, by name with the reason.
+    Returns why weights stay dense, by name, in two mappings: untargeted tensors of fused experts, untargeted routers.
 
     Args:
         blocks: the model's decoder blocks.

@@ -25,7 +25,7 @@ from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.results import Result
 from prune_callbacks.solvers.permutation import channel_permutation, kept_score
 from prune_callbacks.solvers.statistics import Statistic
-from prune_callbacks.sparsity import NM
+from prune_callbacks.sparsity import Pattern
 from prune_callbacks.sparsity.questions import kept_of_group
 
 
@@ -47,7 +47,7 @@ class Permuted(Result):
 def permute_channels_(
     model: nn.Module,
     batches: Iterable[Batch],
-    pattern: NM,
+    pattern: Pattern,
     *,
     blocks: str | None = None,
     device: torch.device | str | None = None,
@@ -148,14 +148,17 @@ def _width(model: nn.Module, group: Coupled) -> int:
     return group.width if group.width > 1 else _target(model, group.reader).shape[1]
 
 
-def _permute(model: nn.Module, group: Coupled, statistic: Statistic, pattern: NM, ranks: Ranks) -> Permuted:
+def _permute(model: nn.Module, group: Coupled, statistic: Statistic, pattern: Pattern, ranks: Ranks) -> Permuted:
     weight = _target(model, group.reader).matrix()
     scores = (weight.float() ** 2) * statistic.squared_norm.float()
     width = _width(model, group)
     written = _target(model, group.values).shape[0] // width
     # Heads that read the same values, and so must agree on their order, stand below each other.
     stacked = scores.unflatten(1, (written, -1, width)).permute(1, 2, 0, 3).flatten(1, 2)
-    orders = ranks.attempt(lambda: [channel_permutation(part, pattern.n, pattern.m) for part in stacked])
+    group_of = kept_of_group(pattern)
+    assert group_of is not None
+    n, m = group_of
+    orders = ranks.attempt(lambda: [channel_permutation(part, n, m) for part in stacked])
     orders = ranks.share(orders)  # decided once
     rows = torch.cat([head * width + order.to(weight.device) for head, order in enumerate(orders)])
     repeats = weight.shape[1] // (written * width)
@@ -165,7 +168,7 @@ def _permute(model: nn.Module, group: Coupled, statistic: Statistic, pattern: NM
     for writer in group.writers if group.width == 1 else (group.values,):
         _reorder_rows(_target(model, writer), rows)
     whole = max(float(scores.sum(dtype=torch.float64)), torch.finfo(torch.float32).tiny)
-    before, after = (kept_score(part, pattern.n, pattern.m) / whole for part in (scores, scores[:, columns]))
+    before, after = (kept_score(part, n, m) / whole for part in (scores, scores[:, columns]))
     return Permuted(before, after)
 
 

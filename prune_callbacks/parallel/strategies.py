@@ -137,7 +137,7 @@ def check_strategy(strategy: Strategy, who: str, *, whole_weights: bool) -> None
     """
     name, served = type(strategy).__name__, _served(strategy)
     if whole_weights:
-        if served is not None and served.sharded:
+        if served is None or served.sharded:
             raise ValueError(f'{who} does not work under {name}; use one device or strategy="ddp"')
         return
     problem = (

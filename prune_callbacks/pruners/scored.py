@@ -1,5 +1,6 @@
 """Pruners that are a score and a pattern; no weight is changed."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -138,4 +139,9 @@ class Scored(ScorePruner):
 
 
 def _name(function: Any) -> str:
-    return str(getattr(function, "__qualname__", repr(function))).rpartition("<locals>.")[2]
+    """Returns a function's name, of a lambda with a mark of its code: two of them are not the same score."""
+    name = str(getattr(function, "__qualname__", repr(function))).rpartition("<locals>.")[2]
+    if name != "<lambda>":
+        return name
+    code = function.__code__
+    return f"<lambda {hashlib.sha256(repr((code.co_code, code.co_consts, code.co_names)).encode()).hexdigest()[:8]}>"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.storage.checkpoints import newest_checkpoint
 from prune_callbacks.storage.run_record import STAGES, RunRecord, read_record
 
 TRACES = ("report.json", "config.yaml", "masks.safetensors", "model")
@@ -130,9 +131,8 @@ def _go_on(dirpath: Path, record: RunRecord, config: str | None) -> str:
             "If the run is not going on any more: fit again, with ckpt_path= naming a checkpoint of this run if there "
             "is one, else with another folder for RunReport."
         )
-    checkpoints = list((dirpath / "checkpoints").glob("*.ckpt"))
-    if not checkpoints:
+    newest = newest_checkpoint(dirpath / "checkpoints")
+    if newest is None:
         return f"If the run is not going on any more, begin it anew in another folder: {command}{overrides}"
-    newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
     where = shlex.join([f"output_dir={dirpath}", f"ckpt_path={newest}"])
     return f"If the run is not going on any more, resume it from its newest checkpoint: {command} {where}{overrides}"
