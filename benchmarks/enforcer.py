@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from prune_callbacks import CausalLM, MaskEnforcer, MaskSet
 from prune_callbacks.anatomy.blocks import find_blocks
-from prune_callbacks.anatomy.finding import find_targets
+from prune_callbacks.anatomy.targets import find_targets
 from prune_callbacks.sparsity import keep_largest
 from prune_callbacks.tasks import smollm2_135m, tiny_llama
 

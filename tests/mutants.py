@@ -209,14 +209,14 @@ MUTANTS = (
     # calibration
     Mutant(
         "padding_counts",
-        "calibration/statistics.py",
+        "calibration/collect.py",
         "real = x if self.tokens is None else _real(x, self.tokens)",
         "real = x",
         "test_blocks.py::test_padding_does_not_count",
     ),
     Mutant(
         "hooks_stay",
-        "calibration/statistics.py",
+        "calibration/collect.py",
         "stack.callback(hook.remove)",
         "stack.callback(lambda: None)",
         "test_engine.py::test_a_real_error_behind_the_last_layer_is_not_swallowed",

@@ -6,7 +6,7 @@ from torch import nn
 
 from prune_callbacks import NM, InputNorm, SparseGPT, Unstructured, Wanda, prune_sequentially
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
-from prune_callbacks.anatomy.finding import find_targets
+from prune_callbacks.anatomy.targets import find_targets
 
 COMMON = {
     "vocab_size": 97,

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from prune_callbacks import MaskSet
 from prune_callbacks.anatomy.blocks import find_blocks
-from prune_callbacks.anatomy.finding import find_targets
+from prune_callbacks.anatomy.targets import find_targets
 from prune_callbacks.deploy.csr import CSRLinear, break_even_sparsity, compressed, convert_to_csr_, revert_csr_
 from prune_callbacks.deploy.csr_files import load_csr, save_csr
 

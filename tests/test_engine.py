@@ -18,9 +18,9 @@ from prune_callbacks import (
     prune_checkpoint,
     prune_sequentially,
 )
-from prune_callbacks.anatomy.targets import LayerTarget
+from prune_callbacks.anatomy.target import LayerTarget
 from prune_callbacks.calibration.capture import BlockInputs
-from prune_callbacks.calibration.statistics import collect
+from prune_callbacks.calibration.collect import collect
 from prune_callbacks.memory import peak_memory
 from prune_callbacks.solvers.linalg import damp
 from prune_callbacks.studies import sensitivity

@@ -40,7 +40,7 @@ from prune_callbacks import (
 )
 from prune_callbacks.anatomy.blocks import find_blocks
 from prune_callbacks.anatomy.experts import routers
-from prune_callbacks.anatomy.finding import find_targets, parameters_of
+from prune_callbacks.anatomy.targets import find_targets, parameters_of
 from prune_callbacks.calibration.products import WeightUses
 from prune_callbacks.deploy import load_compressed, save_compressed
 from prune_callbacks.deploy.conversion import find_two_four

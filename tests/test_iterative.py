@@ -31,7 +31,7 @@ from prune_callbacks import (
     Unstructured,
 )
 from prune_callbacks.anatomy.blocks import find_blocks
-from prune_callbacks.anatomy.finding import find_targets
+from prune_callbacks.anatomy.targets import find_targets
 from prune_callbacks.engine.iterative import shrink_masks
 from prune_callbacks.parallel.plain import PlainAccess
 from prune_callbacks.tasks import TextFile, tiny_llama

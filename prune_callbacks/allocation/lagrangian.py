@@ -17,7 +17,7 @@ from prune_callbacks.allocation.protocol import (
     unit_of,
     with_counts,
 )
-from prune_callbacks.anatomy.naming import naming
+from prune_callbacks.anatomy.names import naming
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.pruners.questions import with_pattern
 from prune_callbacks.solvers import Gram

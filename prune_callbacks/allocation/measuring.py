@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from prune_callbacks.allocation.protocol import Allocation, layer_sizes, with_counts
-from prune_callbacks.anatomy.naming import inside
-from prune_callbacks.anatomy.targets import Target
+from prune_callbacks.anatomy.names import inside
+from prune_callbacks.anatomy.target import Target
 from prune_callbacks.calibration.capture import BlockInputs
+from prune_callbacks.calibration.collect import collect
 from prune_callbacks.calibration.inputs import next_inputs
 from prune_callbacks.calibration.prefetch import visited
-from prune_callbacks.calibration.statistics import collect
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.pruners.questions import pool, takes_pattern, with_pattern
 from prune_callbacks.ranks import Ranks

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from prune_callbacks.anatomy.naming import inside
+from prune_callbacks.anatomy.names import inside
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.solvers.statistics import Statistic

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from prune_callbacks.anatomy.targets import LINEAR, LayerTarget, Target
+from prune_callbacks.anatomy.target import LINEAR, LayerTarget, Target
 
 MLPS = (
     (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from prune_callbacks.anatomy.naming import inside
-from prune_callbacks.anatomy.targets import ExpertTarget, Target
+from prune_callbacks.anatomy.names import inside
+from prune_callbacks.anatomy.target import ExpertTarget, Target
 from prune_callbacks.parallel.shapes import whole_shape
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.coupling import Coupled
-from prune_callbacks.anatomy.targets import Target
+from prune_callbacks.anatomy.target import Target
 from prune_callbacks.sparsity import Pattern
 
 CHANNELS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")

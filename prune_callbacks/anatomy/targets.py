@@ -1,142 +1,138 @@
-"""Target: one matrix to prune, in any kind of module."""
+"""Finds the matrices to prune in the decoder blocks, and further weights that a pruning may have zeroed."""
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
-LINEAR = (nn.Linear, Conv1D)
-"""Types of modules whose weight is a target. `Conv1D` is GPT-2's linear layer, with a weight of shape (in, out)."""
+from prune_callbacks.anatomy.adapters import adapter_modules
+from prune_callbacks.anatomy.experts import expert_targets, fused_parameters, routers
+from prune_callbacks.anatomy.target import LINEAR, LayerTarget, Target
+
+SPARSE = 0.01
+"""The least fraction of zeros in a tensor that counts as pruned."""
 
 
-@dataclass(frozen=True)
-class Target(ABC):
+def find_targets(
+    blocks: Sequence[tuple[str, nn.Module]], targets: Sequence[str] | str | None = None, *, experts: bool = False
+) -> dict[str, Target]:
     """
-    One matrix to prune: its location, its layout, and methods to read and replace it.
+    Finds the matrices to prune inside the blocks; returns them by full name, in the model's order.
 
-    Attributes:
-        name: full dotted name, which `targets=` matches and errors mention.
-        module: the module with the parameter.
-        attribute: the parameter's name in the module.
-        input_first: whether the matrix is stored as (in, out).
+    Warns of matrices that share their weight with an earlier one, and leaves them out.
+
+    Args:
+        blocks: the result of `find_blocks`.
+        targets: shell-style patterns, matched against full names ("*.mlp.*") or their last part ("down_proj"). None:
+            every `nn.Linear` and `Conv1D` in the blocks except the `routers`.
+        experts: whether to include the matrices of fused experts, as `ExpertTarget`. A pattern matches one expert by
+            its name, which ends in the expert's index ("*.experts.down_proj.3"), or all experts by the name of their
+            parameter ("down_proj").
+
+    Raises:
+        ValueError: a pattern matches nothing, or there is nothing to prune.
     """
-
-    name: str
-    module: nn.Module
-    attribute: str
-    input_first: bool
-
-    shares_parameter: ClassVar[bool]
-    """Whether the parameter also holds other matrices, those of other experts."""
-
-    unseen: ClassVar[str]
-    """The reason why calibration may have seen no inputs, as a clause for a message."""
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """Returns the current parameter; moving the module replaces its data by another tensor."""
-        return self.module.get_parameter(self.attribute)
-
-    @property
-    @abstractmethod
-    def parameter_name(self) -> str:
-        """Returns the parameter's full name, as in the model's `state_dict`."""
-
-    @property
-    @abstractmethod
-    def stored_name(self) -> str:
-        """Returns the matrix's name in reports: the parameter's name, plus the index of an expert."""
-
-    @property
-    @abstractmethod
-    def stored(self) -> Tensor:
-        """Returns a detached view of the matrix in its stored layout; writing to it changes the parameter."""
-
-    @property
-    @abstractmethod
-    def identity(self) -> tuple[int, int]:
-        """Returns a key that is equal for two targets with the same matrix (tied weights)."""
-
-    def matrix(self) -> Float[Tensor, "out in"]:
-        """Returns the matrix as (out, in), a view of the parameter."""
-        return self.oriented(self.stored)
-
-    @torch.no_grad()
-    def assign_(self, matrix: Float[Tensor, "out in"]) -> None:
-        """Overwrites the matrix in place with one of shape (out, in)."""
-        self.stored.copy_(self.oriented(matrix))
-
-    def oriented(self, tensor: Tensor) -> Tensor:
-        """Returns a view of a weight or mask, converted from the stored layout to (out, in), or back."""
-        return tensor.T if self.input_first else tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Returns (out, in)."""
-        out, size = self.matrix().shape
-        return out, size
+    found: dict[str, Target] = {}
+    owners: dict[tuple[int, int], str] = {}
+    for target in _prunable(blocks, experts=experts):
+        owner = owners.setdefault(target.identity, target.name)
+        if owner == target.name:
+            found[target.name] = target
+        else:
+            warnings.warn(
+                f"{target.name} shares its weight with {owner} and is pruned with it, on the inputs of {owner}",
+                stacklevel=3,
+            )
+    if not found:
+        raise ValueError(
+            "the decoder blocks hold no nn.Linear or Conv1D to prune. Packed or quantized layers cannot be pruned: "
+            "load the model with its weights dequantized"
+        )
+    if targets is None:
+        deciding = {f"{block_name}.{name}" for block_name, block in blocks for name in routers(block)}
+        return {name: target for name, target in found.items() if name not in deciding}
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    if not patterns:
+        raise ValueError("targets is empty, so nothing would be pruned; None prunes every linear layer of the blocks")
+    for pattern in patterns:
+        if not any(_matches(target, pattern) for target in found.values()):
+            first = [target for name, target in found.items() if name.startswith(blocks[0][0] + ".")]
+            shown = [f"{t.parameter_name}.*" if t.shares_parameter else t.name for t in first]
+            raise ValueError(
+                f"target {pattern!r} matches no layer. The first block has {', '.join(dict.fromkeys(shown))}"
+            )
+    return {name: target for name, target in found.items() if any(_matches(target, p) for p in patterns)}
 
 
-class LayerTarget(Target):
-    """The weight of a linear layer (`LINEAR`)."""
-
-    shares_parameter = False
-    unseen = "its forward was never called"
-
-    @classmethod
-    def of(cls, name: str, layer: nn.Module) -> "LayerTarget":
-        """Makes the target of a linear layer with full name `name`."""
-        return cls(name, layer, "weight", isinstance(layer, Conv1D))
-
-    @property
-    def parameter_name(self) -> str:
-        return f"{self.name}.{self.attribute}"
-
-    @property
-    def stored_name(self) -> str:
-        return self.parameter_name
-
-    @property
-    def stored(self) -> Tensor:
-        return self.parameter.detach()
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        return id(self.parameter), 0
-
-
-@dataclass(frozen=True)
-class ExpertTarget(Target):
+def matrices(blocks: Sequence[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
     """
-    One expert's matrix: a slice of the parameter with the matrices of all experts.
+    Returns all floating-point weights in the blocks that a pruning may have zeroed, by name; tied ones once.
 
-    Its name is that of the parameter with the expert's index: `model.layers.0.mlp.experts.gate_up_proj.3`.
-
-    Attributes:
-        index: the expert's index. The parameter has shape (experts, out, in), or (experts, in, out).
+    They are the weights of every `nn.Linear` and `Conv1D`, of routers, and the tensors of fused experts, including
+    experts whose module does not say how it stores them.
     """
+    found: dict[str, nn.Parameter] = {}
+    for block_name, block in blocks:
+        found |= parameters_of(_prunable([(block_name, block)], experts=False))
+        found |= {
+            f"{block_name}.{name}.weight": block.get_submodule(name).get_parameter("weight") for name in routers(block)
+        }
+        found |= _fused(block_name, block)
+    once = {id(parameter): name for name, parameter in reversed(found.items())}
+    return {name: p for name, p in found.items() if once[id(p)] == name and p.is_floating_point()}
 
-    index: int
 
-    shares_parameter = True
-    unseen = "no product with it was seen"
+def sparse_experts(
+    blocks: Sequence[tuple[str, nn.Module]], targets: Sequence[str] | str | None = None
+) -> dict[str, nn.Parameter]:
+    """
+    Returns the tensors of fused experts of which at least 1 % are zeros, by name.
 
-    @property
-    def parameter_name(self) -> str:
-        return self.name.rpartition(".")[0]
+    Callers that handle linear layers only leave these out.
 
-    @property
-    def stored_name(self) -> str:
-        return self.name
+    Args:
+        blocks: the result of `find_blocks`.
+        targets: see `find_targets`.
+    """
+    patterns = [targets] if isinstance(targets, str) else targets
+    found = {name: parameter for block in blocks for name, parameter in _fused(*block).items()}
+    return {
+        name: parameter
+        for name, parameter in found.items()
+        if (patterns is None or any(_expert_matches(name, pattern) for pattern in patterns))
+        and float((parameter.detach() == 0).float().mean()) >= SPARSE
+    }
 
-    @property
-    def stored(self) -> Tensor:
-        return self.parameter.detach()[self.index]
 
-    @property
-    def identity(self) -> tuple[int, int]:
-        return id(self.parameter), self.index
+def _fused(block_name: str, block: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the tensors of a block that hold one matrix per expert, by full name."""
+    return {
+        ".".join(filter(None, (block_name, place, attribute))): parameter
+        for place, _, attribute, parameter in fused_parameters(block)
+    }
+
+
+def _expert_matches(name: str, pattern: str) -> bool:
+    return any(fnmatchcase(known, pattern) for known in (name, name.rsplit(".", 1)[-1], f"{name}.0"))
+
+
+def _prunable(blocks: Sequence[tuple[str, nn.Module]], *, experts: bool) -> Iterator[Target]:
+    for block_name, block in blocks:
+        inner = adapter_modules(block)
+        for name, module in block.named_modules():
+            path = f"{block_name}.{name}" if name else block_name
+            if isinstance(module, LINEAR) and name not in inner:
+                yield LayerTarget.of(path, module)
+            if experts:
+                yield from expert_targets(path, module)
+
+
+def _matches(target: Target, pattern: str) -> bool:
+    whole = target.parameter_name if target.shares_parameter else target.name
+    return any(fnmatchcase(known, pattern) for known in (target.name, whole, whole.rsplit(".", 1)[-1]))
+
+
+def parameters_of(targets: Iterable[Target]) -> dict[str, nn.Parameter]:
+    """Returns the parameters that hold the targets, each once, by full name."""
+    return {target.parameter_name: target.parameter for target in targets}

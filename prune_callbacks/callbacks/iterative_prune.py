@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
 from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
-from prune_callbacks.anatomy.finding import SPARSE, find_targets, parameters_of
-from prune_callbacks.anatomy.naming import naming
-from prune_callbacks.anatomy.targets import Target
+from prune_callbacks.anatomy.names import naming
+from prune_callbacks.anatomy.target import Target
+from prune_callbacks.anatomy.targets import SPARSE, find_targets, parameters_of
 from prune_callbacks.callbacks.iterative_settings import check_length, check_restored, settings_of
 from prune_callbacks.callbacks.kinds import PrunesInRounds
 from prune_callbacks.callbacks.lightning_internals import random_state, restore_random_state

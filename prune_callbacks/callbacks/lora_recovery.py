@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
-from prune_callbacks.anatomy.finding import SPARSE, find_targets, sparse_experts
+from prune_callbacks.anatomy.targets import SPARSE, find_targets, sparse_experts
 from prune_callbacks.callbacks.kinds import FinishesWeights, PrunesOnce, renamed
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
-from prune_callbacks.anatomy.finding import SPARSE, find_targets, matrices, parameters_of
+from prune_callbacks.anatomy.targets import SPARSE, find_targets, matrices, parameters_of
 from prune_callbacks.callbacks.kinds import HoldsMasks
 from prune_callbacks.callbacks.lightning_internals import logs_now
 from prune_callbacks.callbacks.lineup import Lineup, access_to

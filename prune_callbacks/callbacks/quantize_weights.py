@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
-from prune_callbacks.anatomy.finding import find_targets
+from prune_callbacks.anatomy.targets import find_targets
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
 from prune_callbacks.callbacks.kinds import PrunesOnce, PruningCallback
 from prune_callbacks.callbacks.lineup import Lineup

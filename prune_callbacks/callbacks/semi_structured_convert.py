@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
-from prune_callbacks.anatomy.finding import find_targets
+from prune_callbacks.anatomy.targets import find_targets
 from prune_callbacks.callbacks.kinds import PrunesInRounds, PrunesOnce, PruningCallback
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.deploy.backends import Hardware, choose_backend, why_not

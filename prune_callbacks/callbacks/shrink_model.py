@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
-from prune_callbacks.anatomy.finding import find_targets, parameters_of
+from prune_callbacks.anatomy.targets import find_targets, parameters_of
 from prune_callbacks.callbacks.kinds import PrunesOnce, PruningCallback
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup

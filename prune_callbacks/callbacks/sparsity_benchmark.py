@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
-from prune_callbacks.anatomy.finding import find_targets, sparse_experts
-from prune_callbacks.anatomy.targets import Target
+from prune_callbacks.anatomy.target import Target
+from prune_callbacks.anatomy.targets import find_targets, sparse_experts
 from prune_callbacks.callbacks.kinds import PruningCallback
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.deploy.conversion import Conversion, is_converted

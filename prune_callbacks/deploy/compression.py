@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prune_callbacks.anatomy.adapters import refuse_adapters
 from prune_callbacks.anatomy.blocks import find_language_model
-from prune_callbacks.anatomy.naming import naming
+from prune_callbacks.anatomy.names import naming
 from prune_callbacks.deploy.compression_size import (
     FILE,
     METADATA,

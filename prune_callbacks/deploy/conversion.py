@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor
 
 from prune_callbacks.anatomy.blocks import find_blocks
-from prune_callbacks.anatomy.finding import find_targets, sparse_experts
+from prune_callbacks.anatomy.targets import find_targets, sparse_experts
 from prune_callbacks.deploy.backends import Backend, why_not_two_four
 from prune_callbacks.results import Result
 

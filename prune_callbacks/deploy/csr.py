@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prune_callbacks.anatomy.blocks import find_blocks
-from prune_callbacks.anatomy.finding import find_targets, sparse_experts
+from prune_callbacks.anatomy.targets import find_targets, sparse_experts
 from prune_callbacks.results import Result
 
 DTYPES = (torch.float32, torch.float64)

@@ -13,7 +13,7 @@ from prune_callbacks.anatomy.adapters import refuse_adapters
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
 from prune_callbacks.anatomy.coupling import Coupled, find_coupled
 from prune_callbacks.anatomy.resized import smaller_configuration
-from prune_callbacks.anatomy.targets import LayerTarget
+from prune_callbacks.anatomy.target import LayerTarget
 from prune_callbacks.storage.model_folder import from_state, savable
 
 

@@ -7,7 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from prune_callbacks.anatomy.naming import naming
+from prune_callbacks.anatomy.names import naming
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.pruners.questions import pool, scores_of_weights
 from prune_callbacks.ranks import Ranks

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from prune_callbacks.anatomy.blocks import find_blocks
 from prune_callbacks.anatomy.coupling import Coupled, find_coupled
-from prune_callbacks.anatomy.naming import naming
-from prune_callbacks.anatomy.targets import LayerTarget
+from prune_callbacks.anatomy.names import naming
+from prune_callbacks.anatomy.target import LayerTarget
 from prune_callbacks.calibration.capture import Batch, run_block, run_model
+from prune_callbacks.calibration.collect import collect
 from prune_callbacks.calibration.inputs import calibration_inputs, evaluating, next_inputs
 from prune_callbacks.calibration.prefetch import visited
-from prune_callbacks.calibration.statistics import collect
 from prune_callbacks.engine.plan import check_prunable, parsed_device, refuse_compiled
 from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.engine.sharing import share_weights

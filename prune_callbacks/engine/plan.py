@@ -12,10 +12,10 @@ from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.anatomy.blocks import find_blocks
 from prune_callbacks.anatomy.coupling import Coupled, coupled_targets
 from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
-from prune_callbacks.anatomy.finding import find_targets
-from prune_callbacks.anatomy.naming import inside, naming
+from prune_callbacks.anatomy.names import inside, naming
 from prune_callbacks.anatomy.resized import planned_removal
-from prune_callbacks.anatomy.targets import Target
+from prune_callbacks.anatomy.target import Target
+from prune_callbacks.anatomy.targets import find_targets
 from prune_callbacks.calibration.capture import Batch
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import coupled, needs_calibration, rounds

@@ -10,9 +10,9 @@ from torch import nn
 from prune_callbacks.allocation.measuring import allocate
 from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.calibration.capture import Batch, BlockInputs
+from prune_callbacks.calibration.collect import collect
 from prune_callbacks.calibration.inputs import calibration_inputs, evaluating, next_inputs
 from prune_callbacks.calibration.prefetch import visited
-from prune_callbacks.calibration.statistics import collect
 from prune_callbacks.engine.plan import Plan, make_plan
 from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.engine.report import PruneReport, warn_of_missed_counts

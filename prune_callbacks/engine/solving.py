@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from prune_callbacks.anatomy.naming import naming
-from prune_callbacks.anatomy.targets import Target
+from prune_callbacks.anatomy.names import naming
+from prune_callbacks.anatomy.target import Target
 from prune_callbacks.engine.plan import Plan
 from prune_callbacks.engine.report import LayerReport
 from prune_callbacks.pruners import Magnitude, Pruned, Pruner, check_weight

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prune_callbacks.sparsity.matching import Parameters
+from prune_callbacks.sparsity.parameter_names import Parameters
 from prune_callbacks.sparsity.patterns import Pattern
 from prune_callbacks.writing import whole_file
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prune_callbacks.anatomy.finding import parameters_of
-from prune_callbacks.anatomy.targets import Target
+from prune_callbacks.anatomy.target import Target
+from prune_callbacks.anatomy.targets import parameters_of
 from prune_callbacks.calibration.capture import Batch, check_batch
+from prune_callbacks.calibration.collect import collect
 from prune_callbacks.calibration.prefetch import Ahead, loading_ahead
-from prune_callbacks.calibration.statistics import collect
 from prune_callbacks.engine.plan import Plan
 from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.engine.solving import BlockPruning

@@ -11,8 +11,8 @@ from jaxtyping import Int
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from prune_callbacks.anatomy.naming import naming
-from prune_callbacks.anatomy.targets import Target
+from prune_callbacks.anatomy.names import naming
+from prune_callbacks.anatomy.target import Target
 from prune_callbacks.calibration.capture import (
     Batch,
     BlockInputs,
@@ -21,8 +21,8 @@ from prune_callbacks.calibration.capture import (
     run_block,
     to_device,
 )
+from prune_callbacks.calibration.collect import collect
 from prune_callbacks.calibration.inputs import evaluating, next_inputs
-from prune_callbacks.calibration.statistics import collect
 from prune_callbacks.engine.plan import make_plan
 from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.measure.perplexity import perplexity

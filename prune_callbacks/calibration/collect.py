@@ -7,7 +7,7 @@ from contextlib import ExitStack, suppress
 import torch
 from torch import Tensor, nn
 
-from prune_callbacks.anatomy.targets import Target
+from prune_callbacks.anatomy.target import Target
 from prune_callbacks.calibration.capture import BlockInputs, run_block
 from prune_callbacks.calibration.products import watched, watched_experts
 from prune_callbacks.ranks import ALONE, Ranks
