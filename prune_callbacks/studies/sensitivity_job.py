@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from prune_callbacks.pruners import Pruner
-from prune_callbacks.reporting.drawing import draw_sensitivity
+from prune_callbacks.reporting.sensitivity import draw_sensitivity
 from prune_callbacks.studies.sensitivity import Sensitivity, Unit, sensitivity
 
 SHOWN = 15
