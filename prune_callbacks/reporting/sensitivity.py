@@ -1,6 +1,11 @@
 """The picture of a sensitivity study."""
 
 from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.colors import SymLogNorm
+from matplotlib.ticker import NullFormatter
 
 from prune_callbacks.reporting.drawing import layer_grid, plain_text, save, subplots
 
