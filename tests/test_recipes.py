@@ -35,6 +35,7 @@ from prune_callbacks import (
     Wanda,
 )
 from prune_callbacks.parallel.strategies import check_strategy
+from prune_callbacks.pruners.ria import RIA
 from prune_callbacks.tasks import HubText, tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +124,11 @@ def test_allocations_are_instantiated(allocation, wanted, tmp_path):
     given = [f"allocation={allocation}"] if allocation else []
     cfg = compose("recipe=wanda_50", "model=tiny_llama", f"output_dir={tmp_path}", *given)
     assert instantiate(cfg.callbacks.one_shot).allocation == wanted
+
+
+def test_ria_is_a_value_of_the_pruner(tmp_path):
+    cfg = compose("recipe=wanda_50", "model=tiny_llama", f"output_dir={tmp_path}", "pruner=ria", "pruner.power=1.0")
+    assert instantiate(cfg.callbacks.one_shot).pruner == RIA(Unstructured(0.5), 1.0)
 
 
 def test_imp_and_what_it_is_measured_against_share_all_but_the_method(tmp_path):
