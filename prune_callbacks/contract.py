@@ -1,4 +1,4 @@
-"""Tries a pruner, a pattern or a schedule on drawn numbers, and says what it does not keep of its contract."""
+"""Tries a pruner, a pattern or a schedule on random numbers, and raises an error for a broken promise."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -20,22 +20,23 @@ TOKENS = 200
 
 def check_contract(contender: Any, *, seed: int = 0, shapes: Sequence[tuple[int, int]] = SHAPES) -> None:
     """
-    Checks what the Protocol of a pruner, a pattern or a schedule promises; call it in a test of your own.
+    Checks that a pruner, a pattern or a schedule keeps the promises of its Protocol; call it in a test of your own.
 
-    A pruner is run on drawn layers that its pattern fits: nothing it was given may change; weights are zero where the
-    mask says so and the mask has the pattern; NaN and empty statistics are refused; the loss is that of the Gram; two
-    calls, a copy and, of a joint pruner, layers solved together agree; it is written the same way in every process.
+    A pruner is run on random layers, of shapes that fit its pattern. Its arguments must stay unchanged. Removed weights
+    must be zero, and the mask must have the pattern. NaN and empty statistics must be refused. Under a Gram, the loss
+    must be `sum d G d^T`. A second call and, for a joint pruner, layers solved together must give the same result. The
+    `repr` must be equal for a copy and hold no address, so that every process writes the same one.
 
-    A pattern is asked for masks of drawn, tied and NaN scores, of slices of columns, and for itself at another
-    sparsity. A schedule is followed from 0 to behind its last change.
+    A pattern must make masks of random, tied and NaN scores and of slices of columns, and give itself at another
+    sparsity. A schedule is called at every time from 0 to one past its last change.
 
     Args:
         contender: the pruner, pattern or schedule.
-        seed: of the drawn numbers.
-        shapes: (out, in) of the drawn layers; those that the pattern does not fit are left out.
+        seed: the seed of the random numbers. The global random state is restored afterwards.
+        shapes: (out, in) of the random layers; shapes that do not fit the pattern are skipped.
 
     Raises:
-        ValueError: the contract is broken, or it is none of the three; the text says what was found.
+        ValueError: a promise is broken, or `contender` is none of the three; the message names the finding.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -53,6 +54,7 @@ def check_contract(contender: Any, *, seed: int = 0, shapes: Sequence[tuple[int,
 
 
 def _require(holds: bool, contender: object, broken: str) -> None:
+    """Raises ValueError with the broken promise unless it holds."""
     if not holds:
         raise ValueError(f"{contender!r} breaks its contract: {broken}")
 
@@ -67,7 +69,7 @@ def _refuses(call: Callable[[], object]) -> bool:
 
 
 def _fitting(pattern: Pattern, shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yields the shapes that the pattern takes."""
+    """Yields the shapes that fit the pattern."""
     for shape in shapes:
         with suppress(ValueError):
             pattern.check_shape(shape)
@@ -75,6 +77,7 @@ def _fitting(pattern: Pattern, shapes: Sequence[tuple[int, int]]) -> Iterator[tu
 
 
 def _check_pruner(pruner: Pruner, drawn: Sequence[tuple[int, int]]) -> None:
+    """Checks a pruner and its pattern on layers of the given shapes."""
     check_pruner("check_contract", pruner)
     _check_pattern(pruner.pattern, drawn)
     _require(" at 0x" not in repr(pruner), pruner, "its repr holds an address, which differs between processes")
@@ -99,7 +102,7 @@ def _check_pruner(pruner: Pruner, drawn: Sequence[tuple[int, int]]) -> None:
 
 
 def _filled(pruner: Pruner, in_features: int) -> Statistic | None:
-    """Makes the pruner's statistic of drawn inputs, of which one feature is never active."""
+    """Returns the pruner's statistic, filled with random inputs in which one feature is always zero."""
     statistic = pruner.statistic(in_features, "cpu")
     if statistic is not None:
         _require(isinstance(statistic, Statistic), pruner, f"{statistic!r} is no Statistic")
@@ -111,6 +114,7 @@ def _filled(pruner: Pruner, in_features: int) -> Statistic | None:
 
 
 def _check_pruned(pruner: Pruner, weight: Tensor, statistic: Statistic | None) -> None:
+    """Checks the result of pruning one layer."""
     before, known = weight.clone(), copy.deepcopy(statistic)
     pruned = pruner.prune(weight, statistic)
     _require(torch.equal(weight, before), pruner, "prune changes the weight that it is given")
@@ -138,6 +142,7 @@ def _check_pruned(pruner: Pruner, weight: Tensor, statistic: Statistic | None) -
 
 
 def _check_loss(pruner: Pruner, weight: Tensor, pruned: Pruned, statistic: Statistic | None) -> None:
+    """Checks the reported loss against `sum d G d^T`, if the statistic is a Gram."""
     if not isinstance(statistic, Gram):
         return
     change, gram = pruned.weight.double() - weight.double(), statistic.matrix.double()
@@ -148,6 +153,7 @@ def _check_loss(pruner: Pruner, weight: Tensor, pruned: Pruned, statistic: Stati
 
 
 def _check_pattern(pattern: Pattern, drawn: Sequence[tuple[int, int]]) -> None:
+    """Checks a pattern on scores of the given shapes."""
     _require(isinstance(pattern, Pattern), pattern, "it lacks one of sparsity, keep, check_shape and holds")
     _require(0 <= pattern.sparsity < 1, pattern, f"its sparsity, {pattern.sparsity}, is not in [0, 1)")
     shapes = list(_fitting(pattern, drawn))
@@ -175,7 +181,7 @@ def _check_pattern(pattern: Pattern, drawn: Sequence[tuple[int, int]]) -> None:
 
 
 def _check_slices(pattern: Pattern, scores: Tensor, kept: int) -> None:
-    """Checks that the counts of consecutive slices of columns add up, and that removed rows are declared."""
+    """Checks that the counts of consecutive slices of columns add up, unless the pattern declares `removes_rows`."""
     width = column_group(pattern) * max(1, scores.shape[1] // column_group(pattern) // 4)
     if not removes_rows(pattern):
         parts = [pattern.keep(part, start=i * width) for i, part in enumerate(scores.split(width, 1))]
@@ -184,6 +190,7 @@ def _check_slices(pattern: Pattern, scores: Tensor, kept: int) -> None:
 
 
 def _check_schedule(schedule: Schedule) -> None:
+    """Checks a schedule at every time from 0 to one past its last change."""
     _require(isinstance(schedule, Schedule), schedule, "it lacks one of target, unit, changes and a call")
     changes = list(schedule.changes)
     _require(schedule.unit in ("step", "epoch"), schedule, f'its unit is {schedule.unit!r}, not "step" or "epoch"')

@@ -1,14 +1,24 @@
 """
 Everything that an extension needs: Protocols, helpers and checks for pruners, patterns, schedules and strategies.
 
-- A score makes a pruner: `Scored(pattern, score=..., statistic=..., pool=...)`.
-- A pruner that changes weights implements `Pruner`; `as_pruned` makes its result. `prune_callbacks.pruners.questions`
-  lists what it may say about itself besides.
-- A pattern implements `Pattern`; `prune_callbacks.sparsity.questions` lists what it may say about itself besides.
-- A schedule implements `Schedule`, an allocation `Allocation`.
-- `check_contract(x)` tries any of these on drawn numbers: call it in a test.
-- A strategy is served once `register_strategy(Served(...))` was called, with a `ParamAccess` that says what a rank
-  holds.
+- Score: `Scored(pattern, score=..., statistic=..., pool=...)` makes a pruner of a function. If the score has settings,
+  subclass `ScorePruner` as a frozen dataclass with the settings as fields. `RIA` (prune_callbacks.pruners.ria) is a
+  template.
+- Pruner that changes weights: implement `Pruner`; `as_pruned` makes its result. `prune_callbacks.pruners.questions`
+  lists the optional attributes.
+- Pattern: implement `Pattern`. `prune_callbacks.sparsity.questions` lists the optional attributes. `Strips` in
+  tests/test_extend.py is a template.
+- Schedule: implement `Schedule`. `Stairs` in tests/test_extend.py is a template.
+- Allocation: implement `Allocation`.
+- Strategy: call `register_strategy(Served(...))` before `Trainer.fit`, in every process. `Served.access` makes a
+  `ParamAccess`, which describes the part of a parameter that a rank holds. `PlainAccess`
+  (prune_callbacks.parallel.plain) suits strategies under which every rank holds whole parameters.
+
+`check_contract(x)` tries a pruner, a pattern or a schedule on random numbers; call it in a test. Allocations and
+`ParamAccess` have no such check.
+
+Three features know single devices, DDP, FSDP2 and DeepSpeed only, and a registration does not extend them: snapshots
+for `Rewind`, `consolidate`, and the gathering of sharded weights for `RunReport`.
 """
 
 import lazy_loader

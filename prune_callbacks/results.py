@@ -1,4 +1,4 @@
-"""What the results of functions have in common."""
+"""The common base of result dataclasses."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -6,7 +6,7 @@ from typing import Any, cast
 
 
 class Result:
-    """A dataclass that is the result of a function: typed, and as plain values."""
+    """The base of dataclasses that functions return: typed fields, and plain values by `to_dict`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain values that JSON can represent; tensors and masks are left out."""
@@ -18,6 +18,7 @@ _LEFT_OUT = object()
 
 
 def _plain(value: Any) -> Any:
+    """Returns a field as plain values; `_LEFT_OUT` for a tensor, a mask or another value that JSON lacks."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if hasattr(value, "to_dict"):

@@ -142,7 +142,7 @@ def test_a_resumed_fit_is_not_permuted_again(data, tmp_path):
 
 def test_an_adapter_beside_the_weights_is_refused_and_a_masked_one_is_not(data, tmp_path):
     prune = [OneShotPrune(Wanda(NM(2, 4)), progress=False)]
-    with pytest.raises(ValueError, match=r"LoRARecovery\(masked=False\) keeps its adapter beside them"):
+    with pytest.raises(ValueError, match=r"LoRARecovery\(masked=False\) keeps its adapter apart"):
         fit(data, tmp_path, *prune, LoRARecovery(masked=False), MaskEnforcer(), QuantizeWeights(tmp_path))
     out = tmp_path / "run"
     model = fit(data, tmp_path, *prune, LoRARecovery(), QuantizeWeights(out, Grid(4, 16), progress=False))
@@ -210,7 +210,7 @@ def test_training_what_was_rounded_is_warned_of(data, tmp_path):
         ),
         (
             lambda out: [OneShotPrune(Structured(Columns(0.5))), ShrinkModel(out), LoRARecovery(masked=False)],
-            "keeps its adapter beside them",
+            "keeps its adapter apart",
         ),
     ],
 )

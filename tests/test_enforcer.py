@@ -379,7 +379,7 @@ def test_a_dense_model_with_a_stray_zero_is_warned_of(tmp_path):
     module = CausalLM(tiny_llama(hidden_size=32, layers=2), optimizer)
     with torch.no_grad():
         module.model.model.layers[0].mlp.up_proj.weight[0, 0] = 0
-    with pytest.warns(UserWarning, match=r"holds the zeros that the model has: 0.00% of 14 layers"):
+    with pytest.warns(UserWarning, match=r"holds the zeros of the model: 0.00% of 14 layers"):
         fit([MaskEnforcer()], tmp_path, module, max_steps=1)
 
 

@@ -154,7 +154,7 @@ def test_bad_input_is_refused_before_work(tiny, batches):
         prune_sequentially(tiny, batches, Wanda(NM(2, 4)), targets=["nothing"], progress=False)
     with pytest.raises(ValueError, match="token ids from 3 to 259, and LlamaForCausalLM has embeddings for 0 to 258"):
         prune_sequentially(tiny, [torch.tensor([[3, 259]])], Wanda(NM(2, 4)), progress=False)
-    with pytest.raises(ValueError, match="device='gpu' is none that torch knows"):
+    with pytest.raises(ValueError, match="device='gpu' is unknown to torch"):
         prune_sequentially(tiny, batches, Wanda(NM(2, 4)), device="gpu", progress=False)
     missing = f"cuda:{torch.cuda.device_count()}"
     with pytest.raises(ValueError, match=f"device='{missing}', and there (are|is) .* CUDA device"):

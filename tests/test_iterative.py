@@ -325,7 +325,7 @@ def test_a_missing_or_foreign_rewind_file_is_refused_at_resume(tmp_path):
 def test_a_checkpoint_without_its_state_and_another_schedule(tmp_path):
     path = checkpointed(tmp_path, imp())
     other = IterativePrune(IMPSchedule(0.6, rounds=2, every=5))
-    with pytest.warns(UserWarning, match=r"was trained by IMPSchedule\(target=0.5.*goes on by IMPSchedule\(target=0.6"):
+    with pytest.warns(UserWarning, match=r"trained by IMPSchedule\(target=0.5.*resumes with IMPSchedule\(target=0.6"):
         fit([other, MaskEnforcer()], tmp_path, ckpt_path=path)
     assert other.masks.sparsity() == pytest.approx(0.6, abs=1e-4)
     checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="dense", every_n_train_steps=2, save_top_k=-1)
@@ -334,7 +334,7 @@ def test_a_checkpoint_without_its_state_and_another_schedule(tmp_path):
         fit([imp(), MaskEnforcer()], tmp_path, ckpt_path=tmp_path / "dense.ckpt")
     with pytest.raises(
         ValueError,
-        match=r"was written with rewind=None, and IterativePrune has rewind=Rewind\(1, True\); go on with the same",
+        match=r"was written with rewind=None, and IterativePrune has rewind=Rewind\(1, True\); resume with the same",
     ):
         fit([imp(rewind=Rewind(1)), MaskEnforcer()], tmp_path, ckpt_path=path)
 

@@ -257,7 +257,7 @@ def test_a_fit_resumed_at_its_last_step_merges_and_saves_too(tmp_path, masked):
     assert masks.violations(again.named_parameters()) == {}
     assert (tmp_path / "adapter/adapter_config.json").exists() != masked
     other = LoRARecovery(LoraConfig(r=4), masked=not masked)
-    with pytest.raises(ValueError, match=rf"was trained by LoRARecovery\(masked={masked}\); go on with the same"):
+    with pytest.raises(ValueError, match=rf"was trained by LoRARecovery\(masked={masked}\); resume with the same"):
         fit([other, MaskEnforcer()], tmp_path, sparse_llama()[0], ckpt_path=tmp_path / "step=6.ckpt")
 
 

@@ -50,8 +50,8 @@ def test_a_sigterm_that_interrupts_the_error_on_its_way_is_answered(tmp_path, ca
         watch.note(RuntimeError(GLOO))  # the callback's on_exception, if it is reached after all
     (record,) = caplog.records
     assert record.getMessage() == (
-        "rank 1 of 2: another process of the training is gone, after 7 optimizer steps. No complete checkpoint is seen "
-        "from here; ModelCheckpoint() writes them"
+        "rank 1 of 2: another process of the training is gone, after 7 optimizer steps. No complete checkpoint is "
+        "visible from this machine; ModelCheckpoint() writes them"
     )
 
 
@@ -73,7 +73,7 @@ def test_the_newest_checkpoint_is_named(tmp_path, caplog):
     LostProcessWatch(trainer(tmp_path, world_size=1)).note(RuntimeError(GLOO))
     LostProcessWatch(trainer(tmp_path, world_size=1)).note(RuntimeError("CUDA out of memory"))
     (record,) = caplog.records  # of the first
-    assert f"Go on with the same settings and ckpt_path={tmp_path / 'step_3.ckpt'}" in record.getMessage()
+    assert f"Resume with the same settings and ckpt_path={tmp_path / 'step_3.ckpt'}" in record.getMessage()
 
 
 def test_the_handler_is_put_back(tmp_path, collective_in_the_handler):

@@ -111,7 +111,7 @@ def test_a_run_in_training_says_what_is_missing_and_how_to_go_on(make):
     text = words(html(folder))
     assert "This run is not complete." in text
     assert "The recovered model's perplexity: training has not come to its end." in text
-    assert "begin it anew in another folder: python train.py recipe=sparsegpt_50 'data.path=my corpus'" in text
+    assert "start it again in another folder: python train.py recipe=sparsegpt_50 'data.path=my corpus'" in text
     assert "recovered not measured after training" in text
     assert "No training step has been recorded." in text
     (folder / "checkpoints").mkdir()
@@ -135,7 +135,7 @@ def test_a_folder_with_settings_only(make):
     assert "All measurements: report.json is first written when the model is pruned, and there is none yet." in text
     assert "The masks: there is no masks.safetensors." in text
     assert "The sparse model: there is no folder model/." in text
-    assert "python train.py recipe=sparsegpt_50, with the overrides it was started with" in text
+    assert "python train.py recipe=sparsegpt_50, with the overrides of the first start" in text
     assert "There are no masks to show." in text
     assert "dense not measured before pruning" in text
     assert "exactly zero" not in text

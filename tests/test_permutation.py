@@ -138,7 +138,7 @@ def test_a_block_that_knows_the_order_of_its_channels_is_noticed():
         if secret.std() == 0:
             permute_channels_(model, BATCHES, NM(2, 4), progress=False)
             continue
-        with pytest.raises(ValueError, match=r"layer model.layers.1: permuting changed what is computed"):
+        with pytest.raises(ValueError, match=r"layer model.layers.1: permuting changed the output"):
             permute_channels_(model, BATCHES, NM(2, 4), progress=False)
 
 
@@ -173,7 +173,7 @@ def test_values_that_other_blocks_read_are_left_in_order(monkeypatch):
     assert (model(BATCHES[0]).logits - before).abs().max() < 1e-4 * before.abs().max()
     # Control: no block by itself shows what they share; the whole model does.
     monkeypatch.setattr("prune_callbacks.anatomy.coupling._reads_other_values", lambda owner: False)
-    with pytest.raises(ValueError, match="permuting changed what is computed"):
+    with pytest.raises(ValueError, match="permuting changed the output"):
         permute_channels_(sharing_values(), BATCHES, NM(2, 4), progress=False)
 
 

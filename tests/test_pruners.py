@@ -387,14 +387,14 @@ def test_combinations_without_sense_are_refused_by_name(unchecked):
         MRP(Rows(0.5))
     with pytest.raises(ValueError, match=r"ALPS .* cannot prune Rows.*Use Wanda or Magnitude"):
         ALPS(Rows(0.5))
-    with pytest.raises(ValueError, match='variant must be "SM", "MS" or "MM", got \'SS\'; "SS" is what SparseGPT does'):
+    with pytest.raises(ValueError, match='variant must be "SM", "MS" or "MM", got \'SS\'; "SS" is SparseGPT'):
         MRP(NM(2, 4), variant="SS")
     with pytest.raises(ValueError, match=r"NM\(n=8, m=32\) has 10518300 of them, more than 20000. Use variant"):
         MRP(NM(8, 32), variant="MM")
     for variant in ("MM", "MS"):
         with pytest.raises(ValueError, match=r"every subset .* Unstructured\(.*too many to try .* Use variant \"SM\""):
             MRP(Unstructured(0.5), variant=variant)
-    with pytest.raises(ValueError, match=r"must hold the 4 columns that NM\(n=2, m=4\) decides together, got 3"):
+    with pytest.raises(ValueError, match=r"must hold the 4 columns that NM\(n=2, m=4\) masks together, got 3"):
         SparseGPT(NM(2, 4), block_size=3)
     for bad in ("all", 128.5, True):
         with pytest.raises(ValueError, match="block_size is a whole number of columns .None: all of them., got"):

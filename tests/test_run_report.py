@@ -240,7 +240,7 @@ def test_the_monitor_sees_violations_and_logs_every_layer(tmp_path, tiny, data, 
     assert counts == [0, 32, 32]  # two rows of 32, half of them pruned
     assert monitor.history[0]["sparsity"][name] == 0.5
     assert monitor.history[1]["sparsity"][name] < 0.5
-    with pytest.raises(ValueError, match="SparsityMonitor counts what MaskEnforcer holds, and there is none"):
+    with pytest.raises(ValueError, match="weights that MaskEnforcer holds at zero, and there is none"):
         fit([SparsityMonitor()], tmp_path, CausalLM(tiny), data)
     with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
         SparsityMonitor(every_n_steps=0)

@@ -570,7 +570,7 @@ def test_a_dense_model_does_not_fail_its_fit(tmp_path):
 
 @pytest.mark.parametrize("late", [one_shot, MaskEnforcer, LoRARecovery])
 def test_who_reads_weights_must_stand_before(late, tmp_path):
-    with pytest.raises(ValueError, match=rf"SemiStructuredConvert stands before {type(late()).__name__}.*behind them"):
+    with pytest.raises(ValueError, match=rf"SemiStructuredConvert stands before {type(late()).__name__}.*after them"):
         fit([SemiStructuredConvert(), late()], tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Where callbacks that calibrate get their batches from."""
+"""Draws the calibration batches of callbacks."""
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -17,19 +17,20 @@ def calibration_batches(
     trainer: Trainer, ranks: Ranks, batches: Iterable[Any] | None, num_batches: int | None
 ) -> list[Any]:
     """
-    The share of this rank in the calibration batches, which rank 0 draws for all, as inputs for the model.
+    Returns this rank's share of the calibration batches, as inputs for the model; a collective of the ranks.
 
-    Training draws afterwards what it would have drawn.
+    Rank 0 draws the batches for all ranks; rank r of R gets every R-th batch, beginning with batch r. The random state
+    is restored afterwards, so training draws the same numbers as without calibration.
 
     Args:
-        trainer: its data module, or training data, is asked where `batches` is None.
-        ranks: that share them.
-        batches: token ids, or mappings with `input_ids` and maybe `attention_mask`. None: the data module's
-            `calibration_dataloader()`, else the training data.
-        num_batches: how many; None: all, or the first 128 of the training data.
+        trainer: the trainer, for its data module and training data if `batches` is None.
+        ranks: the processes that share the batches.
+        batches: token ids (batch, tokens), or mappings with `input_ids` and maybe `attention_mask`. None: the data
+            module's `calibration_dataloader()`, else the training data.
+        num_batches: how many batches to draw; None: all, or the first 128 of the training data.
 
     Raises:
-        ValueError: there are fewer, or a batch has no token ids.
+        ValueError: `num_batches` is below 1, there are fewer batches, or a batch has no token ids.
     """
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}")
@@ -41,12 +42,13 @@ def calibration_batches(
 
 
 def _drawn(trainer: Trainer, batches: Iterable[Any] | None, wanted: int | None) -> list[Any]:
+    """Draws the batches on this process, without changing the state of a loader's own generator."""
     if batches is None:
         calibration = getattr(trainer.datamodule, "calibration_dataloader", None)
         batches = calibration() if calibration is not None else None
     if batches is None:
         batches = trainer.fit_loop._data_source.dataloader()  # datamodule, module or fit(train_dataloaders=)
-        # A loader shuffled by its own generator.
+        # A loader may shuffle by its own generator, which isolate_rng does not restore.
         generator = getattr(batches, "generator", None)
         state = None if generator is None else generator.get_state()
         taken = list(islice(batches, wanted or TRAINING_BATCHES))
@@ -60,7 +62,8 @@ def _drawn(trainer: Trainer, batches: Iterable[Any] | None, wanted: int | None) 
 
 
 def _token_inputs(batch: Any) -> Any:
-    if isinstance(batch, Mapping):  # transformers' BatchEncoding is one, and no dict
+    """Returns the inputs of the model in a batch; raises ValueError if it has no token ids."""
+    if isinstance(batch, Mapping):  # transformers' BatchEncoding is a Mapping, but no dict
         return {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
         return batch[0]

@@ -31,29 +31,29 @@ from prune_callbacks.sparsity.schedules import Unit
 
 class IterativePrune(PrunesInRounds):
     """
-    Prunes during training: whenever the schedule rises, the smallest survivors go.
+    Prunes during training: removes the survivors of lowest score whenever the schedule rises.
 
-    Stands before `MaskEnforcer()` among the callbacks, which holds the masks between the changes and zeroes the
-    optimizer's moments at newly pruned places. A removed weight never returns. The masks begin with those of a
-    `OneShotPrune` in front of it, else with those given to `MaskEnforcer`, else with the zeros of a sparse model.
+    Put it before `MaskEnforcer()` among the callbacks, which holds the masks between the changes and zeroes the
+    optimizer's moments of newly pruned weights. A removed weight never returns. The first masks are the masks of a
+    `OneShotPrune` before it, else the masks given to `MaskEnforcer`, else the zeros of a sparse model.
 
-    Changes happen after an optimizer step or an epoch, before checkpoints are written there. Round, sparsity, masks,
-    the place of the rewind file and torch's random state are part of the checkpoint.
+    Masks change after an optimizer step or an epoch, before checkpoints are written there. The checkpoint contains
+    round, sparsity, masks, the path of the rewind file and torch's random state.
 
     Args:
         schedule: the sparsity as a function of time, e.g. `IMPSchedule(0.9, rounds=10, every=500)`.
         scope: "global": one pool of all layers. "layer": every layer has the schedule's sparsity.
-        pruner: `Magnitude`, or another whose scores need no calibration, with the pattern to reach; its sparsity must
-            be the schedule's target. None: `Magnitude(Unstructured(schedule.target))`.
-        rewind: start every round again from an early state of the training; None: train on.
+        pruner: `Magnitude`, or another whose scores need no calibration. The sparsity of its pattern must be the
+            schedule's target. None: `Magnitude(Unstructured(schedule.target))`.
+        rewind: every round starts again from an early state of the training; None: training continues.
         targets: patterns of layer names, e.g. `["*.mlp.*"]`; None for all linear layers of the decoder blocks.
         blocks: name of the list of decoder blocks, where it cannot be found.
 
     Attributes:
         masks: the `MaskSet` in force.
         round: how many times the schedule has risen.
-        target: the schedule's sparsity now.
-        seconds: what the changes took so far.
+        target: the schedule's current sparsity.
+        seconds: wall time of all changes so far.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class IterativePrune(PrunesInRounds):
         if self.target < self.schedule.target and not trainer.fast_dev_run:
             rank_zero_warn(
                 f"IterativePrune: training ended after {trainer.global_step} optimizer steps, at a sparsity of "
-                f"{self.target} where the schedule goes to {self.schedule.target}"
+                f"{self.target}, and the schedule ends at {self.schedule.target}"
             )
 
     @property
@@ -165,7 +165,7 @@ class IterativePrune(PrunesInRounds):
         return self.schedule.unit == "epoch"
 
     def rises(self, unit: Unit, time: int) -> bool:
-        """Whether the masks change once `time` steps or epochs are finished."""
+        """Returns whether the masks change once `time` steps or epochs are finished."""
         return unit == self.schedule.unit and self.schedule(time) > self.target
 
     def _change(self, trainer: Trainer, now: int) -> None:
@@ -179,7 +179,7 @@ class IterativePrune(PrunesInRounds):
         if self._file is not None:
             self._file.go_back(trainer)
         self._enforcer(trainer).hold(masks, trainer)
-        # Last, so that an interrupted change is not taken for one that was made.
+        # Set last, so that an interrupted change does not count as made.
         self.round, self.target, self.masks = bisect_right(self.schedule.changes, now), target, masks
         self.seconds += time.perf_counter() - begin
         rank_zero_info(
@@ -188,7 +188,7 @@ class IterativePrune(PrunesInRounds):
         )
 
     def _masks_so_far(self, trainer: Trainer) -> MaskSet:
-        """Those of OneShotPrune, those given to MaskEnforcer, or the zeros of a model that is sparse already."""
+        """Returns the masks of OneShotPrune, the masks given to MaskEnforcer, or the zeros of a sparse model."""
         pruned = Lineup(trainer).one_shot_report()
         if pruned is not None:
             return pruned.masks
@@ -199,7 +199,7 @@ class IterativePrune(PrunesInRounds):
         zeros = masks_of_zeros(trainer, parameters_of(self._layers(module).values()), find_language_model(module))
         if zeros.sparsity() < SPARSE:
             return MaskSet({})
-        rank_zero_info(f"IterativePrune begins with the zeros that the model has: {zeros.sparsity():.2%}")
+        rank_zero_info(f"IterativePrune begins with the zeros of the model: {zeros.sparsity():.2%}")
         return zeros
 
     def _settings(self) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class IterativePrune(PrunesInRounds):
         }
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # The checkpoint is one, and the processes draw numbers of their own.
+        # All processes share one checkpoint, and each has its own random state.
         state = checkpoint["callbacks"][self.state_key]
         if state:
             state["random_states"] = world(trainer).gather(random_state(trainer.strategy.root_device))

@@ -1,4 +1,4 @@
-"""The settings of an iterative pruning that its checkpoints hold, and what a resumed fit has to say of changed ones."""
+"""Checks the settings of an iterative pruning: against those in a checkpoint, and against the length of training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from prune_callbacks.sparsity import Schedule
 def settings_of(
     schedule: Schedule, pruner: Pruner, scope: Scope, targets: Sequence[str] | str | None, rewind: Rewind | None
 ) -> dict[str, Any]:
-    """They as a checkpoint holds them."""
+    """Returns the settings as plain values, for the checkpoint."""
     return {
         "schedule": repr(schedule),
         "pruner": repr(pruner),
@@ -27,16 +27,15 @@ def settings_of(
 
 def check_restored(trainer: Trainer, restored: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:
     """
-    Whether a fit can go on from `trainer.ckpt_path`.
+    Raises ValueError unless the fit can resume from `trainer.ckpt_path`; warns of other changed settings.
 
     Args:
-        trainer: of the resumed fit.
-        restored: what the checkpoint holds of `IterativePrune`.
-        settings: as `settings_of` gives them.
+        trainer: the trainer of the resumed fit.
+        restored: the state of `IterativePrune` in the checkpoint; None if the checkpoint has none.
+        settings: the settings of this fit, from `settings_of`.
 
     Raises:
-        ValueError: the checkpoint holds nothing of it, or was written with other targets or another rewinding. Other
-            changes are warned of.
+        ValueError: the checkpoint has no state of `IterativePrune`, or was written with other `targets` or `rewind`.
     """
     if restored is None:
         raise ValueError(
@@ -44,7 +43,7 @@ def check_restored(trainer: Trainer, restored: Mapping[str, Any] | None, setting
             "start a new fit without ckpt_path"
         )
     epochs = trainer.fit_loop.epoch_progress.current
-    if epochs.processed > epochs.completed:  # Lightning evens them out where max_epochs limits the fit
+    if epochs.processed > epochs.completed:  # Lightning makes them equal if max_epochs limits the fit
         rank_zero_warn(
             f"the checkpoint {trainer.ckpt_path} was written at the end of an epoch of a fit limited by max_steps "
             "alone, where Lightning 2.6 repeats a batch: the resumed training will not be the same to the bit. "
@@ -54,11 +53,11 @@ def check_restored(trainer: Trainer, restored: Mapping[str, Any] | None, setting
         if restored[name] != settings[name]:
             raise ValueError(
                 f"the checkpoint {trainer.ckpt_path} was written with {name}={restored[name]}, and "
-                f"IterativePrune has {name}={settings[name]}; go on with the same"
+                f"IterativePrune has {name}={settings[name]}; resume with the same"
             )
     for name in ("schedule", "pruner", "scope"):
         if restored[name] != settings[name]:
-            rank_zero_warn(f"the checkpoint was trained by {restored[name]}; it goes on by {settings[name]}")
+            rank_zero_warn(f"the checkpoint was trained by {restored[name]}; the fit resumes with {settings[name]}")
 
 
 def check_length(schedule: Schedule, rewind: Rewind | None, steps: float, unit: int) -> None:
@@ -66,10 +65,10 @@ def check_length(schedule: Schedule, rewind: Rewind | None, steps: float, unit: 
     Raises ValueError unless the schedule ends, and rewinding begins, within the training.
 
     Args:
-        schedule: of the sparsity.
-        rewind: where rounds start again; None: they do not.
-        steps: optimizer steps of the whole training.
-        unit: optimizer steps in one unit of the schedule.
+        schedule: the sparsity over time.
+        rewind: the step at which rounds start again; None: no rewinding.
+        steps: the number of optimizer steps of the whole training.
+        unit: the number of optimizer steps in one unit of the schedule.
     """
     first, last = schedule.changes[0] * unit, schedule.changes[-1] * unit
     if last >= steps:

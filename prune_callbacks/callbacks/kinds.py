@@ -1,4 +1,4 @@
-"""What callbacks know of each other: by kind, without importing each other's modules."""
+"""Base classes by which callbacks recognise each other without importing each other's modules."""
 
 import warnings
 from pathlib import Path
@@ -13,19 +13,19 @@ from prune_callbacks.sparsity import MaskSet
 
 
 def renamed(who: str, old: str, old_value: str | Path | None, new: str, value: str | Path | None) -> str | Path | None:
-    """Returns the value of an argument that has a new name; one given by its old name is taken, with a warning."""
+    """Returns the value of a renamed argument; a value given by the old name is used, with a FutureWarning."""
     if old_value is None:
         return value
-    warnings.warn(f"{who}: {old}= is now {new}=; the old name goes in the next release", FutureWarning, stacklevel=3)
+    warnings.warn(f"{who}: {old}= is now {new}=; the next release removes the old name", FutureWarning, stacklevel=3)
     return old_value
 
 
 class PruningCallback(Callback):
     """
-    A callback of this package.
+    The base class of this package's callbacks.
 
     Attributes:
-        needs_whole_weights: whether it works only where every process holds all weights.
+        needs_whole_weights: whether the callback works only if every process holds all weights.
     """
 
     needs_whole_weights: ClassVar[bool] = False
@@ -36,8 +36,8 @@ class PrunesOnce(PruningCallback):
     A callback that prunes the whole model once, before training.
 
     Attributes:
-        pruner: how.
-        report: the result with its masks; None before.
+        pruner: the pruner.
+        report: the result, with the masks; None before pruning.
     """
 
     pruner: Pruner
@@ -49,7 +49,7 @@ class PrunesInRounds(PruningCallback):
     A callback that prunes while the model is trained.
 
     Attributes:
-        pruner: how, and the pattern to reach.
+        pruner: the pruner, with the pattern to reach.
         masks: the masks in force; None before the fit.
     """
 
@@ -62,7 +62,7 @@ class HoldsMasks(PruningCallback):
     A callback that holds masks on the weights in every step.
 
     Attributes:
-        masks: in force; None before training.
+        masks: the masks in force; None before training.
         weights: the access to the masked parameters; None before training.
     """
 
@@ -71,8 +71,8 @@ class HoldsMasks(PruningCallback):
 
 
 class FinishesWeights(PruningCallback):
-    """A callback whose last change of the weights must be made before they are measured and saved."""
+    """A callback that changes the weights a last time when training ends, before they are measured and saved."""
 
     def finish(self, trainer: Trainer) -> None:
-        """Makes the change; does nothing when called again in the same fit."""
+        """Makes the last change of the weights; does nothing when called again in the same fit."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What callbacks ask of a Trainer, where Lightning has no direct answer."""
+"""Reads states of a Trainer and of torch for which Lightning has no public interface."""
 
 import sys
 from typing import Any
@@ -11,15 +11,15 @@ from lightning.pytorch.trainer.states import TrainerStatus
 
 def resumed_checkpoint(trainer: Trainer) -> Any:
     """
-    The checkpoint that the running fit will load after `setup`, or None.
+    Returns the checkpoint that the running fit will load after `setup`; None if there is none, or no fit.
 
-    Lightning (2.6) hands `ckpt_path` from `Trainer.fit` to `Trainer._run` as an argument and makes it
-    available as `trainer.ckpt_path` only once `setup` is over; until then that holds the value of the fit before. So
-    the argument is read from the frame of `_run`. None outside of a fit.
+    Lightning 2.6 passes `ckpt_path` from `Trainer.fit` to `Trainer._run` as an argument. It sets `trainer.ckpt_path`
+    only after `setup`; until then the attribute holds the value of the previous fit. So the argument is read from the
+    frame of `_run`.
 
     Raises:
-        RuntimeError: Lightning has changed so that the argument cannot be found. A resumed fit would be taken for a new
-            one, and its model pruned a second time.
+        RuntimeError: this version of Lightning has no such argument. Without the error, a resumed fit would count as
+            a new one, and its model would be pruned a second time.
     """
     frame = sys._getframe()
     while frame.f_back is not None:
@@ -35,19 +35,19 @@ def resumed_checkpoint(trainer: Trainer) -> Any:
 
 
 def random_state(device: torch.device | None = None) -> dict[str, Any]:
-    """The state of torch's generators, on the CPU and on this process's device, for a checkpoint."""
+    """Returns the state of torch's generators on the CPU and on this process's CUDA device, for a checkpoint."""
     cuda = None if device is None or device.type != "cuda" else torch.cuda.get_rng_state(device)
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """The inverse of `random_state`; without a device that has a generator, that one's is left out."""
+    """Restores the result of `random_state`; the CUDA state only if it was saved and `device` is a CUDA device."""
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def logs_now(trainer: Trainer) -> bool:
-    """Whether this training batch is one that loggers hear of, by `log_every_n_steps`; 0 is never."""
+    """Returns whether loggers get values at this training batch, by `log_every_n_steps`; never if that is 0."""
     every: int = trainer.log_every_n_steps
     return every > 0 and int(trainer.global_step) % every == 0

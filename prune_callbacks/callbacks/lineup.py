@@ -1,7 +1,8 @@
 """
-The callbacks of a trainer, by kind: what may stand beside what, in which order, and under which strategy.
+The callbacks of a trainer, by kind: finds them, and checks their combination, their order and the strategy.
 
-`order.RULES` is the whole table, `Lineup.check` the one check. Nothing else looks through `trainer.callbacks`.
+`order.RULES` is the table of rules, and `Lineup.check` is the only check of it. No other module reads
+`trainer.callbacks`.
 """
 
 import copy
@@ -21,7 +22,7 @@ Kind = TypeVar("Kind", bound=Callback)
 
 
 class Lineup:
-    """The callbacks of a trainer, in order. A subclass counts as its base class."""
+    """The callbacks of a trainer, in order. A subclass of a callback counts as that callback."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -29,10 +30,10 @@ class Lineup:
 
     def check(self, callback: PruningCallback) -> None:
         """
-        Checks the strategy and the other callbacks, when a fit begins.
+        Checks the strategy and the other callbacks for one callback, when a fit begins.
 
         Raises:
-            ValueError: the callback cannot work under the strategy, or one of its rules (`order.RULES`) is broken.
+            ValueError: the strategy does not support the callback, or one of its rules (`order.RULES`) is broken.
         """
         check_strategy(self._trainer.strategy, type(callback).__name__, whole_weights=callback.needs_whole_weights)
         for rule in RULES:
@@ -45,7 +46,7 @@ class Lineup:
                     raise ValueError(rule.text.format(found=there, all=self.names(), wrong=", ".join(found)))
 
     def all(self, kind: type[Kind]) -> list[Kind]:
-        """Returns the callbacks of a kind."""
+        """Returns the callbacks of a kind, in order."""
         return [callback for callback in self._callbacks if isinstance(callback, kind)]
 
     def first(self, kind: type[Kind]) -> Kind | None:
@@ -69,15 +70,15 @@ class Lineup:
         return [type(callback).__name__ for callback in self._callbacks]
 
     def one_shot_report(self) -> PruneReport | None:
-        """Returns what the callback that prunes once did; None if there is none, or it has not pruned."""
+        """Returns the report of the callback that prunes once; None if there is none, or it has not pruned."""
         return next((callback.report for callback in self.all(PrunesOnce) if callback.report is not None), None)
 
     def masks_of_rounds(self) -> MaskSet | None:
-        """Returns the masks of the callback that prunes in rounds; None if there is none."""
+        """Returns the masks of the callback that prunes in rounds; None if there is none, or before the fit."""
         return next((callback.masks for callback in self.all(PrunesInRounds) if callback.masks is not None), None)
 
     def weights(self, masks: MaskSet) -> ParamAccess:
-        """Returns the access to the parameters of these masks: the enforcer's, or a new one if it holds other masks."""
+        """Returns the access to the parameters of these masks: the enforcer's if it holds them, else a new one."""
         for enforcer in self.all(HoldsMasks):
             if enforcer.weights is not None and (enforcer.masks is masks or enforcer.masks == masks):
                 return enforcer.weights
@@ -94,10 +95,10 @@ class Lineup:
 
 def access_to(trainer: Trainer, masks: MaskSet) -> ParamAccess:
     """
-    Binds masks to the parameters of the model that they were made for, by the module object and not by a prefix.
+    Makes the access to masked parameters, by the module object that the masks were made for and not by a prefix.
 
-    That is the language model in the trainer's module, the only trained one of several; masks whose names are those of
-    the whole module are bound there.
+    That module is the language model in the trainer's module, or the only trained one of several. Masks with names of
+    the whole module belong to the whole module.
     """
     module = trainer.lightning_module
     model = find_language_model(module)

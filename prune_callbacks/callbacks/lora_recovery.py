@@ -1,4 +1,4 @@
-"""LoRARecovery: recovers a sparse model by low-rank updates, its own weights frozen."""
+"""LoRARecovery: recovers a sparse model by low-rank updates; its own weights are frozen."""
 
 from __future__ import annotations
 
@@ -25,24 +25,29 @@ if TYPE_CHECKING:  # an extra
 
 class LoRARecovery(FinishesWeights):
     """
-    Puts LoRA layers (peft) on the pruned layers when a fit begins, and freezes everything else.
+    Adds LoRA layers (peft) to the pruned layers when a fit begins, and freezes all other weights.
 
-    Stands after `OneShotPrune`, if there is one; without one, the model must be sparse already.
+    Put it after `OneShotPrune`, if there is one. Without `OneShotPrune` the model must be sparse already.
 
-    - `masked=True`: the update is zero wherever the base is, in every forward pass. It is merged when training ends:
-      the model is a plain sparse model again, with every zero in its place. (A checkpoint written after that, such as
-      the `last.ckpt` of the end of training, is one of the merged model.)
-    - `masked=False`: plain LoRA. The base stays sparse and the adapter stays an adapter, saved to `dirpath/adapter`;
-      merging would fill the zeros (`prune_callbacks.adapters.merge_lora` says what that costs).
+    - `masked=True`: the update is zero wherever the base weight is zero, in every forward pass. The update is merged
+      when training ends. The result is a plain sparse model with the same zeros. A checkpoint that is written later,
+      such as `last.ckpt` at the end of training, contains the merged model.
+    - `masked=False`: plain LoRA. The base stays sparse, and the adapter is not merged but saved to `dirpath/adapter`.
+      Merging it would fill the zeros; see `prune_callbacks.adapters.merge_lora` for the cost.
 
     Args:
-        config: peft's; `target_modules` may name pruned layers only, None means all of them. None: `LoraConfig()`.
+        config: peft's configuration. Its `target_modules` may name pruned layers only, and None means all of them.
+            None: `LoraConfig()`.
         masked: see above.
-        dirpath: where a plain adapter is saved when training ends; None: nowhere.
+        dirpath: the folder to save a plain adapter into when training ends; None: it is not saved.
         save_dir: the old name of `dirpath`.
 
     Attributes:
         peft_model: peft's wrapper around the model, while it has LoRA layers.
+
+    Raises:
+        ValueError: peft is missing, `config` is no `LoraConfig` or has unsupported options, or `dirpath` is given with
+            `masked=True`.
     """
 
     needs_whole_weights = True
@@ -83,7 +88,7 @@ class LoRARecovery(FinishesWeights):
         model = find_language_model(pl_module)
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"LoRARecovery adapts models of transformers, got {type(model).__name__}")
-        if self.peft_model is not None and self._unfinished:  # a fit that failed; Lightning calls no teardown then
+        if self.peft_model is not None and self._unfinished:  # the previous fit failed without a teardown
             self.peft_model.unload()
         self._unfinished = True
         self._trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -95,10 +100,10 @@ class LoRARecovery(FinishesWeights):
         self.finish(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.finish(trainer)  # of a fit resumed at its last step Lightning calls no on_train_end
+        self.finish(trainer)  # a fit resumed at its last step has no on_train_end
 
     def finish(self, trainer: Trainer) -> None:
-        """Merges the masked update, or saves the plain adapter; once a fit."""
+        """Merges the masked update, or saves the plain adapter; does nothing when called again in the same fit."""
         if not self._unfinished:
             return
         assert self.peft_model is not None
@@ -127,13 +132,14 @@ class LoRARecovery(FinishesWeights):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["masked"] != self.masked:
             raise ValueError(
-                f"the checkpoint was trained by LoRARecovery(masked={state_dict['masked']}); go on with the same"
+                f"the checkpoint was trained by LoRARecovery(masked={state_dict['masked']}); resume with the same"
             )
 
     def _pruned(self, trainer: Trainer, model: nn.Module) -> list[str]:
+        """Returns the names of the pruned linear layers: from the checkpoint, from OneShotPrune, or by their zeros."""
         one_shot = Lineup(trainer).first(PrunesOnce)
         checkpoint = resumed_checkpoint(trainer)
-        if checkpoint is not None:  # which brings the weights, and with them the zeros, later
+        if checkpoint is not None:  # it is loaded later, so the weights have no zeros yet
             saved = trainer.strategy.load_checkpoint(checkpoint)["state_dict"]
             adapted = {name.partition(".lora_A.")[0] for name in saved if ".lora_A." in name}
             return [n for n, _ in model.named_modules() if any(a == n or a.endswith(f".{n}") for a in adapted)]
@@ -156,7 +162,7 @@ class LoRARecovery(FinishesWeights):
 
 
 def _leave(experts: Sequence[str], only: bool) -> None:
-    """Says that tensors of experts get no LoRA layers; raises ValueError if nothing else is pruned."""
+    """Warns that tensors of experts get no LoRA layers; raises ValueError if nothing else is pruned."""
     if experts and only:
         raise ValueError(
             f"LoRARecovery found no pruned linear layer: only experts are pruned, {len(experts)} tensors, first "
@@ -164,6 +170,6 @@ def _leave(experts: Sequence[str], only: bool) -> None:
         )
     if experts:
         rank_zero_warn(
-            f"LoRARecovery: {len(experts)} tensors of experts, first {experts[0]}, get no LoRA layers, which "
-            "linear layers do; they stay as they were pruned"
+            f"LoRARecovery: {len(experts)} tensors of experts, first {experts[0]}, get no LoRA layers: only "
+            "linear layers do. The experts stay as they were pruned"
         )

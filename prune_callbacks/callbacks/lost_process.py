@@ -1,4 +1,4 @@
-"""What is said when another process of a training is gone."""
+"""Reports that another process of a training has ended."""
 
 import logging
 import signal
@@ -13,14 +13,15 @@ from prune_callbacks.storage.checkpoints import newest_checkpoint
 
 class LostProcessWatch:
     """
-    Names the newest complete checkpoint, once, when a collective fails because another process has ended.
+    Logs an error that names the newest complete checkpoint when a collective fails because another process has ended.
 
-    Lightning's handler of SIGTERM begins with a collective. A launcher sends that signal as soon as it sees a process
-    die, often while the error of the first failing collective is on its way to the callbacks, or in their hands; the
-    handler's own error then takes its place. So the handler is watched as well, and not called once the loss is known.
+    The error is logged once. Lightning's handler of SIGTERM begins with a collective, which fails too. A launcher sends
+    that signal as soon as a process dies, often before the callbacks have seen the error of the first failed
+    collective; the handler's error then replaces that error. So this class wraps the handler: it notes the handler's
+    error too, and skips the handler once the loss is logged.
 
     Args:
-        trainer: of a fit that has started.
+        trainer: the trainer of a fit that has started.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -34,7 +35,7 @@ class LostProcessWatch:
             signal.signal(signal.SIGTERM, self._terminated)
 
     def note(self, error: BaseException) -> None:
-        """Says so, if that is what the error means."""
+        """Logs the loss of a process, if the error means one and none was logged before."""
         if self._said or not lost_a_process(error):
             return
         self._said = True
@@ -45,21 +46,22 @@ class LostProcessWatch:
             self.trainer.global_rank,
             self.trainer.world_size,
             self.trainer.global_step,
-            f"Go on with the same settings and ckpt_path={saved}"
+            f"Resume with the same settings and ckpt_path={saved}"
             if saved
-            else "No complete checkpoint is seen from here; ModelCheckpoint() writes them",
+            else "No complete checkpoint is visible from this machine; ModelCheckpoint() writes them",
         )
 
     def end(self) -> None:
-        """Puts the handler back, where nobody else has."""
+        """Restores the previous handler of SIGTERM, unless other code has replaced this one."""
         if self._watching and signal.getsignal(signal.SIGTERM) == self._terminated:
             signal.signal(signal.SIGTERM, self._handler)
         self._watching = False
 
     def _terminated(self, signum: int, frame: FrameType | None) -> None:
+        """Calls the previous handler and notes its error; does nothing once the loss is logged."""
         assert callable(self._handler)
         if self._said:
-            return  # nobody is left to tell, and the fit is ending; its collective would cut the message off
+            return  # the handler's collective would fail and cut off the message; the fit ends anyway
         try:
             self._handler(signum, frame)
         except Exception as error:

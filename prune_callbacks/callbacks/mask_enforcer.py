@@ -1,4 +1,4 @@
-"""MaskEnforcer: pruned weights stay exactly zero while a model is trained."""
+"""MaskEnforcer: keeps pruned weights exactly zero while a model is trained."""
 
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,13 @@ class MaskEnforcer(HoldsMasks):
     """
     Holds masks on gradients, weights and optimizer state, so that zeros stay zero through every step.
 
-    - Gradients of pruned weights are zeroed before clipping: they do not enter the clipping norm.
-    - Pruned weights are zeroed after every optimizer step, inside the step, whatever the loop looks like.
-    - The optimizer's moments at pruned places are zeroed when masks arrive or change: momentum gathered before
-      would go on moving the weights for many steps.
+    - Gradients of pruned weights are zeroed before clipping, so they do not enter the clipping norm.
+    - Pruned weights are zeroed after every optimizer step, by a hook of the optimizer, in any training loop.
+    - The optimizer's moments of pruned weights are zeroed when masks are set or change. Otherwise earlier momentum
+      would move the weights for many more steps.
 
-    Masks come from the `IterativePrune` or `OneShotPrune` of the same trainer, else from `masks`, else from the zeros
-    of the model's linear layers, routers and experts. They are part of the checkpoint; a fit resumed from one starts
-    from its masks.
+    The masks are those of `IterativePrune` or `OneShotPrune` in the same trainer, else `masks`, else the zeros of the
+    model's linear layers, routers and experts. The checkpoint contains the masks, and a resumed fit starts with them.
 
     Args:
         masks: a `MaskSet`, or the path of a file that `MaskSet.save` wrote.
@@ -38,7 +37,7 @@ class MaskEnforcer(HoldsMasks):
     Attributes:
         masks: the `MaskSet` in force, once training has started.
         weights: the access to the masked parameters, once training has started; other callbacks use it too.
-        given: the argument; once a fit has begun, the masks of the file.
+        given: the argument `masks`; once a fit has begun, a path is replaced by the masks in the file.
     """
 
     def __init__(self, masks: MaskSet | str | Path | None = None) -> None:
@@ -61,7 +60,7 @@ class MaskEnforcer(HoldsMasks):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not earlier: some strategies load a checkpoint (and with it these masks) after on_fit_start.
-        # IterativePrune, which stands before us, has the last word, after a resume too.
+        # The masks of IterativePrune, which comes before this callback, take precedence, after a resume too.
         decided = Lineup(trainer).masks_of_rounds()
         decided = self._restored if decided is None else decided
         self.hold(self._find_masks(trainer, pl_module) if decided is None else decided, trainer)
@@ -69,7 +68,7 @@ class MaskEnforcer(HoldsMasks):
         self._watch = LostProcessWatch(trainer)
 
     def hold(self, masks: MaskSet, trainer: Trainer) -> None:
-        """Puts masks in force in a running fit: zeroes the weights and the optimizer's moments at pruned places."""
+        """Sets the masks in force in a running fit: zeroes pruned weights and their optimizer moments."""
         self.masks = masks
         self.weights = access_to(trainer, masks)
         self.weights.project()
@@ -122,10 +121,11 @@ class MaskEnforcer(HoldsMasks):
         self._restored = None
 
     def _find_masks(self, trainer: Trainer, pl_module: LightningModule) -> MaskSet:
+        """Returns the masks of OneShotPrune, the given masks, or the zeros of the model; ValueError without a zero."""
         pruned = Lineup(trainer).one_shot_report()
         if pruned is not None:
             if self.given is not None:
-                rank_zero_warn("MaskEnforcer takes the masks of OneShotPrune; those given to it are not used")
+                rank_zero_warn("MaskEnforcer uses the masks of OneShotPrune; its own argument masks= is not used")
             return pruned.masks
         if self.given is not None:
             assert isinstance(self.given, MaskSet)
@@ -133,7 +133,7 @@ class MaskEnforcer(HoldsMasks):
         blocks = find_blocks(find_language_model(pl_module))
         layers = find_targets(blocks, experts=True)
         zeros = masks_of_zeros(trainer, matrices(blocks), find_language_model(pl_module))
-        # What stays dense by default (routers, experts of an unknown kind) may have been pruned by somebody.
+        # Routers and experts of an unknown kind stay dense by default, but may have been pruned elsewhere.
         known, sparsity = parameters_of(layers.values()), zeros.layer_sparsity()
         held = [name for name in zeros if name in known or sparsity[name] >= SPARSE]
         masks = MaskSet.join(MaskSet({name: zeros[name]}) for name in held)
@@ -143,5 +143,5 @@ class MaskEnforcer(HoldsMasks):
                 f"none of the {len(layers)} linear layers in the decoder blocks holds a zero"
             )
         report = rank_zero_info if masks.sparsity() >= SPARSE else rank_zero_warn
-        report(f"MaskEnforcer holds the zeros that the model has: {masks.sparsity():.2%} of {len(masks)} layers")
+        report(f"MaskEnforcer holds the zeros of the model: {masks.sparsity():.2%} of {len(masks)} layers")
         return masks

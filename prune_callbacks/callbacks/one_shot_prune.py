@@ -28,30 +28,33 @@ class OneShotPrune(PrunesOnce):
     """
     Prunes the module's language model in `setup(stage="fit")`, before the strategy wraps it.
 
-    The model keeps its parameters, their names and its `state_dict` keys; pruned weights are zeros in it. Add
-    `MaskEnforcer()`, or the first optimizer steps bring the zeros back.
+    Equivalent to `prune_sequentially` of the language model. The model keeps its parameters, their names and its
+    `state_dict` keys; pruned weights are zeros. Add `MaskEnforcer()`, or the first optimizer steps overwrite the zeros.
 
-    A fit that resumes from a checkpoint (`ckpt_path=`) does not prune again: weights and masks are those of the
-    checkpoint. Of several ranks each takes its share of the calibration batches and of the layers.
+    A fit that resumes from a checkpoint (`ckpt_path=`) does not prune again. It takes weights and masks from the
+    checkpoint. Several ranks share the calibration batches and the layers.
 
     Args:
-        pruner: what to remove and how, e.g. `SparseGPT(Unstructured(0.5))`.
+        pruner: the pruner, with its pattern, e.g. `SparseGPT(Unstructured(0.5))`.
         batches: calibration batches: token ids, or mappings with `input_ids` and maybe `attention_mask`. None:
             the data module's `calibration_dataloader()`, else its training data.
-        num_batches: how many of them to use; an error if there are fewer. None: all that `batches` or
-            `calibration_dataloader()` gives, or the first 128 batches of the training data.
+        num_batches: how many batches to use; an error if there are fewer. None: all of `batches` or
+            `calibration_dataloader()`, or the first 128 batches of the training data.
         targets: patterns of layer names, e.g. `["*.mlp.*"]`; None for all linear layers of the decoder blocks.
         blocks: name of the list of decoder blocks, where it cannot be found.
         allocation: spreads the pattern's sparsity over the layers, with the same total: `OWL()`,
             `LagrangianAllocation()`, `SensitivityAllocation(...)`; None: the same in every layer.
-        dirpath: write the pruned model and its masks here as soon as they exist, so that whatever fails later
-            costs nothing: `model/` (`save_pretrained`) and `masks.safetensors`.
+        dirpath: the folder to write the pruned model (`model/`, by `save_pretrained`) and its masks
+            (`masks.safetensors`) into right after pruning, so that a later failure does not lose them; None: not saved.
         min_expert_tokens: an expert that fewer calibration tokens reach is pruned by Magnitude, with a warning.
         progress: show a progress bar.
         save_dir: the old name of `dirpath`.
 
     Attributes:
-        report: the `PruneReport`, once pruned (also after resuming).
+        report: the `PruneReport`; None before pruning. A resumed fit takes it from the checkpoint.
+
+    Raises:
+        ValueError: `pruner` is no pruner, `num_batches` is below 1, or the allocation does not support the pruner.
     """
 
     def __init__(
@@ -91,11 +94,11 @@ class OneShotPrune(PrunesOnce):
         Lineup(trainer).check(self)
         self.report, self._restored = None, False
         if resumed_checkpoint(trainer) is not None:
-            return  # the checkpoint brings weights and masks; on_train_start sees to it that it did
+            return  # the checkpoint has weights and masks; on_train_start checks that
         if not self._enforced(trainer):
             rank_zero_warn(
-                "OneShotPrune without MaskEnforcer: the zeros will not last, since the first optimizer steps write "
-                "over them. Add MaskEnforcer() to the callbacks."
+                "OneShotPrune without MaskEnforcer: the zeros will not last, since the first optimizer steps "
+                "overwrite them. Add MaskEnforcer() to the callbacks."
             )
         if next(pl_module.parameters(), None) is None:
             raise ValueError(
@@ -140,7 +143,7 @@ class OneShotPrune(PrunesOnce):
         assert self.report is not None
         if self.report.scales:
             rank_zero_warn(
-                f"{type(self.pruner).__name__} has rounded the weights, and training moves them off their grid: so "
+                f"{type(self.pruner).__name__} has rounded the weights, and training moves them off their grid, so "
                 "they can no longer be stored as integer codes. Prune without quantizing and add QuantizeWeights last"
             )
         if trainer.loggers:
@@ -158,7 +161,7 @@ class OneShotPrune(PrunesOnce):
         self._log(trainer, pl_module)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # With an enforcer, it logs; without one, this is where the zeros are seen to go.
+        # MaskEnforcer logs the same; without it, these values show how the zeros are lost.
         if not self._enforced(trainer):
             assert self.report is not None
             metrics = {"sparsity": self.report.sparsity, "violations": float(self._violations(trainer))}

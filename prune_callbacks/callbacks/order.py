@@ -1,4 +1,8 @@
-"""The declared order of callbacks: what each wants of the others, and where."""
+"""
+The rules of the order of callbacks: which other callbacks each one needs or excludes, and on which side.
+
+`Lineup.check` in lineup.py checks the rules, when a fit begins.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,16 +11,16 @@ from typing import Literal
 @dataclass(frozen=True)
 class Rule:
     """
-    How many callbacks of some kinds a callback wants, and where.
+    How many callbacks of some kinds must stand before or after a callback; `Lineup.check` in lineup.py checks it.
 
     Attributes:
-        who: class name of the callback whose rule it is.
-        count: how many of `kinds` there must be: none, one, some (at least one), or at most one.
+        who: class name of the callback that the rule belongs to; subclasses count.
+        count: the required number of callbacks of these `kinds`: none, one, some (at least one), or at most one.
         kinds: class names; subclasses count.
-        where: on which side of `who`.
-        text: the error; `{found}` is replaced by the names of `who` and `kinds` that are there, `{all}` by all names,
-            `{wrong}` by those of `kinds` on that side.
-        beside: the rule applies only if one of these is there; empty: always.
+        where: on which side of `who` the callbacks are counted; "anywhere": in the whole list.
+        text: the error text. `{all}` is replaced by the names of all callbacks in order, `{found}` by the names of
+            `who` and `kinds` in the list, and `{wrong}` by the names of `kinds` on the side `where`.
+        beside: the rule applies only if a callback of these class names is in the list; empty: always.
     """
 
     who: str
@@ -46,8 +50,8 @@ RULES = (
         "one",
         ("MaskEnforcer",),
         "after",
-        "IterativePrune decides which weights go, and needs MaskEnforcer() after it among the callbacks to keep them "
-        "at zero; found {all}",
+        "IterativePrune chooses the weights to remove, and needs MaskEnforcer() after it among the callbacks to "
+        "keep them at zero; found {all}",
     ),
     Rule(
         "LoRARecovery",
@@ -62,7 +66,7 @@ RULES = (
         "none",
         ("OneShotPrune",),
         "after",
-        "LoRARecovery must stand after OneShotPrune among the callbacks: it adapts what was pruned",
+        "LoRARecovery must stand after OneShotPrune among the callbacks: it adapts the pruned layers",
     ),
     Rule(
         "ShrinkModel",
@@ -76,31 +80,31 @@ RULES = (
         "none",
         ("LoRARecovery",),
         "before",
-        "ShrinkModel tries at the start what it will do at the end; put it before LoRARecovery, whose adapters are in "
-        "the way then and merged at the end",
+        "ShrinkModel shrinks a copy at the start as a test; put it before LoRARecovery, whose adapters prevent that "
+        "until they are merged at the end",
     ),
     Rule(
         "ShrinkModel",
         "some",
         ("LoRARecovery", "MaskEnforcer"),
         "anywhere",
-        "ShrinkModel takes out what is zero when training ends, and without MaskEnforcer() training may bring it back; "
-        "add it to the callbacks",
+        "ShrinkModel takes out channels and heads that are zero when training ends, and without MaskEnforcer() "
+        "training may change the zeros; add MaskEnforcer() to the callbacks",
     ),
     Rule(
         "SparsityMonitor",
         "some",
         ("MaskEnforcer",),
         "anywhere",
-        "SparsityMonitor counts what MaskEnforcer holds, and there is none among the callbacks",
+        "SparsityMonitor counts the weights that MaskEnforcer holds at zero, and there is none among the callbacks",
     ),
     Rule(
         "QuantizeWeights",
         "some",
         ("LoRARecovery", "MaskEnforcer"),
         "anywhere",
-        "QuantizeWeights keeps the zeros that are left when training ends, and without MaskEnforcer() training brings "
-        "them all back; add it to the callbacks",
+        "QuantizeWeights keeps the zeros that are left when training ends, and without MaskEnforcer() training "
+        "overwrites all of them; add MaskEnforcer() to the callbacks",
         beside=("OneShotPrune", "IterativePrune"),
     ),
     Rule(
@@ -117,7 +121,7 @@ RULES = (
             "ShrinkModel",
         ),
         "after",
-        "SemiStructuredConvert stands before {wrong}, which would meet converted weights; put it behind them",
+        "SemiStructuredConvert stands before {wrong}, which cannot read converted weights; put it after them",
     ),
 )
-"""What each callback wants of the others. One that is not named here may stand anywhere."""
+"""The rules of all callbacks. A callback without a rule may stand anywhere."""

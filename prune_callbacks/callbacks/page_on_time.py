@@ -1,4 +1,4 @@
-"""When the page of a running fit is drawn."""
+"""Draws the page of a running fit from time to time."""
 
 import time
 from pathlib import Path
@@ -8,12 +8,12 @@ from prune_callbacks.reporting.pictures import draw_report
 from prune_callbacks.storage.run_record import RunRecord
 
 DRAWN_EVERY = 30.0
-"""Least number of seconds between two drawings while the model is trained; drawing takes one to two."""
+"""Minimum of seconds between two drawings while the model is trained; a drawing takes one to two seconds."""
 
 
 class PageOnTime:
     """
-    Draws a run's page and picture, at most as often as `DRAWN_EVERY` says while the model is trained.
+    Draws a run's page and picture; while the model is trained, at most every `DRAWN_EVERY` seconds.
 
     Args:
         dirpath: the run's folder.

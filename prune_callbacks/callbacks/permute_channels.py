@@ -1,4 +1,4 @@
-"""PermuteChannels: reorders channels when a fit begins, so that N:M keeps more."""
+"""PermuteChannels: reorders channels when a fit begins, so that N:M keeps a larger score."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -22,18 +22,21 @@ class PermuteChannels(PruningCallback):
     """
     Permutes the module's language model in `setup(stage="fit")`; see `permute_channels_`. Put it before `OneShotPrune`.
 
-    The model computes what it did, under the same names; only its channels stand in another order. A fit that resumes
-    from a checkpoint does not permute again.
+    The outputs of the model and the names of its parameters stay the same. A fit that resumes from a checkpoint does
+    not permute again.
 
     Args:
-        pattern: what the model is then pruned to, e.g. `NM(2, 4)`.
-        batches: calibration batches, as of `OneShotPrune`.
-        num_batches: how many of them to use; None: all.
+        pattern: the pattern of `OneShotPrune`, e.g. `NM(2, 4)`.
+        batches: calibration batches; see `OneShotPrune`.
+        num_batches: how many batches to use; see `OneShotPrune`.
         blocks: name of the list of decoder blocks, where it cannot be found.
         progress: show a progress bar.
 
     Attributes:
-        permuted: what was done, by layer.
+        permuted: the gain of every permuted layer, by name.
+
+    Raises:
+        ValueError: the pattern is not N:M.
     """
 
     def __init__(

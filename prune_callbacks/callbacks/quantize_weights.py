@@ -1,4 +1,4 @@
-"""QuantizeWeights: rounds the sparse model when a fit ends, and writes it without its zeros."""
+"""QuantizeWeights: rounds the sparse model when a fit ends, and writes it compressed, without its zeros."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,27 +30,27 @@ from prune_callbacks.writing import write_json
 
 class QuantizeWeights(PruningCallback):
     """
-    Rounds the weights of the module's language model at the end of the fit by `GPTQ`, every zero held.
+    Rounds the weights of the module's language model at the end of the fit by `GPTQ`; zeros stay zero.
 
-    Put it last, behind `RunReport`, which saves the model before it is rounded. The module then has the rounded
-    weights, dense with zeros, in its own dtype; `dirpath/compressed` has them as codes (see `save_compressed`), and
-    `dirpath/compression.json` what these take, part by part, with the perplexity before and after.
+    Put it last, after `RunReport`, which saves the model before rounding. Afterwards the module has the rounded
+    weights, dense with zeros, in its own dtype. `dirpath/compressed` has the same weights as codes; see
+    `save_compressed`. `dirpath/compression.json` has the bytes of every part and the perplexity before and after.
 
     Args:
         dirpath: the run's folder.
-        grid: what is rounded to.
-        batches: calibration batches, as of `OneShotPrune`.
-        num_batches: how many of them to use; None: all.
+        grid: the grid that weights are rounded to.
+        batches: calibration batches; see `OneShotPrune`.
+        num_batches: how many batches to use; see `OneShotPrune`.
         targets: patterns of layer names; None for all linear layers of the decoder blocks.
         blocks: name of the list of decoder blocks, where it cannot be found.
-        tokenizer: saved beside the compressed model.
+        tokenizer: saved alongside the compressed model.
         batch_size: evaluation windows per forward pass.
         progress: show progress bars.
 
     Attributes:
         rounding: the `PruneReport` of rounding, with the scales.
-        compression: the bytes of the file.
-        perplexity: before and after; None where the data module has no `evaluation_windows`.
+        compression: the bytes of the compressed file, part by part.
+        perplexity: (before, after) rounding; None if the data module has no `evaluation_windows`.
     """
 
     needs_whole_weights = True
@@ -90,20 +90,21 @@ class QuantizeWeights(PruningCallback):
         self.rounding = self.compression = self.perplexity = None
         model = find_language_model(pl_module)
         savable(model)
-        find_targets(find_blocks(model, self.blocks), self.targets)  # names are to be known now, not after training
+        find_targets(find_blocks(model, self.blocks), self.targets)  # reports wrong names now, not after training
         with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:
             self._inputs = calibration_batches(trainer, ranks, self.batches, self.num_batches)
 
     @staticmethod
     def _check_adapters(trainer: Trainer) -> None:
+        """Raises ValueError for a LoRARecovery that does not merge its update."""
         if any(not callback.masked for callback in Lineup(trainer).all(LoRARecovery)):
             raise ValueError(
-                "QuantizeWeights rounds whole weights, and LoRARecovery(masked=False) keeps its adapter beside them; "
+                "QuantizeWeights rounds whole weights, and LoRARecovery(masked=False) keeps its adapter apart; "
                 "use masked=True, which merges it"
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.to(trainer.strategy.root_device)  # by now Lightning has moved it to the CPU
+        pl_module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
         model = find_language_model(pl_module)
         before = self._measure(trainer, pl_module)
         with patient_ranks(trainer.strategy.root_device) as ranks:
@@ -124,6 +125,7 @@ class QuantizeWeights(PruningCallback):
             self._write(trainer, pl_module)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> float | None:
+        """Returns the perplexity on the evaluation windows; None without windows."""
         windows = getattr(trainer.datamodule, "evaluation_windows", None)
         if windows is None:
             return None
@@ -132,6 +134,7 @@ class QuantizeWeights(PruningCallback):
         return perplexity(model, windows, batch_size=self.batch_size, progress=show, ranks=world(trainer))
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes `compressed/` and `compression.json`."""
         assert self.rounding is not None
         one_shot = Lineup(trainer).first(PrunesOnce)
         self.compression = save_compressed(

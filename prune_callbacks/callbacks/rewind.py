@@ -1,4 +1,4 @@
-"""Rewind: where the rounds of IterativePrune start again, and the file that holds it."""
+"""Rewind: the training state at which the rounds of IterativePrune start again, and its file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,16 @@ from prune_callbacks.parallel.snapshot import check_snapshot, load_snapshot, sav
 @dataclass(frozen=True)
 class Rewind:
     """
-    Where every round of `IterativePrune` starts again (Frankle & Carbin 2019; Renda et al. 2020).
+    Starts every round of `IterativePrune` from an early training state (Frankle & Carbin 2019; Renda et al. 2020).
 
     Args:
-        step: the finished optimizer steps after which weights and training state are written to a file; 0, the
-            initial weights, is the lottery ticket's.
-        optimizer: restore the optimizers' and the learning-rate schedulers' state as well; else they go on.
+        step: how many optimizer steps are finished when weights and training state are written to a file. 0 means the
+            initial weights, as in the lottery ticket hypothesis.
+        optimizer: whether to restore the state of optimizers and learning-rate schedulers too; if not, they continue.
         dirpath: folder of the file; None: the logger's folder, else the trainer's `default_root_dir`.
+
+    Raises:
+        ValueError: `step` is no whole number of at least 0.
     """
 
     step: int
@@ -32,9 +35,10 @@ class Rewind:
 
 class RewindFile:
     """
-    The file of one training: written once, when its step is reached, and read at the end of every round.
+    The rewind file of one training: written once, when `Rewind.step` is reached, and read at the end of every round.
 
-    `rewind_step_N.pt`, or, where the strategy shards parameters, a folder `rewind_step_N` with a file for every rank.
+    The file is `rewind_step_N.pt`. If the strategy shards parameters, it is a folder `rewind_step_N` with a file for
+    every rank.
     """
 
     def __init__(self, rewind: Rewind) -> None:
@@ -43,7 +47,7 @@ class RewindFile:
         self.snapshot = ""
 
     def write_at_its_step(self, trainer: Trainer) -> None:
-        """Writes it, unless that is done or it is too early."""
+        """Writes the rewind file, unless it is written or its step is not reached; a collective of the processes."""
         if self.path is not None or trainer.global_step < self.rewind.step:
             return
         folder = Path(self.rewind.dirpath or trainer.log_dir or trainer.default_root_dir)
@@ -52,21 +56,21 @@ class RewindFile:
         self.path = path
 
     def go_back(self, trainer: Trainer) -> None:
-        """Puts weights and training state back. Raises ValueError if the file is not the one that was written."""
+        """Restores weights and training state; ValueError if the file is missing or was written by another training."""
         assert self.path is not None
         load_snapshot(trainer, self.path, self.snapshot, optimizer=self.rewind.optimizer)
 
     def check(self, trainer: Trainer) -> None:
-        """Raises ValueError if the file was written and is not there any more, or another is."""
+        """Raises ValueError if the file was written, and is now missing or replaced by the file of another training."""
         if self.path is not None:
             check_snapshot(trainer, self.path, self.snapshot)
 
     def state_dict(self) -> dict[str, Any]:
-        """Its place and what it must hold."""
+        """Returns the path of the rewind file and the name of its snapshot, for the checkpoint."""
         return {"path": None if self.path is None else str(self.path), "snapshot": self.snapshot}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse; `Rewind(dirpath=)` says where the file was moved to."""
+        """Restores the result of `state_dict`; `Rewind(dirpath=)` names the folder of a file that was moved."""
         self.snapshot = state_dict["snapshot"]
         if state_dict["path"] is not None:
             path = Path(state_dict["path"])

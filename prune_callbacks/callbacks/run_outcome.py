@@ -1,4 +1,4 @@
-"""The outcome of a run's pruning, counted in its weights, and where it ran."""
+"""The outcome of a run's pruning: zeros counted in the weights, settings, versions and device."""
 
 import math
 import platform
@@ -42,17 +42,17 @@ def outcome(
     further: Sequence[str] = (),
 ) -> dict[str, Any]:
     """
-    Returns the fields of `RunRecord` that are counted or known, and not measured; a collective of all processes.
+    Returns all fields of `RunRecord` that need no evaluation of the model; a collective of all processes.
 
     Args:
-        trainer: of the fit.
+        trainer: the trainer of the fit.
         one_shot: the callback that pruned once; None: there is none.
         iterative: the callback that prunes in rounds; None: there is none.
         dirpath: the run's folder.
-        further: packages besides `PACKAGES` whose versions count.
+        further: packages to report the versions of, besides `PACKAGES`.
     """
     masks = masks_in_force(one_shot, iterative)
-    # Counted in the weights, not in the masks: without an enforcer the two part ways.
+    # Counted in the weights, not in the masks: without an enforcer, training overwrites zeros.
     weights = Lineup(trainer).weights(masks)
     zeros, violations = weights.layer_sparsity(), weights.violations()
     report = one_shot.report if one_shot is not None else None
@@ -76,12 +76,13 @@ def outcome(
 
 
 def seconds_of_pruning(one_shot: OneShotPrune | None, iterative: IterativePrune | None) -> float:
-    """Returns how long all changes of the masks took so far."""
+    """Returns the wall time of all changes of the masks so far, in seconds."""
     at_once = one_shot.report.seconds if one_shot is not None and one_shot.report is not None else 0.0
     return at_once + (iterative.seconds if iterative is not None else 0.0)
 
 
 def _pruning(one_shot: OneShotPrune | None, iterative: IterativePrune | None) -> dict[str, Any]:
+    """Returns the texts of pruners, allocation and schedule."""
     pruners = [callback.pruner for callback in (one_shot, iterative) if callback is not None]
     return {
         "pruner": ", then ".join(repr(pruner) for pruner in pruners),
@@ -91,6 +92,7 @@ def _pruning(one_shot: OneShotPrune | None, iterative: IterativePrune | None) ->
 
 
 def _target(one_shot: OneShotPrune | None, iterative: IterativePrune | None) -> float:
+    """Returns the sparsity that the last pruning was asked for."""
     if iterative is not None:
         return iterative.schedule.target
     assert one_shot is not None
@@ -110,7 +112,7 @@ def save_gathered(
     dirpath: Path,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Writes model and masks into a run's folder, on rank 0; a collective of all processes, which fail together."""
+    """Writes model and masks into a run's folder, on rank 0; a collective, in which all processes fail if one fails."""
     state = gathered_state_dict(trainer, model)
 
     def save() -> None:

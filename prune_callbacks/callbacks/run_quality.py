@@ -1,4 +1,4 @@
-"""What RunReport measures of a model: perplexity on every text, and zero-shot accuracy."""
+"""The measurements of RunReport: perplexity on every text, and zero-shot accuracy."""
 
 import math
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ from prune_callbacks.storage.run_record import Perplexities, RunRecord
 @dataclass(frozen=True)
 class RunQuality:
     """
-    The measurements of one stage of a run.
+    Measures the quality of the model at one stage of a run.
 
     Args:
-        tokenizer: for `zero_shot`.
-        batch_size: windows per forward pass.
-        zero_shot: tasks, or None.
+        tokenizer: the tokenizer for `zero_shot`; None without tasks.
+        batch_size: evaluation windows per forward pass.
+        zero_shot: the tasks to measure accuracy on; None: no tasks.
         progress: show progress bars.
     """
 
@@ -38,7 +38,7 @@ class RunQuality:
     progress: bool
 
     def check(self, trainer: Trainer) -> None:
-        """Raises ValueError for what cannot be measured."""
+        """Raises ValueError without evaluation windows, or for tasks that cannot be measured in this fit."""
         if getattr(trainer.datamodule, "evaluation_windows", None) is None:
             raise ValueError("RunReport needs a data module with evaluation_windows, such as TokenDataModule")
         if self.zero_shot is None:
@@ -46,12 +46,12 @@ class RunQuality:
         if trainer.world_size > 1:
             raise ValueError(
                 f"zero-shot accuracy is measured on one process, and this fit has {trainer.world_size}. Leave "
-                "zero_shot away, and measure model/ of the run's folder afterwards: ZeroShot(...)(model, tokenizer)"
+                "zero_shot out, and measure model/ of the run's folder afterwards: ZeroShot(...)(model, tokenizer)"
             )
         self.zero_shot.check()
 
     def fits(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether one device can hold the model, which is not sharded yet; the same answer on every rank."""
+        """Returns whether every rank's device can hold the whole unsharded model; the same answer on every rank."""
         needed, device = model_bytes(find_language_model(pl_module)), trainer.strategy.root_device
         fits = all(world(trainer).gather(needed < 0.9 * free_memory(device)))
         if not fits:
@@ -62,18 +62,18 @@ class RunQuality:
         return fits
 
     def perplexity(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        """On the data module's evaluation windows."""
+        """Returns the perplexity on the data module's evaluation windows."""
         with _on_its_device(trainer, pl_module) as model:
             return self._perplexity(trainer, model, trainer.datamodule.evaluation_windows)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, stage: str, record: RunRecord) -> float:
-        """Everything, into the run's record; returns the perplexity on the evaluation windows."""
+        """Measures perplexities and accuracies, writes them into the record, and returns the first perplexity."""
         data = trainer.datamodule
         windows, title = data.evaluation_windows, getattr(data, "evaluation_title", None)
         with _on_its_device(trainer, pl_module) as model:
             value = self._perplexity(trainer, model, windows)
             if (record.perplexity.dataset, record.perplexity.seq_len) not in ((None, None), (title, windows.shape[1])):
-                record.perplexity = Perplexities()  # measured on something else, before the fit was resumed
+                record.perplexity = Perplexities()  # the resumed run was measured on another text
             record.perplexity = replace(record.perplexity, dataset=title, seq_len=windows.shape[1])
             setattr(record.perplexity, stage, finite(value))
             _say(stage, value, windows)
@@ -93,6 +93,7 @@ class RunQuality:
         return perplexity(model, windows, batch_size=self.batch_size, progress=progress, ranks=world(trainer))
 
     def _zero_shot(self, zero_shot: ZeroShot, model: nn.Module, stage: str, record: RunRecord) -> None:
+        """Measures the accuracy on every task and writes it into the record."""
         assert self.tokenizer is not None
         results = zero_shot(model, self.tokenizer)
         accuracies = record.zero_shot
@@ -104,7 +105,7 @@ class RunQuality:
 
 
 def _of_the_same(before: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    """Returns what was measured before, unless on something else, before the fit was resumed with other settings."""
+    """Returns `known` and the earlier values; drops these if a resumed run measured them with other settings."""
     same = all(before.get(key, value) == value for key, value in known.items())
     return (before if same else {}) | known
 
@@ -115,12 +116,13 @@ def finite(value: float) -> float | None:
 
 
 def _say(what: str, value: float, windows: Tensor) -> None:
+    """Logs a perplexity, on rank 0."""
     rank_zero_info(f"{what} perplexity {value:.2f} ({len(windows)} windows of {windows.shape[1]} tokens)")
 
 
 @contextmanager
 def _on_its_device(trainer: Trainer, pl_module: LightningModule) -> Iterator[nn.Module]:
-    """The language model, on the trainer's device meanwhile: in setup and after the fit it is on the CPU."""
+    """Moves the language model to the trainer's device and back: in setup and after the fit it is on the CPU."""
     model = find_language_model(pl_module)
     home, device = next(model.parameters()).device, trainer.strategy.root_device
     if home.type != device.type:

@@ -35,28 +35,27 @@ class RunReport(PruningCallback):
     """
     Writes `report.html`, `report.json`, `report.png`, `masks.safetensors` and `model/` into one folder.
 
-    Put it **before** `OneShotPrune` and `IterativePrune`: it measures what they are about to prune. The one-shot
-    pruned model and its masks are saved before the first training step (`OneShotPrune(dirpath=...)` does so earlier),
-    the recovered one when the fit ends.
+    Put it **before** `OneShotPrune` and `IterativePrune`, because it measures the model before they prune it. The
+    one-shot pruned model and its masks are saved before the first training step (with `OneShotPrune(dirpath=...)` right
+    after pruning), and the recovered model when the fit ends.
 
     Perplexity is measured on the data module's `evaluation_windows`, (windows, tokens) of token ids, and reported
-    under its `evaluation_title`; on those in `further_evaluation`, if it has any, under their names too. With
-    `IterativePrune` "dense" is the model before the first change, "pruned" the one right after the last change (and its
-    rewinding), and `rounds` has the trained model before every change.
+    under its `evaluation_title`. Texts in its `further_evaluation`, if any, are reported by name. With `IterativePrune`
+    "dense" is the model before the first change and "pruned" the model right after the last change (and its rewinding);
+    `rounds` has the trained model before every change. `zero_shot` adds the accuracy of the dense, the pruned and the
+    recovered model on tasks, in fits of one process.
 
-    `report.json` is written after every stage and round. The page and the picture follow at the end of the fit
-    and, while it trains, within 30 seconds; `prune_callbacks.reporting.page.write_page` draws the page anew.
-
-    With `zero_shot` the same three models' accuracy on tasks is measured too, on one process.
+    `report.json` is written after every stage and round. The page and the picture are drawn at the end of the fit, and
+    at most every 30 seconds during training; `prune_callbacks.reporting.page.write_page` draws the page again.
 
     Args:
-        dirpath: the run's folder; refused if it already holds a run, unless the fit resumes from a checkpoint.
+        dirpath: the run's folder. A folder that holds a run is refused, unless the fit resumes from a checkpoint.
         recipe: name of the recipe, for the report.
         model: name of the model, for the report.
-        tokenizer: saved beside the model, so that the folder is complete.
+        tokenizer: saved alongside the model.
         batch_size: evaluation windows per forward pass.
         zero_shot: tasks to measure accuracy on; needs the tokenizer.
-        every_round: measure perplexity before every change of `IterativePrune`, not the first only.
+        every_round: measure perplexity before every change of `IterativePrune`; False: before the first only.
         progress: show progress bars.
 
     Attributes:
@@ -99,7 +98,7 @@ class RunReport(PruningCallback):
 
     @property
     def record(self) -> dict[str, Any]:
-        """What `report.json` holds."""
+        """Returns the record as `report.json` holds it."""
         return self.run.to_json()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -110,7 +109,7 @@ class RunReport(PruningCallback):
         self._find_pruning(trainer)
         self._quality.check(trainer)
         if resumed_checkpoint(trainer) is None:
-            # Rank 0 answers for all: it may have begun to write when another looks.
+            # Only rank 0 looks: other ranks could see files that rank 0 has just written.
             world(trainer).attempt(lambda: refuse_existing_run(self.dirpath) if trainer.is_global_zero else None)
             if self._one_shot is not None and self._quality.fits(trainer, pl_module):
                 self._evaluate(trainer, pl_module, "dense")
@@ -122,7 +121,7 @@ class RunReport(PruningCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._one_shot is None or resumed_checkpoint(trainer) is not None:
-            return  # if resumed, the checkpoint brings what was measured, under some strategies only after this
+            return  # a checkpoint has the measurements; some strategies load it later
         if not world(trainer).share(
             (self.dirpath / "masks.safetensors").exists()
         ):  # OneShotPrune(dirpath=...) may have done it
@@ -135,7 +134,7 @@ class RunReport(PruningCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock.start()
         if trainer.is_global_zero and self.run.pruner is not None:
-            self._page.changed = True  # of a resumed fit too
+            self._page.changed = True  # in a resumed fit too
         if trainer.ckpt_path is None and self._iterative is not None:
             self._before_a_change(trainer, pl_module, self._iterative.schedule.unit, 0)
 
@@ -186,14 +185,14 @@ class RunReport(PruningCallback):
         self._finish(trainer, pl_module)  # while the strategy still has the weights
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish(trainer, pl_module)  # of a fit resumed at its last step Lightning calls no on_train_end
+        self._finish(trainer, pl_module)  # a fit resumed at its last step has no on_train_end
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._finished:
             return
         self._finished = True
         for callback in Lineup(trainer).all(FinishesWeights):
-            callback.finish(trainer)  # they stand behind
+            callback.finish(trainer)  # they come after RunReport in the list
         self._clock.stop(self.run.seconds)
         again = self.run.stage == "recovered"  # resumed from a checkpoint of the end
         self._save(trainer, pl_module)
@@ -207,7 +206,7 @@ class RunReport(PruningCallback):
             rank_zero_info(f"the sparse model, its masks and the report are in {self.dirpath}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._warnings.stop()  # Lightning tears nothing down then
+        self._warnings.stop()  # Lightning calls no teardown after an error
         with suppress(Exception):  # the one that is on its way says more
             self._page.draw(self.run)
 
@@ -223,7 +222,7 @@ class RunReport(PruningCallback):
         recipe, ours = state_dict["record"]["recipe"], self.run.recipe
         if recipe != ours:
             raise ValueError(
-                f"the checkpoint is one of recipe {recipe}, and this is {ours}; go on with the same recipe"
+                f"the checkpoint was written by recipe {recipe}, and this is {ours}; resume with the same recipe"
             )
         self._warnings.put_before(state_dict["record"]["warnings"])
         self.run = replace(RunRecord.from_json(state_dict["record"]), warnings=self._warnings.texts)

@@ -1,4 +1,4 @@
-"""SemiStructuredConvert: gives a model whose fit has ended 2:4 tensors, or 8-bit 2:4 layers, for inference."""
+"""SemiStructuredConvert: converts a model to 2:4 tensors or 8-bit 2:4 layers for inference, when a fit has ended."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -34,25 +34,28 @@ class SemiStructuredConvert(PruningCallback):
     """
     Converts the module's language model when a fit has ended: `convert_`, `convert_int8_` or `convert_fp8_`.
 
-    The last of this package's callbacks that read or change weights; one that measures speed may follow. It acts in
-    `on_fit_end`: by then Lightning has moved the module to the CPU, the others have finished and checkpoints are
-    written. The module goes back to the fit's device and stays there. A fit that fails is not converted.
+    Put it after all callbacks of this package that read or change weights; `SparsityBenchmark` may follow. It acts in
+    `on_fit_end`, when checkpoints are written and Lightning has moved the module to the CPU. It moves the module back
+    to the fit's device, where the module stays. A fit that fails is not converted.
 
-    `revert_(model)` gives the dense model back. Saving, casting and another fit need it, and `trainer.test` too, which
-    moves the module to the CPU at its end. Where nothing can be converted (no GPU that has the kernels, nothing 2:4) a
-    warning says why and the model stays dense.
+    `revert_(model)` restores the dense model. Call it before saving, casting, another fit and `trainer.test` (which
+    moves the module to the CPU at its end). If nothing can be converted (no GPU with the kernels, no 2:4 layer), a
+    warning gives the reason and the model stays dense.
 
     Args:
         targets: patterns of layer names; None for all linear layers of the decoder blocks.
         blocks: name of the list of decoder blocks, where it cannot be found.
-        precision: "model": weights in the model's own bfloat16 or float16; "bfloat16" and "float16": the model is cast
-            first, if the GPU has kernels at all; "int8" and "fp8": weights and inputs in 8 bits, of a model in any
-            dtype.
-        verify: compare every layer's output with the dense layer's.
+        precision: "model": weights in the model's own bfloat16 or float16. "bfloat16" and "float16": the model is cast
+            first, if the GPU has kernels for a layer of it. "int8" and "fp8": weights and inputs in 8 bits, for a model
+            in any dtype.
+        verify: compare the output of every converted layer with the dense layer's output.
         progress: show a progress bar.
 
     Attributes:
-        conversion: what was done, once the fit has ended; None also where nothing was 2:4.
+        conversion: the result, once the fit has ended; None before, and if the conversion failed.
+
+    Raises:
+        ValueError: `precision` is another word.
     """
 
     needs_whole_weights = True
@@ -88,7 +91,7 @@ class SemiStructuredConvert(PruningCallback):
                 )
         lineup.check(self)
         if next(pl_module.parameters(), None) is not None:
-            # A wrong name is to be known now, not when the fit is over.
+            # Reports a wrong name now, not at the end of the fit.
             find_targets(find_blocks(find_language_model(pl_module), self.blocks), self.targets)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,17 +108,17 @@ class SemiStructuredConvert(PruningCallback):
                     progress=self.progress and trainer.is_global_zero,
                 )
             except (ValueError, torch.OutOfMemoryError) as error:
-                # The fit is over and was good; what it trained is not to be lost for this.
+                # The fit succeeded; an error here would lose the trained weights.
                 warnings.warn(f"the model stays dense: {error}", stacklevel=1)
         for warning in caught:
             rank_zero_warn(f"SemiStructuredConvert: {warning.message}", category=warning.category)
         if self.conversion is None or not self.conversion.converted:
-            pl_module.cpu()  # as Lightning left it
+            pl_module.cpu()  # where Lightning had moved it
         else:
             rank_zero_info(f"SemiStructuredConvert: {self.conversion}")
 
     def _cast(self, model: nn.Module) -> None:
-        """Casts the parameters, if there are kernels and a layer for them; buffers stay as precise as they are."""
+        """Casts the parameters if there are kernels for a layer; buffers keep their precision."""
         if self.precision not in CASTS:
             return
         dtype, found = CASTS[self.precision], find_two_four(model, self.targets, self.blocks)
@@ -127,6 +130,6 @@ class SemiStructuredConvert(PruningCallback):
 
 
 def _two_four(pattern: Pattern) -> bool:
-    """Whether every mask of the pattern is 2:4."""
+    """Returns whether every mask of the pattern is also 2:4."""
     group = kept_of_group(pattern)
     return group is not None and (group == (1, 2) or (group[0] <= 2 and group[1] % 4 == 0))

@@ -27,17 +27,17 @@ class ShrinkModel(PruningCallback):
     """
     Takes the removed channels and heads out of the model that `OneShotPrune(Structured(...))` pruned; see `shrink`.
 
-    At the end of the fit it writes the smaller model into `dirpath/shrunk` (`save_pretrained`), compares its logits
-    with those of the module, and writes `dirpath/shrunk.json`: parameters of both, bytes, and the largest difference.
-    The module stays as it is.
+    At the end of the fit it writes the smaller model into `dirpath/shrunk` (`save_pretrained`) and compares its logits
+    with the logits of the module. It writes `dirpath/shrunk.json`: the parameters and bytes of both models, and the
+    largest difference of the logits. The module stays unchanged.
 
     Args:
         dirpath: the run's folder.
-        tokenizer: saved beside the model.
+        tokenizer: saved alongside the model.
 
     Attributes:
-        model: the smaller model.
-        record: what `shrunk.json` holds.
+        model: the smaller model, on rank 0; None before the end of the fit.
+        record: the content of `shrunk.json`; {} before.
     """
 
     needs_whole_weights = True
@@ -58,18 +58,20 @@ class ShrinkModel(PruningCallback):
         lineup.check(self)
         self._check_adapters(trainer)
         if resumed_checkpoint(trainer) is None and trainer.is_global_zero:
-            self._shrunk(trainer, pl_module)  # what cannot be done is to be known now, not after training
+            self._shrunk(trainer, pl_module)  # reports an error now, not after training
 
     @staticmethod
     def _check_adapters(trainer: Trainer) -> None:
+        """Raises ValueError for a LoRARecovery that does not merge its update."""
         if any(not callback.masked for callback in Lineup(trainer).all(LoRARecovery)):
             raise ValueError(
-                "ShrinkModel shrinks whole weights, and LoRARecovery(masked=False) keeps its adapter beside them; use "
+                "ShrinkModel shrinks whole weights, and LoRARecovery(masked=False) keeps its adapter apart; use "
                 "masked=True, which merges it"
             )
 
     @staticmethod
     def _shrunk(trainer: Trainer, pl_module: LightningModule) -> PreTrainedModel:
+        """Returns the smaller model; ValueError if it cannot be made."""
         prune = Lineup(trainer).first(OneShotPrune)
         assert prune is not None
         if prune.report is None:

@@ -1,4 +1,4 @@
-"""SparsityBenchmark: measures, when a fit has ended, what the zeros are worth in seconds and bytes."""
+"""SparsityBenchmark: measures the speed and the size of the sparse model when a fit has ended."""
 
 import copy
 import warnings
@@ -32,32 +32,35 @@ from prune_callbacks.writing import write_json
 
 class SparsityBenchmark(PruningCallback):
     """
-    Times the module's language model, dense against sparse, side by side in one run, and says where sparse loses.
+    Times dense and sparse variants of the module's language model in turns, and reports where sparse is slower.
 
-    It acts in `on_fit_end`, on rank 0 and on the fit's device, and measures copies: the module stays as it is. Put it
-    last; behind `SemiStructuredConvert` it measures what that converted. Every shape of layer is measured by itself,
-    and the whole model from end to end, prefill and decode apart. Compared with the dense model are, where they apply:
+    It acts in `on_fit_end`, on rank 0 and on the fit's device. It measures copies; the module stays unchanged. Put it
+    last. After `SemiStructuredConvert` it measures the converted model. It measures one layer of every shape, and the
+    whole model, prefill and decode separately. The dense model is compared with these variants, where they apply:
 
-    - on a GPU "2:4" (`convert_`), everything in bfloat16 if the weights are float32, which 2:4 kernels do not take;
-    - on a CPU "CSR" (`convert_to_csr_`), everything in float32;
-    - on both "shrunk" (`shrink`), if whole channels or heads are zero.
+    - on a GPU "2:4" (`convert_`); all variants in bfloat16 if the weights are float32, which 2:4 kernels do not take
+    - on a CPU "CSR" (`convert_to_csr_`); all variants in float32
+    - on both "shrunk" (`shrink`), if whole channels or heads are zero
 
-    What does not apply is in the record, with the reason. Writes `latency.json` and `latency.png`, prints a table and
-    the verdict.
+    The record has the reason for every variant that does not apply. Writes `latency.json` and `latency.png`, and prints
+    a table and the verdict.
 
     Args:
         dirpath: folder of the files; None: the trainer's `default_root_dir`.
-        batches: numbers of sequences for the whole model.
-        tokens: numbers of tokens for single layers.
-        prompt_tokens: lengths of the prompts for the whole model.
+        batches: the numbers of sequences for the whole model.
+        tokens: the numbers of tokens for single layers.
+        prompt_tokens: the lengths of prompts for the whole model, in tokens.
         targets: patterns of layer names; None for all linear layers of the decoder blocks.
         blocks: name of the list of decoder blocks, where it cannot be found.
-        repeats: turns that count.
-        warmup: calls before them.
-        compiled: measure everything under `torch.compile` too; every cell is compiled anew. None: on a GPU only.
+        repeats: the number of timed turns.
+        warmup: the number of untimed calls before them.
+        compiled: measure all variants under `torch.compile` too; every cell is compiled by itself. None: on a GPU only.
 
     Attributes:
-        record: what `latency.json` holds; empty before.
+        record: the content of `latency.json`; {} before.
+
+    Raises:
+        ValueError: a number is below 1.
     """
 
     needs_whole_weights = True
@@ -102,7 +105,7 @@ class SparsityBenchmark(PruningCallback):
             )
         self.record = {}
         if next(pl_module.parameters(), None) is not None:
-            # A wrong name is to be known now, not when the fit is over.
+            # Reports a wrong name now, not at the end of the fit.
             self._targets(find_language_model(pl_module))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,7 +122,7 @@ class SparsityBenchmark(PruningCallback):
             console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     def measure(self, model: nn.Module, device: torch.device) -> dict[str, Any]:
-        """What `latency.json` is to hold, for a model on any device; it stays where and as it is."""
+        """Measures a model on a device and returns the content of `latency.json`; the model stays unchanged."""
         models, record = self.variants(model, device)
         dense = models[BASE]
         record["setting"] = setting(device, next(dense.parameters()).dtype)
@@ -143,8 +146,10 @@ class SparsityBenchmark(PruningCallback):
 
     def variants(self, model: nn.Module, device: torch.device) -> tuple[dict[str, nn.Module], dict[str, Any]]:
         """
-        The models to compare, the dense one first, on the device and in evaluation mode; and a record of what is known
-        of them without measuring: `zeros`, `left_out`, and `csr` where there is one.
+        Returns the models to compare, by variant, and a record.
+
+        The models are on the device and in evaluation mode, the dense one first. The record has `zeros` (a fraction),
+        `left_out` (the reason for every missing variant) and, for a CSR variant, `csr` (its bytes and sparsity).
         """
         dense = copy.deepcopy(model).to(device).eval()
         converted = any(is_converted(layer) for layer in dense.modules())
@@ -178,9 +183,10 @@ class SparsityBenchmark(PruningCallback):
         return models, record
 
     def _csr(self, dense: nn.Module, record: dict[str, Any]) -> nn.Module:
+        """Returns a copy with CSR layers, and adds its report to the record."""
         sparse = copy.deepcopy(dense)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is larger than dense is in the verdict
+            warnings.simplefilter("ignore")  # the verdict reports a CSR model larger than the dense one
             report: CSRReport = convert_to_csr_(sparse, targets=self.targets, blocks=self.blocks)
         record["csr"] = {
             name: getattr(report, name)
@@ -189,6 +195,7 @@ class SparsityBenchmark(PruningCallback):
         return sparse
 
     def _two_four(self, dense: nn.Module) -> nn.Module:
+        """Returns a copy with 2:4 layers; ValueError if no layer can be converted."""
         sparse = copy.deepcopy(dense)
         made: Conversion = convert_(sparse, targets=self.targets, blocks=self.blocks, progress=False)
         if not made.converted:
@@ -196,7 +203,7 @@ class SparsityBenchmark(PruningCallback):
         return sparse
 
     def layers(self, models: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
-        """For every shape of layer one from the middle of the model, in all variants that changed it."""
+        """Returns, for every shape, one layer from the middle of the model, in all variants that changed it."""
         dense = models[BASE]
         shapes: dict[tuple[int, int], list[str]] = {}
         for name, target in self._targets(dense).items():
@@ -215,6 +222,7 @@ class SparsityBenchmark(PruningCallback):
 
 
 def _changed(layer: nn.Module, dense: nn.Module) -> bool:
+    """Returns whether a layer has another class, weight class or shape than the dense one."""
     if type(layer) is not type(dense):
         return True
     ours, theirs = layer.get_parameter("weight"), dense.get_parameter("weight")

@@ -1,4 +1,4 @@
-"""SparsityMonitor: logs the sparsity and the violations of every layer and draws the curve."""
+"""SparsityMonitor: logs the sparsity and the violations of every layer, and draws their curves."""
 
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,21 @@ from prune_callbacks.sparsity import MaskSet
 
 class SparsityMonitor(PruningCallback):
     """
-    Counts, in the weights themselves, how sparse every masked layer is and how many pruned weights are not zero.
+    Counts the zeros of every masked layer, and the pruned weights that are not zero (violations), in the weights.
 
-    Sends `sparsity/LAYER` and `violations/LAYER` to the trainer's loggers when training starts, after every change of
-    the masks, every `every_n_steps` optimizer steps and when training ends; draws `sparsity.png`. Works beside
-    `MaskEnforcer`, in any order.
+    Logs `sparsity/LAYER` (a fraction) and `violations/LAYER` (a count) when training starts, after every change of the
+    masks, every `every_n_steps` optimizer steps and when training ends. Draws `sparsity.png` at the end. Needs
+    `MaskEnforcer`; their order does not matter.
 
     Args:
         dirpath: folder of the picture; None: the trainer's `default_root_dir`.
-        every_n_steps: optimizer steps between two counts.
+        every_n_steps: the number of optimizer steps between two counts.
 
     Attributes:
-        history: one entry a count: `{"step", "sparsity": {layer: fraction}, "violations": {layer: count}}`.
+        history: one entry per count: `{"step", "sparsity": {layer: fraction}, "violations": {layer: count}}`.
+
+    Raises:
+        ValueError: `every_n_steps` is below 1.
     """
 
     def __init__(self, dirpath: str | Path | None = None, *, every_n_steps: int = 100) -> None:
@@ -68,6 +71,7 @@ class SparsityMonitor(PruningCallback):
         return enforcer.masks
 
     def _count(self, trainer: Trainer) -> None:
+        """Counts, appends an entry to the history and logs it; a collective of the processes."""
         self._seen = self._masks(trainer)
         assert self._seen is not None  # the enforcer has them once training has started
         weights = Lineup(trainer).weights(self._seen)

@@ -1,4 +1,4 @@
-"""How long a fit has trained, evaluations left out."""
+"""Measures how long a fit has trained, without evaluations."""
 
 import time
 from collections.abc import Iterator
@@ -14,21 +14,21 @@ class TrainingClock:
         self._begin: float | None = None
 
     def start(self) -> None:
-        """Begins to count as training."""
+        """Starts to count time as training."""
         self._begin = time.perf_counter()
 
     def stop(self, seconds: Seconds) -> None:
-        """Ends training and adds its time to `seconds.recover`."""
+        """Stops counting and adds the time since `start` to `seconds.recover`."""
         seconds.recover = self.trained(seconds)
         self._begin = None
 
     def trained(self, seconds: Seconds) -> float:
-        """Returns `seconds.recover` and the time since `start`, if training has not stopped."""
+        """Returns `seconds.recover`, plus the time since `start` unless stopped."""
         return (seconds.recover or 0.0) + (0.0 if self._begin is None else time.perf_counter() - self._begin)
 
     @contextmanager
     def evaluating(self, seconds: Seconds) -> Iterator[None]:
-        """Counts the block as evaluation, and not as training."""
+        """Counts the time of the `with` block as evaluation and not as training."""
         begin = time.perf_counter()
         yield
         taken = time.perf_counter() - begin

@@ -1,1 +1,1 @@
-"""What becomes of a layer: the sequential loop, a solved block, permuted channels, iterative masks, the report."""
+"""The engine: prunes a model block by block, permutes its channels, raises masks, and reports the results."""

@@ -1,4 +1,4 @@
-"""Choosing which of the weights that are left go next, over all layers or layer by layer."""
+"""Raises the sparsity of masks: chooses survivors to remove, over all layers or layer by layer."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Scope = Literal["global", "layer"]
 
 @runtime_checkable
 class SharedWeights(Protocol):
-    """Masked weights that are spread over ranks; `prune_callbacks.parallel.ParamAccess` says what the methods do."""
+    """Masked weights that are spread over ranks; see `prune_callbacks.parallel.access.ParamAccess` for the methods."""
 
     masks: MaskSet
     ranks: Ranks
@@ -43,19 +43,20 @@ def shrink_masks(
     input_first: Collection[str] = (),
 ) -> MaskSet:
     """
-    The masks of a higher sparsity: what is removed stays removed, the survivors of lowest score go.
+    Returns masks of a higher sparsity: removed weights stay removed, and the survivors of lowest score are removed.
 
-    Equivalent to pruning the masked weights, what is already removed going first. The count is exact:
-    `round(sparsity * weights)` removed over all layers (global), or by the pattern in every layer. The model is never
-    gathered: the global threshold comes from histograms, and of a layer's structure one layer at a time is whole.
+    Equivalent to pruning the masked weights with a score below all others for removed weights. The count is exact:
+    `round(sparsity * weights)` over all layers for scope "global", the pattern's count in every layer for "layer". The
+    model is never gathered. The global threshold comes from histograms; for "layer", whole weights are gathered one
+    layer at a time. A collective of the ranks, which all get the same masks.
 
     Args:
-        weights: the weights, and the masks in force. Every rank gets the same result.
+        weights: the weights, and the masks in force.
         names: the masked parameters to choose from.
-        sparsity: fraction of their weights that is removed in the end.
+        sparsity: the fraction of weights in `names` that the returned masks remove, in [0, 1).
         pruner: gives the scores, and the pattern for `scope="layer"`; the sparsity of its pattern is not used.
         scope: "global": one pool of all layers. "layer": the same sparsity in every layer.
-        input_first: names of weights stored as (in, out), those of GPT-2's `Conv1D`; of experts (experts, in, out).
+        input_first: the names of weights stored as (in, out), as in GPT-2's `Conv1D`, or (experts, in, out).
     """
     if scope == "global":
         total = sum(torch.Size(weights.masks.shape(name)).numel() for name in names)
@@ -70,13 +71,13 @@ def shrink_masks(
 
 
 def _keep_in_layer(weights: SharedWeights, name: str, pruner: Pruner, pattern: Pattern, input_first: bool) -> Tensor:
-    # In the sum over a structure what is gone has zero; of single weights it goes below survivors that happen to be so.
+    # A removed weight adds 0 to its structure's score; a single one must lose even against survivors that score 0.
     lowest = -torch.inf if removes_single_weights(pattern) else 0.0
     weight = weights.read(name)
 
     def choose() -> Tensor:
         removed = ~weights.masks[name].to(weight.device)
-        stored = [weight, removed] if weight.ndim == 3 else [weight[None], removed[None]]  # of experts: one by one
+        stored = [weight, removed] if weight.ndim == 3 else [weight[None], removed[None]]  # experts
         matrices, gone = (tensor.mT if input_first else tensor for tensor in stored)
         kept = [
             pattern.keep(_scores(pruner)(matrix).masked_fill(without, lowest))
@@ -91,7 +92,7 @@ def _keep_in_layer(weights: SharedWeights, name: str, pruner: Pruner, pattern: P
 
 @dataclass(frozen=True)
 class _OwnScores(Mapping[str, Tensor]):
-    """The scores of this rank's parts, made when asked for, so never all at once; of what is gone, minus infinity."""
+    """Computes the scores of this rank's part of a weight on access; the scores of removed weights are -inf."""
 
     weights: SharedWeights
     names: Collection[str]
@@ -108,6 +109,7 @@ class _OwnScores(Mapping[str, Tensor]):
 
 
 def _scores(pruner: Pruner) -> Callable[..., Tensor]:
+    """Returns the pruner's score function, which `check_shrinkable` has made sure of."""
     scores = scores_of_weights(pruner)
     assert scores is not None
     return scores
@@ -148,17 +150,17 @@ def check_shrinkable(pruner: Pruner, scope: str, target: float) -> None:
 
 
 def _is_one_pool(pruner: Pruner) -> bool:
-    """Returns whether single weights go, and the pattern does not say from which pool."""
+    """Returns whether the pruner removes single weights, the pool is the layer, and the pattern names no other."""
     pattern = pruner.pattern
     return removes_single_weights(pattern) and getattr(pattern, "per", None) is None and pool(pruner) == "layer"
 
 
 def _is_elementwise(pruner: Pruner) -> bool:
-    """Returns whether a weight's score is the same whatever weights stand beside it: tried on drawn numbers."""
+    """Returns whether a weight's score is independent of the other weights; tried on random numbers."""
     scores = _scores(pruner)
     weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     try:
         part = scores(weight.flatten()[3:11])
-    except (IndexError, RuntimeError, ValueError):  # it wants a matrix
+    except (IndexError, RuntimeError, ValueError):  # the score needs a matrix
         return False
     return torch.equal(scores(weight).flatten()[3:11], part)

@@ -1,4 +1,4 @@
-"""Permuting the channels of a model so that N:M keeps more, without changing what it computes."""
+"""Permutes the channels of a model so that N:M keeps a larger score; the outputs of the model stay the same."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -32,11 +32,11 @@ from prune_callbacks.sparsity.questions import kept_of_group
 @dataclass(frozen=True)
 class Permuted(Result):
     """
-    What permuting did for a layer: shares of its score `(|W_ij| ||X_j||)^2` that N:M keeps.
+    The gain of permuting a layer: shares of its score `sum (|W_ij| ||X_j||)^2` that N:M keeps, in [0, 1].
 
     Attributes:
-        before: in the order that the input features were in.
-        after: in the new one; never smaller.
+        before: the share in the old order of the input features.
+        after: the share in the new order; never smaller.
     """
 
     before: float
@@ -57,25 +57,28 @@ def permute_channels_(
     """
     Reorders input channels of a dense model in place so that N:M keeps more of the score (Pool & Yu 2021).
 
-    The model computes what it did, to the rounding of sums in another order: the channels of an MLP are reordered in
-    the columns of the layer that reads them and the rows of those that write them, and the features of an attention
-    head, the same way in all heads of a group of queries, in the columns of `o_proj` and the rows of `v_proj`. Inputs
-    that come from the residual stream stay as they are. Prune afterwards.
+    The outputs of the model stay the same, up to the rounding of sums in another order. Prune afterwards.
+
+    - MLP: reorders the channels, which are columns of the layer that reads them and rows of the layers that write them.
+    - Attention: reorders the features inside every head, which are columns of `o_proj` and rows of `v_proj`. All heads
+      that share their values (grouped queries) get the same order.
+    - Inputs from the residual stream keep their order.
 
     Args:
-        model: a `transformers` causal LM, or what has the coupled layers that `find_coupled` knows.
+        model: a `transformers` causal LM, or a model with coupled layers that `find_coupled` knows.
         batches: token ids (batch, tokens), or mappings with `input_ids` and maybe `attention_mask`.
-        pattern: what the model will be pruned to.
+        pattern: the N:M pattern that the model will be pruned to.
         blocks: name of the list of decoder blocks, where it cannot be found.
-        device: where blocks are run, one at a time; None: where the model is.
+        device: the device to run blocks on, one at a time; None: the model's own.
         progress: show a progress bar.
-        ranks: processes that each have the same model and batches of their own.
+        ranks: processes with the same model, each with its own batches.
 
     Returns:
-        What it did, by the name of the layer that reads the channels.
+        The gain of every permuted layer, by the name of the layer that reads the channels.
 
     Raises:
-        ValueError: the model has no coupled layers, a layer does not fit the pattern, or there is no batch.
+        ValueError: the pattern is not N:M, a block is compiled, the model has no coupled layers, a layer does not fit
+            the pattern, there is no batch, or the outputs changed.
     """
     if kept_of_group(pattern) is None:
         raise ValueError(f"permute_channels_ takes an N:M pattern such as NM(2, 4), got {pattern!r}")
@@ -108,19 +111,19 @@ def permute_channels_(
                 if group.reader in statistics:
                     done[group.reader] = _permute(model, group, statistics[group.reader], pattern, ranks)
                 else:
-                    warnings.warn(f"{group.reader} stays as it is: its forward was never called", stacklevel=2)
+                    warnings.warn(f"{group.reader} is not permuted: its forward was never called", stacklevel=2)
                 bar.advance(task)
             with naming(block_name):
                 _check_unchanged(before, [run_block(index, block, batch, where) for batch in inputs[:1]])
             if index < len(found) - 1:
                 next_inputs(index, block, inputs, where, ranks)
-        # Blocks may be coupled with each other, which none of them shows by itself.
+        # Blocks may be coupled with each other, which the checks of single blocks do not find.
         _check_unchanged(dense, [_output_of(model, found[-1][1], batch) for batch in batches[: len(dense)]])
     return done
 
 
 def _output_of(model: nn.Module, block: nn.Module, batch: Batch) -> Tensor:
-    """What a block hands on in a pass of the whole model."""
+    """Returns the output of a block in a forward pass of the whole model."""
     seen: list[Any] = []
     hook = block.register_forward_hook(lambda module, args, output: seen.append(output))
     try:
@@ -133,33 +136,35 @@ def _output_of(model: nn.Module, block: nn.Module, batch: Batch) -> Tensor:
 
 
 def _check_unchanged(before: list[Tensor], after: list[Tensor]) -> None:
+    """Raises ValueError if an output differs from before by more than rounding."""
     for old, new in zip(before, after, strict=True):
         change = float((new - old).float().norm() / old.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
         allowed = max(1e-3, 8 * torch.finfo(old.dtype).eps)
         if not change <= allowed:
             raise ValueError(
-                f"permuting changed what is computed, by {change:.1e} of its norm: something in it knows the "
-                "order of its channels. The model cannot be permuted; load it again"
+                f"permuting changed the output, by {change:.1e} of its norm: some module depends on the order of "
+                "the channels. The model cannot be permuted; load it again"
             )
 
 
 def _width(model: nn.Module, group: Coupled) -> int:
-    """Neighbouring features that may change places: those of a head, or all channels."""
+    """Returns how many neighbouring features may change places: the features of a head, or all channels."""
     return group.width if group.width > 1 else _target(model, group.reader).shape[1]
 
 
 def _permute(model: nn.Module, group: Coupled, statistic: Statistic, pattern: Pattern, ranks: Ranks) -> Permuted:
+    """Reorders the reader's columns and the writers' rows in place, and returns the gain."""
     weight = _target(model, group.reader).matrix()
     scores = (weight.float() ** 2) * statistic.squared_norm.float()
     width = _width(model, group)
     written = _target(model, group.values).shape[0] // width
-    # Heads that read the same values, and so must agree on their order, stand below each other.
+    # Heads that read the same values must have the same order, so their scores are stacked.
     stacked = scores.unflatten(1, (written, -1, width)).permute(1, 2, 0, 3).flatten(1, 2)
     group_of = kept_of_group(pattern)
     assert group_of is not None
     n, m = group_of
     orders = ranks.attempt(lambda: [channel_permutation(part, n, m) for part in stacked])
-    orders = ranks.share(orders)  # decided once
+    orders = ranks.share(orders)  # rank 0 decides for all
     rows = torch.cat([head * width + order.to(weight.device) for head, order in enumerate(orders)])
     repeats = weight.shape[1] // (written * width)
     heads = [(head * repeats + i, orders[head]) for head in range(written) for i in range(repeats)]
@@ -177,6 +182,7 @@ def _target(model: nn.Module, name: str) -> LayerTarget:
 
 
 def _reorder_rows(target: LayerTarget, rows: Tensor) -> None:
+    """Reorders the rows of a layer's weight, and its bias, in place."""
     target.assign_(target.matrix()[rows])
     bias = target.module.bias
     if isinstance(bias, Tensor):
@@ -184,7 +190,7 @@ def _reorder_rows(target: LayerTarget, rows: Tensor) -> None:
 
 
 def improvement(done: Mapping[str, Permuted]) -> str:
-    """One line for a person: how much of what N:M would lose is kept."""
+    """Returns a line of text: how many layers were permuted, and how much less of their score N:M loses."""
     before = sum(1 - gain.before for gain in done.values())
     after = sum(1 - gain.after for gain in done.values())
     saved = 1 - after / before if before else 0.0

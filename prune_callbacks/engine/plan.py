@@ -1,4 +1,4 @@
-"""Plan: everything that is checked or decided before work begins."""
+"""Checks all arguments of a pruning and makes the plan, before any work begins."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,17 +26,17 @@ from prune_callbacks.sparsity import Pattern
 @dataclass(frozen=True)
 class Plan:
     """
-    What will be pruned, where and by what; made once, by `make_plan`.
+    The plan of a pruning: targets, pruner and device. `make_plan` makes it once.
 
     Attributes:
         blocks: the decoder blocks, (name, module), in order.
-        pruner: of the targets.
-        targets: what is pruned, by full name, in the model's order.
-        skipped: what stays dense, with the reason.
-        coupled: which targets lose the same units, by the reader's name; of a pruner that removes units.
-        removed: how many units every pool of a reader loses, by the reader's name; likewise.
-        allocation: gives every target a pattern of its own; None: all have the pruner's.
-        device: where blocks are moved, one at a time; None: they stay.
+        pruner: the pruner of all targets.
+        targets: the matrices to prune, by full name, in the model's order.
+        skipped: the reason for every layer that stays dense, by name.
+        coupled: the targets that lose the same units, by the reader's name; empty if the pruner removes no units.
+        removed: how many units every pool of a reader loses, by the reader's name; empty for other pruners.
+        allocation: gives every target a pattern of its own; None: every target has the pruner's pattern.
+        device: the device to move blocks to, one at a time; None: blocks stay on their device.
     """
 
     blocks: Sequence[tuple[str, nn.Module]]
@@ -50,25 +50,25 @@ class Plan:
 
     @property
     def last(self) -> int:
-        """The number of the last block that holds a target."""
+        """Returns the index of the last block that holds a target."""
         return max(i for i in range(len(self.blocks)) if self.in_block(i))
 
     @property
     def calibrated(self) -> bool:
-        """Whether the pruner needs statistics."""
+        """Returns whether the pruner needs calibration."""
         return needs_calibration(self.pruner)
 
     @property
     def observed(self) -> bool:
-        """Whether anything needs the calibration batches: the pruner, or the allocation."""
+        """Returns whether the pruner or the allocation needs the calibration batches."""
         return self.calibrated or (self.allocation is not None and self.allocation.statistic(1) is not None)
 
     def in_block(self, index: int) -> dict[str, Target]:
-        """Returns the targets of a block."""
+        """Returns the targets of a block, by name."""
         return {name: target for name, target in self.targets.items() if inside(name, self.blocks[index][0])}
 
     def calibrated_in_block(self, index: int) -> dict[str, Target]:
-        """Returns the targets of a block whose inputs are needed: of coupled ones the readers."""
+        """Returns the targets of a block that need statistics of their inputs; of coupled layers only the readers."""
         return {name: t for name, t in self.in_block(index).items() if not self.coupled or name in self.coupled}
 
 
@@ -86,24 +86,26 @@ def make_plan(
     unread: bool = False,
 ) -> Plan:
     """
-    Checks all arguments and decides what is pruned.
+    Checks all arguments and makes the plan of a pruning.
 
-    Warns, once, of what stays dense in mixtures of experts where `targets` did not name it.
+    If `targets` is None, warns once of experts and routers that stay dense. See `prune_sequentially` for the arguments
+    that are not explained here.
 
     Args:
         name: the function or class that received the arguments, for messages.
-        model: with decoder blocks.
-        pruner: see `prune_sequentially`, as all that follow.
-        batches: only looked at for whether there are any.
-        targets: patterns of names.
-        blocks: name of the list of blocks.
-        allocation: of sparsity to targets.
-        device: to work on.
-        ranks: fail together for a device that one of them lacks.
-        unread: the model is on the meta device, and its values will be read from files.
+        model: a model with decoder blocks.
+        pruner: the pruner of all targets.
+        batches: the calibration batches; not read, only compared with None.
+        targets: patterns of layer names.
+        blocks: name of the list of decoder blocks.
+        allocation: spreads sparsity over targets.
+        device: the device to work on.
+        ranks: the processes; all of them fail if one lacks the device.
+        unread: whether the model is on the meta device and its values will be read from files.
 
     Raises:
-        ValueError: an argument is of the wrong kind, or does not fit the model or another argument.
+        ValueError: an argument is of the wrong kind, or does not fit the model or another argument; the pruner or the
+            allocation needs calibration and `batches` is None.
     """
     check_pruner(name, pruner)
     if allocation is not None:
@@ -132,13 +134,13 @@ def make_plan(
 
 
 def takes_experts(pruner: Pruner) -> bool:
-    """Returns whether a pruner takes fused experts: coupled units and grids are known for linear layers only."""
+    """Returns whether a pruner takes fused experts; pruners of coupled units or with a grid take linear layers only."""
     return not coupled(pruner) and not rounds(pruner)
 
 
 def stays_dense(blocks: Sequence[tuple[str, nn.Module]], chosen: Mapping[str, Target]) -> dict[str, str]:
     """
-    Returns what stays dense in mixtures of experts, with the reason, and warns of it.
+    Returns the reason for every expert tensor and router that stays dense, by name, and warns of them.
 
     Raises:
         ValueError: experts are packed in integers.
@@ -150,11 +152,11 @@ def stays_dense(blocks: Sequence[tuple[str, nn.Module]], chosen: Mapping[str, Ta
 
 
 def parsed_device(device: torch.device | str) -> torch.device:
-    """Returns the device; raises ValueError if there is none of that name, or it is a GPU that is not here."""
+    """Returns the device; raises ValueError if torch knows none of that name, or the GPU does not exist here."""
     try:
         parsed = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device={device!r} is none that torch knows; name one such as 'cpu' or 'cuda:1'") from error
+        raise ValueError(f"device={device!r} is unknown to torch; name one such as 'cpu' or 'cuda:1'") from error
     count = torch.cuda.device_count()
     if parsed.type == "cuda" and (parsed.index or 0) >= count:
         raise ValueError(
@@ -170,8 +172,8 @@ def check_prunable(target: Target, pattern: Pattern, *, unread: bool = False) ->
 
     Args:
         target: the matrix.
-        pattern: must fit its shape.
-        unread: its values will be read from files later; now it is on the meta device.
+        pattern: the pattern, which must fit the matrix's shape.
+        unread: whether the weight is on the meta device and its values will be read from files later.
     """
     weight = target.parameter
     with naming(target.name):
@@ -180,7 +182,8 @@ def check_prunable(target: Target, pattern: Pattern, *, unread: bool = False) ->
 
 
 def _check_values(weight: Tensor, *, unread: bool) -> None:
-    if not weight.is_floating_point() or weight.element_size() == 1:  # float8 goes with scales of its own
+    """Raises ValueError for a quantized weight, or one without values unless `unread`."""
+    if not weight.is_floating_point() or weight.element_size() == 1:  # float8 weights need their scales
         raise ValueError(
             f"its weight is {weight.dtype}; quantized weights cannot be pruned, load the model dequantized"
         )
@@ -189,7 +192,7 @@ def _check_values(weight: Tensor, *, unread: bool) -> None:
 
 
 def refuse_compiled(name: str, block: nn.Module) -> None:
-    """Raises ValueError for a compiled block."""
+    """Raises ValueError for a compiled block, in which hooks cannot see the inputs of layers."""
     if hasattr(block, "_orig_mod") or getattr(block, "_compiled_call_impl", None) is not None:
         raise ValueError(
             f"block {name} is compiled, so the inputs of its layers cannot be seen; prune before compiling"

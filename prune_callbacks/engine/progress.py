@@ -1,4 +1,4 @@
-"""A progress bar over layers, with an estimate."""
+"""A progress bar over layers, with the time left."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from rich.progress import (
 
 @contextmanager
 def layer_progress(total: int, show: bool) -> Iterator[tuple[Progress, TaskID]]:
-    """Shows a progress bar over layers, with an estimate of the time left."""
+    """Shows a progress bar over `total` layers, with an estimate of the time left; yields the bar and its task."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""What the engine reports: one entry a layer, the masks, time and memory."""
+"""The reports of the engine: one entry per layer, masks, time and memory."""
 
 import math
 import warnings
@@ -17,15 +17,15 @@ from prune_callbacks.sparsity.questions import removes_single_weights
 @dataclass(frozen=True)
 class LayerReport(Result):
     """
-    One pruned layer.
+    The result of pruning one layer.
 
     Attributes:
-        name: the parameter's name, as in the model's `state_dict`; of one that holds experts, with the expert's number.
+        name: the parameter's name, as in the model's `state_dict`; for a fused expert, followed by its number.
         shape: (out, in).
-        sparsity: fraction removed.
+        sparsity: the fraction of weights removed, in [0, 1).
         loss: squared error of the layer's output over the calibration tokens; None without a Gram.
         relative_loss: `loss` over the squared norm of the dense layer's output, on the same inputs.
-        seconds: what the solver took.
+        seconds: the wall time of solving for the layer.
     """
 
     name: str
@@ -39,17 +39,18 @@ class LayerReport(Result):
 @dataclass(frozen=True)
 class PruneReport(Result):
     """
-    What `prune_sequentially` did.
+    The result of `prune_sequentially`.
 
     Attributes:
-        masks: the keep masks, by parameter name; of one that holds experts, (experts, ...).
+        masks: the keep masks, by parameter name; (experts, ...) for a parameter that holds experts.
         layers: one entry per pruned layer, in order.
-        skipped: layers that were asked for and left dense, with the reason.
+        skipped: the reason for every layer that stayed dense, by name.
         seconds: wall time of the whole run.
-        peak_memory_bytes: the process's peak (on a CUDA device: peak of allocated device memory).
-        input_first: names of masks stored as (in, out), those of `Conv1D` layers.
-        by_magnitude: experts that too few calibration tokens reached, and how many did: pruned by Magnitude.
-        scales: of layers that were also rounded, by parameter name: (out, groups), float16; see `Grid`.
+        peak_memory_bytes: the process's peak memory; on a CUDA device, the peak of allocated device memory.
+        input_first: names of masks stored as (in, out), as in `Conv1D` layers.
+        by_magnitude: experts that were pruned by Magnitude because too few calibration tokens reached them, with the
+            number of tokens.
+        scales: the scales of layers that were also rounded, by parameter name: (out, groups), float16; see `Grid`.
     """
 
     masks: MaskSet
@@ -63,11 +64,11 @@ class PruneReport(Result):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the targeted weights removed."""
+        """Returns the fraction of the targets' weights that is removed."""
         return self.masks.sparsity()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values that `torch.load(weights_only=True)` accepts; the masks at one bit per weight."""
+        """Returns plain values that `torch.load(weights_only=True)` accepts, with the masks at one bit per weight."""
         return {
             "masks": self.masks.state_dict(),
             "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in self.layers],
@@ -81,7 +82,7 @@ class PruneReport(Result):
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "PruneReport":
-        """The inverse of `state_dict`."""
+        """Makes a report from the result of `state_dict`."""
         return cls(
             masks=MaskSet.from_state_dict(state["masks"]),
             layers=tuple(LayerReport(**layer | {"shape": tuple(layer["shape"])}) for layer in state["layers"]),
@@ -96,11 +97,11 @@ class PruneReport(Result):
 
 def warn_of_missed_counts(pruners: Mapping[str, Pruner], layers: Sequence[LayerReport]) -> None:
     """
-    Warns if layers lost other counts of weights than they were to lose, which misses the total.
+    Warns if layers lost other counts of weights than allocated, so that the total sparsity is missed.
 
     Args:
-        pruners: of every layer, by the name in its report.
-        layers: what became of them.
+        pruners: the pruner of every layer, by the name in its report.
+        layers: the reports of the layers.
     """
     others = []
     for layer in layers:
@@ -112,7 +113,7 @@ def warn_of_missed_counts(pruners: Mapping[str, Pruner], layers: Sequence[LayerR
         name, wanted, removed = others[0]
         warnings.warn(
             f"{name} was allocated {wanted} zeros and {type(pruners[name]).__name__} made {removed}; {len(others)} of "
-            f"{len(layers)} layers differ, so the total is missed. A pruner that chooses row by row says so by an "
-            'attribute: pool = "row"',
+            f"{len(layers)} layers differ, so the total is missed. A pruner that removes the same count from "
+            'every row must have the attribute pool = "row"',
             stacklevel=3,
         )

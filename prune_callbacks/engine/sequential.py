@@ -1,4 +1,4 @@
-"""The engine: prunes a model block by block, every block on the outputs of the pruned ones before it."""
+"""Prunes a model block by block; every block is calibrated on the outputs of the pruned blocks before it."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -41,33 +41,36 @@ def prune_sequentially(
     """
     Prunes a causal language model in place, block by block.
 
-    Equivalent to re-running the whole model, with all earlier blocks pruned, to collect the inputs of every
-    block; each block's inputs are computed once from the previous block's outputs instead.
+    Equivalent to running the whole model again for every block, with all earlier blocks pruned, to collect the block's
+    inputs. Instead each block's inputs are computed once, from the outputs of the block before it.
 
     Args:
         model: a `transformers` causal LM, or any module with an `nn.ModuleList` of blocks.
         batches: token ids (batch, tokens), or mappings with `input_ids` and maybe `attention_mask` (padding
             does not count toward the statistics). May be None for a pruner that needs no calibration.
-        pruner: decides what goes and what becomes of the rest.
-        targets: patterns of layer names; None for every Linear, Conv1D and fused expert inside the blocks, but not the
-            routers of mixtures of experts.
+        pruner: chooses the masks and the values of survivors.
+        targets: patterns of layer names; None for every Linear, Conv1D and fused expert inside the blocks, except
+            routers.
         blocks: name of the list of decoder blocks, where it cannot be found.
-        device: where blocks are moved, one at a time, to be run and solved; None: where the model is. To a GPU the next
-            block is copied while one is solved for, so that two are there.
-        allocation: spreads the pattern's sparsity over the layers, e.g. `OWL()`; None: the same in all of them.
-        min_expert_tokens: an expert that fewer calibration tokens reach is pruned by Magnitude, in the same pattern,
-            with a warning that names it. Over 32 tokens the norm of a (Gaussian) feature is known to an eighth.
+        device: the device to run and solve blocks on, one at a time; None: the model's own. While a GPU solves for one
+            block, the next is copied to it, so the GPU holds two.
+        allocation: spreads the pattern's sparsity over the layers, e.g. `OWL()`; None: the same in every layer.
+        min_expert_tokens: an expert that fewer calibration tokens reach is pruned by Magnitude to the same pattern, and
+            a warning names it. Over 32 tokens the norm of a Gaussian feature is known to an eighth.
         progress: show a progress bar.
-        ranks: processes that share the work, each with the same model and with batches of its own (maybe none): the
-            statistics are summed over them, every layer is solved on one of them, and all end with the same weights.
+        ranks: processes that share the work, each with the same model and with its own batches (maybe none). Statistics
+            are summed over the ranks, every layer is solved on one rank, and all ranks get the same weights.
             Equivalent to one process with all batches, to the rounding of the sums.
 
+    Returns:
+        the masks, one report per layer, and the skipped layers.
+
     Raises:
-        ValueError: before any work for targets, shapes or blocks that do not fit; on the way, naming the
-            layer, for activations that are not finite or a Gram that cannot be factorised.
+        ValueError: before any work, for targets, shapes or blocks that do not fit; during the work, naming the layer,
+            for activations that are not finite or a Gram that cannot be factorised.
     """
     begin = time.perf_counter()
-    model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model that is meant
+    model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model
     plan = make_plan(
         "prune_sequentially",
         model,
@@ -105,7 +108,7 @@ def prune_sequentially(
 def _prune_blocks(
     model: nn.Module, batches: Iterable[Batch] | None, plan: Plan, run: BlockPruning, ranks: Ranks, *, show: bool
 ) -> int:
-    """Prunes block after block, each on the outputs of the pruned ones before it; returns the peak memory, in bytes."""
+    """Prunes block after block on the outputs of the pruned blocks before it; returns the peak memory, in bytes."""
     reached = plan.blocks[: plan.last + 1]
     with (
         evaluating(model),

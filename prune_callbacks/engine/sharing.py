@@ -1,4 +1,4 @@
-"""What ranks must have in common before they share work."""
+"""Gives ranks equal weights before they share work."""
 
 from torch import nn
 
@@ -6,6 +6,6 @@ from prune_callbacks.ranks import Ranks
 
 
 def share_weights(model: nn.Module, ranks: Ranks) -> None:
-    """Gives all ranks the weights of rank 0: each may have drawn them by another seed."""
+    """Copies the weights of rank 0 to all ranks, which may have initialized theirs with other seeds; a collective."""
     for parameter in model.parameters():
         ranks.broadcast(parameter.data, 0)

@@ -1,4 +1,4 @@
-"""Solves the targets of one block, on one rank or many, and gathers what became of them."""
+"""Solves the targets of one block, on one rank or many, and gathers the results."""
 
 import time
 import warnings
@@ -23,12 +23,12 @@ Statistics = dict[str, Gram | InputNorm]
 
 class BlockPruning:
     """
-    Prunes block after block by their statistics, and holds the results gathered so far.
+    Prunes block after block by the statistics of their inputs, and gathers the results.
 
     Args:
-        plan: what is pruned, and by what.
-        ranks: each solves its share of the targets.
-        min_expert_tokens: an expert that fewer tokens reach is pruned by Magnitude.
+        plan: the targets, the pruner and the device.
+        ranks: the processes, each of which solves its share of the targets.
+        min_expert_tokens: an expert that fewer calibration tokens reach is pruned by Magnitude.
     """
 
     def __init__(self, plan: Plan, ranks: Ranks, min_expert_tokens: int = 0) -> None:
@@ -46,12 +46,12 @@ class BlockPruning:
 
     def prune(self, targets: dict[str, Target], statistics: Statistics, advance: Callable[[int], None]) -> None:
         """
-        Prunes targets in place, each on one rank, or notes why not.
+        Prunes targets in place, each on one rank, or records why a target is skipped; a collective of the ranks.
 
         Args:
-            targets: of one block, by name.
-            statistics: of their inputs, by name.
-            advance: called with how many targets are done since the last call.
+            targets: the targets of one block, by name.
+            statistics: the statistics of the targets' inputs, by name.
+            advance: called with the number of targets finished since the last call.
         """
         statistics = self._without_few(targets, statistics)
         groups = [[c.reader, *c.writers] for reader, c in self.plan.coupled.items() if reader in targets]
@@ -76,11 +76,16 @@ class BlockPruning:
         self._note(targets, {name: outcome for part in parts for name, outcome in part.items()})
 
     def _without_few(self, targets: dict[str, Target], statistics: Statistics) -> Statistics:
-        """Leaves experts that hardly a token reached to Magnitude, naming them; returns all others' statistics."""
+        """
+        Assigns Magnitude to experts that too few tokens reached, and warns with their names.
+
+        Returns:
+            the statistics, without those of experts that no token reached.
+        """
         few: dict[str, dict[str, int]] = {}
         seen = {targets[name].parameter_name for name in statistics if name in targets}
         for name, target in targets.items():
-            # If nothing was seen of any expert of the tensor, tokens are not the reason: reported when it is solved.
+            # If no expert of the tensor has statistics, tokens are not the reason; `_solve` reports it.
             fused = target.parameter_name
             if target.shares_parameter and fused in seen and needs_calibration(self._pruner_of(name)):
                 tokens = statistics[name].tokens if name in statistics else 0
@@ -101,10 +106,11 @@ class BlockPruning:
         return {name: s for name, s in statistics.items() if s.tokens or name not in self.by_magnitude}
 
     def _pruner_of(self, name: str) -> Pruner:
+        """Returns the pruner of a target: the plan's, unless an allocation or Magnitude replaced it."""
         return self.pruners.get(name, self.plan.pruner)
 
     def _note(self, targets: Mapping[str, Target], outcomes: Mapping[str, "_Outcome"]) -> None:
-        """Takes in what became of a block's targets, in their order; masks of one tensor's experts become one."""
+        """Records the outcomes of a block's targets, in order; joins the masks of one tensor's experts."""
         experts: dict[str, dict[str, Tensor]] = {}
         for name, target in targets.items():
             outcome = outcomes[name]
@@ -124,7 +130,7 @@ class BlockPruning:
         self.masks += [_fused_mask(fused, targets, keeps) for fused, keeps in experts.items()]
 
     def _solve(self, targets: dict[str, Target], statistic: Gram | InputNorm | None) -> dict[str, "_Outcome"]:
-        """Prunes targets that share their input in place, or says why not."""
+        """Prunes targets that share their input in place; returns an outcome for each."""
         leader, first = next(iter(targets.items()))
         pruner = self._pruner_of(leader)
         if statistic is None and needs_calibration(pruner):
@@ -157,7 +163,7 @@ class BlockPruning:
     def _results(
         self, leader: str, pruner: Pruner, weights: Sequence[Tensor], statistic: Gram | InputNorm | None
     ) -> list[Pruned]:
-        """Calls the pruner in the way it offers: on coupled units, on layers with one input, or layer by layer."""
+        """Calls `prune_units` for coupled layers, `prune_together` for layers with one input, else `prune` for each."""
         by_units, together = coupled(pruner), joint(pruner)
         if by_units is not None:
             group, removed = self.plan.coupled[leader], self.plan.removed[leader]
@@ -171,10 +177,11 @@ class BlockPruning:
 
 
 _Outcome = tuple[LayerReport, MaskSet, Tensor | None] | str
-"""What became of a target, with its scales if it was rounded, or why it was skipped."""
+"""The report, mask and scales (None unless rounded) of a pruned target, or the reason why it was skipped."""
 
 
 def _assign(target: Target, pruned: Pruned, relative: float | None, seconds: float) -> _Outcome:
+    """Writes the pruned weight into the target and returns the outcome."""
     target.assign_(pruned.weight)
     masks = MaskSet({target.stored_name: target.oriented(pruned.keep)})
     report = LayerReport(target.stored_name, target.shape, masks.sparsity(), pruned.loss, relative, seconds)
@@ -182,7 +189,7 @@ def _assign(target: Target, pruned: Pruned, relative: float | None, seconds: flo
 
 
 def _fused_mask(fused: str, targets: Mapping[str, Target], keeps: Mapping[str, Tensor]) -> MaskSet:
-    """Joins the masks of experts to that of their tensor; an expert that is no target is kept whole."""
+    """Joins the masks of experts into the mask of their tensor; experts that are no targets are kept whole."""
     first = targets[next(iter(keeps))]
     keep = torch.ones(first.parameter.shape, dtype=torch.bool)
     for name, mask in keeps.items():
@@ -191,14 +198,14 @@ def _fused_mask(fused: str, targets: Mapping[str, Target], keeps: Mapping[str, T
 
 
 def _cost(targets: Sequence[Target], statistic: Gram | InputNorm | None) -> float:
-    """Estimates how long solving takes, in no unit: a factorisation and a product per row, or a look at the weights."""
+    """Returns the relative cost of solving: with a Gram a factorisation and a product per row, else one per weight."""
     shapes = [target.shape for target in targets]
     rows, size = sum(out for out, _ in shapes), shapes[0][1]
     return float(size**2 * (size / 3 + rows) if isinstance(statistic, Gram) else size * rows)
 
 
 def _shared_out(costs: Sequence[float], ranks: Ranks) -> list[int]:
-    """Returns the rank for every cost: the largest first, to whoever has least to do."""
+    """Returns the rank for every cost; costs are assigned in descending order, each to the rank of least total cost."""
     loads, owners = [0.0] * ranks.size, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owners[i] = loads.index(min(loads))
@@ -209,7 +216,7 @@ def _shared_out(costs: Sequence[float], ranks: Ranks) -> list[int]:
 def _sharing_an_input(
     targets: dict[str, Target], statistics: Statistics, pruner_of: Callable[[str], Pruner]
 ) -> list[list[str]]:
-    """Returns the targets in order, grouped where a joint pruner can solve for them together."""
+    """Groups the targets, in order, that a joint pruner solves for together; any other target is a group by itself."""
     groups: dict[object, list[str]] = {}
     for name, target in targets.items():
         weight, statistic, pruner = target.parameter, statistics.get(name), pruner_of(name)
@@ -219,7 +226,7 @@ def _sharing_an_input(
 
 
 def _relative_loss(weight: Tensor, pruned: Pruned, statistic: Gram | InputNorm | None) -> float | None:
-    """Divides the loss by the squared norm of the dense output, at the cost of half a product `W G`."""
+    """Returns the loss over the squared norm of the dense output; None without a Gram. Costs half a product `W G`."""
     if pruned.loss is None or not isinstance(statistic, Gram):
         return None
     output = quadratic_form(weight.to(statistic.matrix), statistic.matrix)

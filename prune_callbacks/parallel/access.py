@@ -35,12 +35,21 @@ class ParamAccess(ABC):
     documented as collectives communicate. Parameters are looked up by name at every call, so that they may be replaced
     (cast, moved, wrapped again) in between.
 
-    A subclass serves a family of strategies. It defines the methods after the constructor that begin with an
-    underscore; they return a rank's part of a parameter.
+    A subclass serves a family of strategies. It must define `_span`, `_owner`, `_piece`, `_gradient`. It may override
+    `_copies` (default: none), `_counts` (default: every rank counts) and `_prepare` (default: does nothing). If several
+    ranks hold the same span, as under DDP, `_counts` must be True on one of them only.
+
+    Example: under ZeRO-1, two ranks train a parameter of 12 weights. Rank 1 holds the masters of the last 6, at indices
+    20 to 26 of its flat fp32 tensor. Then rank 1 returns
+
+    - `_span`: `Span(6, 12)`, indices of the flattened parameter
+    - `_owner`: the flat fp32 tensor, which is in the optimizer's groups and has moments of its shape
+    - `_piece(parameter, whole)`: `whole[20:26]`, a view; of the owner it is the master, of a moment the moments
+    - `_copies`: `(Span(0, 12), parameter)`, the bf16 weights of forward passes, which are whole on both ranks
 
     Args:
         module: the module with the parameters, whose names must fit `masks` (see `MaskSet.places`).
-        masks: the masks to maintain.
+        masks: the masks to hold.
         optimizers: the torch optimizers that make the steps.
         ranks: the processes that each parameter is sharded or replicated over.
 
@@ -74,7 +83,7 @@ class ParamAccess(ABC):
 
     @abstractmethod
     def _owner(self, parameter: Tensor) -> Tensor | None:
-        """Returns the tensor in the optimizer's groups that holds the span; None if this rank holds nothing."""
+        """Returns the tensor in the optimizer's groups that holds the span; None if this rank holds no master of it."""
 
     @abstractmethod
     def _piece(self, parameter: Tensor, whole: Tensor) -> Tensor:
@@ -85,15 +94,15 @@ class ParamAccess(ABC):
         """Returns a view of the span's gradient, fully accumulated and not yet clipped; None without a gradient."""
 
     def _copies(self, parameter: Tensor) -> Iterator[tuple[Span, Tensor]]:
-        """Yields views of the weights that forward passes use, with their spans, where these are not the master."""
+        """Yields (span, view) of the weights that forward passes use, where they are not the master."""
         return iter(())
 
     def _counts(self, parameter: Tensor) -> bool:
-        """Returns whether this rank contributes its span to collectives: one rank of those that hold the same span."""
+        """Returns whether this rank adds its span to collectives; True on one of the ranks that hold the same span."""
         return True
 
     def _prepare(self) -> None:  # noqa: B027 (most need nothing)
-        """Runs before parameters are looked up."""
+        """Prepares the module; runs before every lookup of parameters."""
 
     def _bound(self) -> dict[str, str]:
         """Finds the name of every mask's parameter in the module."""

@@ -27,10 +27,10 @@ from prune_callbacks.sparsity import MaskSet
 @dataclass(frozen=True)
 class Served:
     """
-    How masks are maintained under a strategy; see `register_strategy`.
+    A strategy, and how masks are held under it; see `register_strategy`.
 
     Attributes:
-        strategy: the strategy's class; its subclasses are served alike.
+        strategy: the strategy's class; applies to its subclasses too.
         access: makes the `ParamAccess` from the trainer, the module with the parameters, the masks and the ranks. It is
             called after the strategy has been set up.
         problem: given a strategy, returns why its settings are not supported, as a clause that ends with a remedy; None
@@ -112,7 +112,10 @@ _SERVED: list[Served] = [
 
 def register_strategy(served: Served) -> None:
     """
-    Registers how a strategy is served; it takes precedence over earlier registrations and the built-in ones.
+    Registers how masks are held under a strategy; takes precedence over earlier registrations and the built-in ones.
+
+    Call it before `Trainer.fit`, in every process. `prune_callbacks.extend` lists the features that do not
+    support registered strategies.
 
     Raises:
         ValueError: `served` is not a `Served`.
@@ -128,7 +131,7 @@ def _served(strategy: Strategy) -> Served | None:
 
 def check_strategy(strategy: Strategy, who: str, *, whole_weights: bool) -> None:
     """
-    Raises ValueError for a strategy that a callback cannot work under; no other function refuses strategies.
+    Raises ValueError for a strategy that does not support a callback; no other function refuses strategies.
 
     Args:
         strategy: the trainer's strategy.

@@ -1,4 +1,4 @@
-"""Pruners: score, pattern and solver, as frozen values behind one Protocol; one method a file."""
+"""Pruners: a score, a pattern and a solver as a frozen value behind one Protocol; one method per file."""
 
 from prune_callbacks.pruners.alps import ALPS
 from prune_callbacks.pruners.gptq import GPTQ

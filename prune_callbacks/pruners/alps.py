@@ -1,4 +1,4 @@
-"""ALPS: mask and weights sought together."""
+"""ALPS: optimizes mask and weights together."""
 
 from dataclasses import dataclass
 
@@ -16,14 +16,18 @@ from prune_callbacks.sparsity import Pattern
 @dataclass(frozen=True)
 class ALPS(Compensating):
     """
-    Seeks mask and weights together, then the exact weights for the mask (Meng et al. 2024).
+    Optimizes mask and weights together, then solves exactly for the weights under the mask (Meng et al. 2024).
 
     "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models". Takes every pattern
-    but `Rows`. The loss is never above that of `MRP(pattern, block_size=None)` on the same layer, up to its tolerance.
+    except `Rows`. The loss is never above the loss of `MRP(pattern, block_size=None)` on the same layer, up to ALPS's
+    tolerance.
 
     Args:
-        pattern: what to remove; an `Unstructured` pool is the layer, or the row with `per="row"`.
-        damping: added to the Gram's diagonal, as a fraction of its mean.
+        pattern: the allowed masks, with the sparsity. The pool of `Unstructured` is the layer, or a row if `per="row"`.
+        damping: added to the Gram's diagonal, as a fraction of the diagonal's mean; at least 0.
+
+    Raises:
+        ValueError: the pattern may remove whole rows, or `damping` is out of range.
     """
 
     pattern: Pattern
@@ -35,5 +39,5 @@ class ALPS(Compensating):
         check_settings("ALPS", self.pattern, None, self.damping)
 
     def solve(self, weight: Tensor, system: DampedGram, choose: Choose, heights: list[int]) -> Solved:
-        """See `prune_callbacks.solvers.alps.alps`."""
+        """Calls `prune_callbacks.solvers.alps.alps`; see `Compensating.solve`."""
         return alps(weight, system, choose, heights)

@@ -1,4 +1,4 @@
-"""GPTQ: rounds what another pruner keeps."""
+"""GPTQ: rounds the survivors of another pruner."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,17 +22,21 @@ from prune_callbacks.sparsity import Pattern, Unstructured
 @dataclass(frozen=True)
 class GPTQ:
     """
-    Rounds what another pruner keeps (Frantar et al. 2022), its mask held exactly.
+    Rounds the survivors of another pruner to a grid and holds its mask exactly (Frantar et al. 2022).
 
-    Equivalent to the pruner, then GPTQ's sweep over its weights in which removed ones stay zero; the loss is that
-    against the dense weights. Weights of features that no token activated go to their nearest point. One factorisation
-    of the Gram serves both where the pruner compensates. `Pruned.scale` has the scales.
+    Equivalent to the pruner followed by GPTQ's sweep over its weights, in which removed weights stay zero. The loss is
+    measured against the dense weights. Weights of features that no token activated are rounded to their nearest point.
+    If the pruner compensates, one factorisation of the Gram serves both. `Pruned.scale` has the scales.
 
     Args:
-        pruner: what prunes first. None: nothing more goes, and what is zero stays zero.
-        grid: what the survivors are rounded to.
-        block_size: columns that are updated together.
-        damping: added to the Gram's diagonal, as a fraction of its mean. None: that of the pruner, 0.01 if it has none.
+        pruner: the pruner that runs first. None: no further weight is removed, and zeros stay zero.
+        grid: the grid that survivors are rounded to.
+        block_size: how many columns are updated together.
+        damping: added to the Gram's diagonal, as a fraction of the diagonal's mean. None: the pruner's damping, or 0.01
+            if it has none.
+
+    Raises:
+        ValueError: the pruner removes coupled units or rounds by itself, or a setting is out of range.
     """
 
     pruner: Pruner | None = None
@@ -54,7 +58,7 @@ class GPTQ:
 
     @property
     def pattern(self) -> Pattern:
-        """That of the pruner; without one, a pattern that removes nothing."""
+        """Returns the pruner's pattern; without a pruner, a pattern that removes nothing."""
         return Unstructured(0.0) if self.pruner is None else self.pruner.pattern
 
     @property
@@ -64,15 +68,15 @@ class GPTQ:
         return float(getattr(self.pruner, "damping", 0.01))
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
-        """The Gram of the layer's inputs, which every pruner can use."""
+        """Makes an empty Gram of the layer's inputs, which every pruner can use."""
         return Gram(in_features, device)
 
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
-        """See `prune_callbacks.solvers.gptq.gptq` and `Pruner`."""
+        """Prunes and rounds one layer; see `prune_callbacks.solvers.gptq.gptq` and `Pruner`."""
         return self.prune_together([weight], statistic)[0]
 
     def prune_together(self, weights: Sequence[Float[Tensor, "_ in"]], statistic: Statistic | None) -> list[Pruned]:
-        """See `JointPruner`."""
+        """Prunes and rounds layers that share their input; see `JointPruner`."""
 
         def solve(weight: Tensor, system: DampedGram, choose: Choose, heights: list[int]) -> Solved:
             compensate = getattr(self.pruner, "solve", None)
@@ -89,7 +93,7 @@ class GPTQ:
         return solve_together(self, weights, statistic, self._damping, solve)
 
     def _rounded(self, sparse: Tensor, keep: Tensor, system: DampedGram) -> Solved:
-        """The survivors on the grid, their mask as it was, and the scales."""
+        """Returns the survivors on the grid, the unchanged mask, and the scales."""
 
         def held(scores: Tensor, start: int) -> Tensor:
             return keep[:, start : start + scores.shape[1]]
@@ -97,7 +101,7 @@ class GPTQ:
         width = sweep_width(self.block_size, self.grid, sparse.shape[1])
         solved, kept, _, scale = gptq(sparse, system, held, width, width, self.grid, unseen=sparse)
         assert scale is not None
-        # Of features that calibration never saw nothing is known: not their cost, but also not that they do nothing.
+        # Calibration never saw these features, so the solver would set them to zero; at inference they may be active.
         unseen = self.grid.spread(scale, sparse.shape[1])[:, system.dead]
         solved[:, system.dead] = self.grid.rounded(sparse[:, system.dead], unseen)
-        return Solved(solved, kept, None, scale)  # the loss is that against the dense weights
+        return Solved(solved, kept, None, scale)  # None: `as_pruned` computes the loss against the dense weights

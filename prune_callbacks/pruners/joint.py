@@ -1,4 +1,4 @@
-"""Layers that share their input are solved for together, stacked: what pruners with a Gram have in common."""
+"""Common code of pruners with a Gram: solves layers that share their input together, stacked."""
 
 import math
 from abc import ABC, abstractmethod
@@ -21,11 +21,11 @@ Solve = Callable[[Tensor, DampedGram, Choose, list[int]], Solved]
 
 class Compensating(ABC):
     """
-    A pruner whose work is one call of a solver with a damped Gram: survivors make up for what is removed.
+    A pruner that calls one solver with a damped Gram and compensates: survivors change so that the output stays.
 
     Attributes:
-        pattern: what to remove.
-        damping: added to the Gram's diagonal, as a fraction of its mean.
+        pattern: the allowed masks, with the sparsity.
+        damping: added to the Gram's diagonal, as a fraction of the diagonal's mean.
     """
 
     pattern: Pattern
@@ -37,10 +37,13 @@ class Compensating(ABC):
         Prunes layers that share their input, stacked.
 
         Args:
-            weight: of the layers, one below the other.
-            system: their damped Gram.
-            choose: the mask of a slice of columns, every layer's by itself.
-            heights: the rows of every layer.
+            weight: the layers' weights, one below the other.
+            system: the layers' damped Gram.
+            choose: returns the mask of a slice of columns, chosen for every layer separately.
+            heights: the number of rows of every layer.
+
+        Returns:
+            the new weights and the keep mask, stacked alike; one loss per layer and the scales, where known.
         """
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
@@ -48,11 +51,11 @@ class Compensating(ABC):
         return Gram(in_features, device)
 
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
-        """See `Pruner`."""
+        """Prunes one layer; see `Pruner`."""
         return self.prune_together([weight], statistic)[0]
 
     def prune_together(self, weights: Sequence[Float[Tensor, "_ in"]], statistic: Statistic | None) -> list[Pruned]:
-        """See `JointPruner`."""
+        """Prunes layers that share their input; see `JointPruner`."""
         return solve_together(self, weights, statistic, self.damping, self.solve)
 
 
@@ -60,14 +63,18 @@ def solve_together(
     pruner: Pruner, weights: Sequence[Tensor], statistic: Statistic | None, damping: float, solve: Solve
 ) -> list[Pruned]:
     """
-    Solves for layers with one Gram, which is damped and factorised once.
+    Prunes layers that share one Gram, which is damped and factorised once.
 
     Args:
-        pruner: checks the layers, and has the pattern.
-        weights: of the layers.
-        statistic: their Gram.
-        damping: a fraction of its mean diagonal.
+        pruner: the pruner, for its pattern and for the text of errors.
+        weights: the layers' weights, each (out, in).
+        statistic: the Gram of the layers' inputs.
+        damping: added to the Gram's diagonal, as a fraction of the diagonal's mean.
         solve: see `Compensating.solve`.
+
+    Raises:
+        ValueError: a weight does not fit the pattern or holds NaN or inf, or the statistic is no Gram of its inputs.
+        NumericalError: the Gram cannot be factorised, or the new weights hold NaN or inf.
     """
     gram = check_layers(pruner, weights, statistic)
     stacked, heights = torch.cat([widened(weight, gram) for weight in weights]), [len(weight) for weight in weights]
@@ -84,7 +91,7 @@ def solve_together(
 
 
 def check_layers(pruner: Pruner, weights: Sequence[Tensor], statistic: Statistic | None) -> Gram:
-    """The layers' Gram; ValueError for layers that the pruner cannot take, or another statistic."""
+    """Returns the layers' Gram; raises ValueError for a layer that cannot be pruned or a statistic that is no Gram."""
     name = type(pruner).__name__
     for weight in weights:
         check_weight(weight, pruner.pattern)
@@ -97,7 +104,7 @@ def check_layers(pruner: Pruner, weights: Sequence[Tensor], statistic: Statistic
 
 
 def chooser(pattern: Pattern, heights: list[int]) -> Choose:
-    """`Pattern.keep` for layers that stand one below the other, each a pool of its own."""
+    """Makes the function that calls `Pattern.keep` for every one of the stacked layers; no pool spans two layers."""
 
     def keep_best(scores: Tensor, start: int) -> Tensor:
         return torch.cat([pattern.keep(part, start=start) for part in scores.split(heights)])
@@ -106,7 +113,7 @@ def chooser(pattern: Pattern, heights: list[int]) -> Choose:
 
 
 def check_settings(name: str, pattern: Pattern, block_size: int | None, damping: float) -> None:
-    """Raises ValueError for a block or a damping that cannot be."""
+    """Raises ValueError for a block size or a damping that is out of range."""
     if not (damping >= 0 and math.isfinite(damping)):
         raise ValueError(f"{name}: damping is a fraction of the Gram's mean diagonal and must be >= 0, got {damping}")
     if block_size is None:
@@ -117,13 +124,13 @@ def check_settings(name: str, pattern: Pattern, block_size: int | None, damping:
         raise ValueError(f"{name}: block_size is a number of columns and must be at least 1, got {block_size}")
     if block_size < column_group(pattern):
         raise ValueError(
-            f"{name}: block_size must hold the {column_group(pattern)} columns that {pattern} decides together, "
+            f"{name}: block_size must hold the {column_group(pattern)} columns that {pattern} masks together, "
             f"got {block_size}"
         )
 
 
 def check_single_weights(name: str, pattern: Pattern, remedy: str) -> None:
-    """Raises ValueError for a pattern whose weights do not go one by one: the sweep over the columns chooses so."""
+    """Raises ValueError for a pattern other than single weights and N:M, which a sweep over the columns needs."""
     if not removes_single_weights(pattern) and kept_of_group(pattern) is None:
         raise ValueError(
             f"{name} chooses single weights while it sweeps over the columns and cannot prune {pattern}; it takes "
@@ -132,7 +139,7 @@ def check_single_weights(name: str, pattern: Pattern, remedy: str) -> None:
 
 
 def check_survivors(name: str, pattern: Pattern) -> None:
-    """Raises ValueError for a pattern that may leave nothing of a row to compensate with."""
+    """Raises ValueError for a pattern that may remove all of a row, which leaves no survivors to compensate with."""
     if removes_rows(pattern):
         raise ValueError(
             f"{name} compensates a row's removed weights with the row's own survivors and cannot prune {pattern}: "
@@ -141,7 +148,7 @@ def check_survivors(name: str, pattern: Pattern) -> None:
 
 
 def sweep_step(pattern: Pattern, width: int) -> int:
-    """Returns how many columns SparseGPT masks together: a group of N:M, else a whole block of `width`."""
+    """Returns how many columns SparseGPT masks together: a group for N:M, else a whole block of `width`."""
     return width if kept_of_group(pattern) is None else column_group(pattern)
 
 

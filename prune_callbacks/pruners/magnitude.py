@@ -1,4 +1,4 @@
-"""Magnitude: the smallest weights go."""
+"""Magnitude: removes the smallest weights."""
 
 from dataclasses import dataclass
 
@@ -19,8 +19,8 @@ class Magnitude(ScorePruner):
     pattern: Pattern
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> None:
-        """None: magnitudes need no calibration."""
+        """Returns None: magnitudes need no calibration."""
 
     def scores(self, weight: Float[Tensor, "..."], statistic: Statistic | None = None) -> Float[Tensor, "..."]:
-        """`|W|`, in float32 or float64; of any part of a weight, too."""
+        """Returns `|W|`, in float32 or float64; takes any part of a weight too."""
         return widened(weight, None).abs()

@@ -1,4 +1,4 @@
-"""What a pruner is, what it returns, and what every pruner checks."""
+"""The Protocols of a pruner, its result, and the checks that all pruners share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +16,15 @@ from prune_callbacks.sparsity import Pattern
 @dataclass(frozen=True)
 class Pruned:
     """
-    What a pruner returns for one layer.
+    The result of pruning one layer.
 
     Attributes:
-        weight: pruned and, where the method does so, compensated; shape, dtype and device of the dense one.
-        keep: True where a weight is kept; shape (out, in).
-        loss: `sum over rows of d G d^T` with `d = weight - dense` and the undamped Gram `G`, the squared error
-            of the layer's output over all calibration tokens. None if the pruner had no Gram.
-        scale: what a weight is a whole multiple of, where the pruner also rounded, float16; see `Grid`. Else None.
+        weight: the pruned and possibly compensated weight, (out, in), in dtype and on the device of the dense weight.
+        keep: bool, (out, in); True where a weight is kept. On the device of the weight.
+        loss: `sum over rows of d G d^T` with `d = weight - dense` and the undamped Gram `G`: the squared error
+            of the layer's output, summed over all calibration tokens. None if the pruner has no Gram.
+        scale: the scale of every group of weights, (out, groups), float16, if the pruner also rounds; see `Grid`. Every
+            weight is a whole multiple of its group's scale. Else None.
     """
 
     weight: Float[Tensor, "out in"]
@@ -37,48 +38,55 @@ class Pruner(Protocol):
     """
     Removes weights of one linear layer.
 
-    `prune` never changes its arguments. It computes in float32, or in float64 if the weight or the statistic is, and on
-    the statistic's device; the result is on the weight's. It raises ValueError for a shape that the pattern does not
-    fit, a weight with NaN or inf, or a statistic of the wrong kind or size, and NumericalError if the Gram cannot be
-    factorised.
+    `prune` never changes its arguments. It computes in float32, or in float64 if the weight or the statistic is
+    float64. It computes on the statistic's device and returns the result on the weight's device. It raises ValueError
+    for a shape that does not fit the pattern, a weight with NaN or inf, or a statistic of the wrong kind or size. It
+    raises NumericalError if the Gram cannot be factorised.
 
-    A pruner may answer further questions, by attributes that have a default; see `prune_callbacks.pruners.questions`.
+    `statistic(1)` is called to ask whether the pruner needs calibration. So `statistic` must be cheap and accept 1.
+
+    `repr(pruner)` identifies the pruner when a run resumes and in sweeps. It must not contain an address. If it
+    contains the name of a function, use a named function, and rename it when you change it.
+
+    Optional attributes and their defaults are listed in `prune_callbacks.pruners.questions`. One of them is `pool`; of
+    the package's patterns it affects `Unstructured(per=None)` only.
     """
 
     @property
     def pattern(self) -> Pattern: ...
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram | InputNorm | None:
-        """An empty statistic to stream the layer's inputs into; None if no calibration is needed."""
+        """Makes an empty statistic to stream the layer's inputs into; returns None if no calibration is needed."""
 
-    def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned: ...
+    def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
+        """Returns the pruned layer, given the filled statistic of its inputs (None if `statistic` returns None)."""
 
 
 @runtime_checkable
 class JointPruner(Pruner, Protocol):
-    """A pruner that can solve for several layers with the same input at once."""
+    """A pruner that can solve for several layers at once if they share their input."""
 
     def prune_together(self, weights: Sequence[Float[Tensor, "_ in"]], statistic: Statistic | None) -> list[Pruned]:
         """
-        Equivalent to `prune` for each of the weights, which share one dtype and device, with the same statistic.
+        Prunes layers that share their input; equivalent to `prune` of each weight with the same statistic.
 
-        One factorisation of the Gram serves them all, and their rows are solved for together; the mask of each is
-        its own.
+        All weights have one dtype and device. One factorisation of the Gram serves all layers, and their rows are
+        solved for together. Every layer has a mask of its own.
         """
         ...
 
 
 def check_pruner(name: str, pruner: object, example: str = "Wanda(Unstructured(0.5))") -> None:
     """
-    Refuses a value that is not a complete pruner, such as a class or a pattern.
+    Raises ValueError for a value that is not a complete pruner, such as a class or a pattern.
 
     Args:
-        name: the function or class that received it, for the message.
+        name: the function or class that received the value, for the message.
         pruner: the value.
         example: a pruner that `name` accepts, for the message.
 
     Raises:
-        ValueError: it is a class, or lacks a part of `Pruner`.
+        ValueError: the value is a class, or lacks a part of `Pruner`.
     """
     needed = ("pattern", "prune", "statistic")
     if isinstance(pruner, type) or not any(hasattr(pruner, part) for part in ("prune", "statistic")):
@@ -100,21 +108,21 @@ def as_pruned(
     loss: float | None = None,
 ) -> Pruned:
     """
-    Makes the result for a layer: on its device and in its dtype, zeros exact, with its loss under a Gram.
+    Makes the result for a layer, on the device and in the dtype of `dense`, with exact zeros.
 
     Args:
-        dense: the weight that was pruned.
-        solved: the new weight, in the dtype that was computed in.
-        keep: its mask.
-        statistic: of the layer's inputs.
+        dense: the weight before pruning, (out, in).
+        solved: the new weight, (out, in), in the dtype of the computation.
+        keep: the mask, bool, (out, in).
+        statistic: the statistic of the layer's inputs. With a `Gram` the result has a loss.
         scale: see `Pruned`.
-        loss: as the solver knows it, of `solved`; where that is rounded to another dtype it is computed anew.
+        loss: the solver's loss of `solved`. None, or a result of another dtype: computed from the Gram.
 
     Raises:
         NumericalError: the new weights hold NaN or inf.
     """
     keep = keep.to(dense.device)
-    weight = solved.to(dense) * keep.to(dense.dtype) + 0  # the last turns -0 into 0
+    weight = solved.to(dense) * keep.to(dense.dtype) + 0  # + 0 turns -0 into 0
     if not all_finite(weight):
         raise NumericalError(
             f"the pruned weights hold NaN or inf in {weight.dtype}. Use a larger damping, more calibration tokens, or "
@@ -123,16 +131,16 @@ def as_pruned(
     if isinstance(statistic, Gram) and (loss is None or weight.dtype != solved.dtype):
         change = weight.to(statistic.matrix) - dense.to(statistic.matrix)
         loss = quadratic_form(change, statistic.matrix)
-    # Not below zero, which rounding can do where the loss is zero.
+    # Rounding errors can make a loss of zero negative.
     loss = None if loss is None else max(0.0, loss)
     return Pruned(weight, keep, loss, None if scale is None else scale.to(dense.device).half())
 
 
 def widened(weight: Tensor, statistic: Statistic | None) -> Tensor:
     """
-    The weight as it is computed with: in float32, or in float64 if it or the statistic is; where the statistic is.
+    Returns the weight in float32, or in float64 if it or the statistic is float64, on the statistic's device.
 
-    A Gram is larger than most weights, and a device that has room for it is the one to solve on.
+    A Gram is larger than most weights, so solvers run on the device that has room for it.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if statistic is None:
@@ -142,7 +150,7 @@ def widened(weight: Tensor, statistic: Statistic | None) -> Tensor:
 
 
 def check_weight(weight: Tensor, pattern: Pattern) -> None:
-    """Raises ValueError for a weight that no pruner takes: of a shape that does not fit, or with NaN or inf."""
+    """Raises ValueError for a weight that has NaN or inf, or a shape that does not fit the pattern."""
     if weight.ndim != 2:
         raise ValueError(f"a weight must have two dimensions, (out, in), got shape {tuple(weight.shape)}")
     pattern.check_shape((weight.shape[0], weight.shape[1]))
@@ -151,7 +159,7 @@ def check_weight(weight: Tensor, pattern: Pattern) -> None:
 
 
 def check_statistic(name: str, weight: Tensor, statistic: Statistic | None) -> Statistic:
-    """The statistic; ValueError if there is none, or it is empty, not finite, or of another layer."""
+    """Returns the statistic; raises ValueError if it is None, empty, not finite, or of another layer."""
     if statistic is None:
         raise ValueError(f"{name} needs calibration statistics, got None; fill the one that {name}.statistic() makes")
     if len(statistic.squared_norm) != weight.shape[1]:
@@ -166,6 +174,6 @@ def check_statistic(name: str, weight: Tensor, statistic: Statistic | None) -> S
 
 
 def check_pattern(name: str, pattern: Pattern) -> None:
-    """Raises ValueError for what is no pattern."""
+    """Raises ValueError for a value that is no pattern."""
     if not isinstance(pattern, Pattern):
         raise ValueError(f"{name} takes a pattern such as Unstructured(0.5) or NM(2, 4), got {pattern!r}")

@@ -1,7 +1,16 @@
 """
-What the engine, allocations and studies ask a pruner, and the answer of a pruner that does not say.
+Optional attributes and methods of a pruner, with their defaults. None of them is part of the Protocol `Pruner`.
 
-A pruner answers by an attribute or method of the name given here; none of them is part of the Protocol `Pruner`.
+| attribute or method | default | effect |
+|---|---|---|
+| `pool` | "layer" | the pool of patterns that leave it open: "row" or "layer" |
+| `prune_together(weights, statistic)` | `prune` of each | layers that share their input are solved for together |
+| `prune_units(...)`, `removed(units)` | single layers | coupled layers lose the same units; see `Structured` |
+| `grid` | `None` | the pruner also rounds; the engine gives it no fused experts |
+| `scores(weight)` | none | `IterativePrune` takes the pruner, if `statistic` returns None |
+| dataclass field `pattern` | required by allocations | an allocation gives every layer a pattern of its own |
+
+Every attribute `grid` other than None has this effect: do not use the name for anything else.
 """
 
 from collections.abc import Callable
@@ -16,45 +25,49 @@ P = TypeVar("P", bound=Pruner)
 
 
 def pool(pruner: Pruner) -> Pool:
-    """Returns among which weights the pruner chooses: its attribute `pool`, "layer" by default."""
+    """Returns the attribute `pool`: the weights that are compared with each other, "layer" by default."""
     chosen: Pool = getattr(pruner, "pool", "layer")
     return chosen
 
 
 def needs_calibration(pruner: Pruner) -> bool:
-    """Returns whether the pruner streams the layers' inputs into a statistic."""
+    """Returns whether the pruner needs calibration: `statistic(1)` is not None."""
     return pruner.statistic(1) is not None
 
 
 def joint(pruner: Pruner) -> JointPruner | None:
-    """Returns the pruner if it solves for several layers with one input at once (`prune_together`); else None."""
+    """Returns the pruner if it has the method `prune_together`, for layers that share their input; else None."""
     return cast(JointPruner, pruner) if hasattr(pruner, "prune_together") else None
 
 
 def coupled(pruner: Pruner) -> Any:
-    """Returns the pruner if it removes units of coupled layers together (`prune_units`); else None."""
+    """
+    Returns the pruner if it has the method `prune_units`, for units of coupled layers; else None.
+
+    It must then also have `removed(units)`, the number of units to remove from a pool of so many. See `Structured`.
+    """
     return pruner if hasattr(pruner, "prune_units") else None
 
 
 def rounds(pruner: Pruner) -> bool:
-    """Returns whether the pruner also rounds what it keeps: it has a `grid`."""
+    """Returns whether the attribute `grid` is not None: the pruner also rounds, and takes no fused experts."""
     return getattr(pruner, "grid", None) is not None
 
 
 def scores_of_weights(pruner: Pruner) -> Callable[..., Any] | None:
-    """Returns the pruner's method `scores(weight)` if its scores need no calibration; else None."""
+    """Returns the method `scores(weight)` if the pruner has one and needs no calibration; else None."""
     scores: Callable[..., Any] | None = getattr(pruner, "scores", None)
     return None if scores is None or needs_calibration(pruner) else scores
 
 
 def takes_pattern(pruner: Pruner) -> bool:
-    """Returns whether `with_pattern` can give the pruner another pattern."""
+    """Returns whether the pruner is a dataclass with a field `pattern`; any other gets no allocation."""
     return is_dataclass(pruner) and "pattern" in {known.name for known in fields(pruner)}
 
 
 def with_pattern(pruner: P, pattern: Pattern) -> P:
     """
-    Returns the pruner with another pattern.
+    Returns a copy of the pruner with another pattern in its dataclass field `pattern`.
 
     Raises:
         ValueError: the pruner is no dataclass with a field `pattern`.

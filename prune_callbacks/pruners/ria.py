@@ -1,4 +1,4 @@
-"""RIA: a weight's share of its row and of its column, times the norm of its inputs."""
+"""RIA: scores a weight by its shares of row and column, times the norm of its input feature."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from prune_callbacks.sparsity import Pattern
 @dataclass(frozen=True)
 class RIA(ScorePruner):
     """
-    Removes by relative importance and activations (Zhang et al. 2024). No weight is changed.
+    Removes weights of least relative importance times activations (Zhang et al. 2024). Survivors stay unchanged.
 
     "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models".
 
@@ -23,19 +23,19 @@ class RIA(ScorePruner):
     authors' code.
 
     Args:
-        pattern: what to remove.
-        power: of the input norms, the paper's a.
+        pattern: the allowed masks, with the sparsity.
+        power: the exponent of the input norms, the paper's a.
     """
 
     pattern: Pattern
     power: float = 0.5
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> InputNorm:
-        """Makes an empty sum of the input features' squares."""
+        """Makes an empty `InputNorm`, the sum of the input features' squares."""
         return InputNorm(in_features, device)
 
     def scores(self, weight: Float[Tensor, "out in"], statistic: Statistic | None = None) -> Float[Tensor, "out in"]:
-        """The score above; rows and columns of zeros score 0."""
+        """Returns the score above, (out, in), in float32 or float64; rows and columns of zeros score 0."""
         assert statistic is not None
         size = widened(weight, statistic).abs()
         least = torch.finfo(size.dtype).tiny

@@ -1,4 +1,4 @@
-"""What pruners that also round check, and how wide they sweep."""
+"""Common code of pruners that also round: the check of the grid and the width of a sweep."""
 
 from prune_callbacks.solvers.gptq import Grid
 from prune_callbacks.sparsity import Pattern
@@ -14,12 +14,12 @@ def sweep_width(block_size: int, grid: Grid, in_features: int) -> int:
 
 
 def check_grid(name: str, grid: Grid, pattern: Pattern) -> None:
-    """Raises ValueError for what is no grid, or one whose groups cut through the pattern's."""
+    """Raises ValueError for a value that is no `Grid`, or a grid whose groups split groups of the pattern."""
     if not isinstance(grid, Grid):
         raise ValueError(f"{name} takes a grid such as Grid(bits=4, group_size=128), got {grid!r}")
     group = kept_of_group(pattern)
     if group is not None and grid.group_size is not None and grid.group_size % group[1]:
         raise ValueError(
-            f"{name}: group_size must be a multiple of the {group[1]} columns that {pattern} decides together, got "
+            f"{name}: group_size must be a multiple of the {group[1]} columns that {pattern} masks together, got "
             f"{grid.group_size}"
         )

@@ -1,4 +1,4 @@
-"""Pruners that are a score and a pattern; no weight is changed."""
+"""Pruners of a score and a pattern; survivors stay unchanged."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -29,11 +29,13 @@ Score = Callable[..., Float[Tensor, "out in"]]
 
 class ScorePruner(ABC):
     """
-    A pruner that removes what scores least.
+    A pruner that removes the weights of lowest score.
+
+    A subclass is a frozen dataclass: it declares `pattern` first, then the settings of its score.
 
     Attributes:
-        pattern: what to remove; a structure's score is the sum over it.
-        pool: among which weights `Unstructured(per=None)` chooses: "row" or "layer".
+        pattern: the allowed masks, with the sparsity; the score of a structure is the sum over its weights.
+        pool: the pool of `Unstructured(per=None)`: "row" or "layer". Without effect on other patterns.
     """
 
     pattern: Pattern
@@ -44,14 +46,14 @@ class ScorePruner(ABC):
 
     @abstractmethod
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> Any:
-        """Makes an empty statistic of the layer's inputs; None if scores need none."""
+        """Makes an empty statistic of the layer's inputs; returns None if the scores need none."""
 
     @abstractmethod
     def scores(self, weight: Float[Tensor, "..."], statistic: Statistic | None = None) -> Float[Tensor, "..."]:
-        """Computes how much each weight matters, in float32 or float64; higher is more."""
+        """Computes the score of every weight, (out, in), in float32 or float64; higher scores are kept."""
 
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None = None) -> Pruned:
-        """Equivalent to sorting the scores of each pool and zeroing the smallest; see `Pruner`."""
+        """Prunes a layer; equivalent to sorting the scores of each pool and zeroing the lowest. See `Pruner`."""
         check_weight(weight, self.pattern)
         if self.statistic(1) is not None:
             check_statistic(type(self).__name__, weight, statistic)
@@ -60,7 +62,7 @@ class ScorePruner(ABC):
 
 
 def _no_statistic(in_features: int, device: torch.device | str | None = None) -> None:
-    """None: the scores need no calibration."""
+    """Returns None: the scores need no calibration."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,8 +70,8 @@ class Scored(ScorePruner):
     """
     Makes a pruner of a score function.
 
-    It works wherever the package's pruners do: one-shot, with an allocation, streamed, in a sweep, and, if the score
-    needs no statistic, in `IterativePrune`.
+    The pruner works one-shot, with an allocation, streamed and in a sweep. If the score needs no statistic, it also
+    works in `IterativePrune`. A run that resumes and a sweep identify it by the name of the function.
 
     >>> from prune_callbacks import InputNorm, Unstructured
     >>> def wanda(weight, inputs):
@@ -78,15 +80,16 @@ class Scored(ScorePruner):
     Scored(Unstructured(sparsity=0.5, per=None), score=wanda, statistic=InputNorm, pool='row')
 
     Args:
-        pattern: what to remove.
-        score: called with the weight, (out, in), in float32 or float64, and the filled statistic (None without one; it
-            may be left out of a function of one argument). Returns scores of the weight's shape, no NaN.
+        pattern: the allowed masks, with the sparsity.
+        score: a function of (weight, statistic), or of (weight) alone if it needs no statistic. The weight is (out,
+            in), in float32 or float64; the statistic is filled, or None. Returns scores of the weight's shape, no NaN.
         statistic: makes an empty statistic from (in_features, device), such as `InputNorm` or `Gram`; None: the score
             needs none.
-        pool: among which weights `Unstructured(per=None)` chooses: "row" or "layer".
+        pool: the pool of `Unstructured(per=None)`: "row" or "layer". Without effect on other patterns.
 
     Raises:
-        ValueError: `score` is no function of one or two arguments, or `pool` is another word.
+        ValueError: `score` or `statistic` is no function, `score` takes no statistic though one is given, or `pool` is
+            another word.
     """
 
     pattern: Pattern
@@ -112,7 +115,7 @@ class Scored(ScorePruner):
             )
 
     def scores(self, weight: Float[Tensor, "..."], statistic: Statistic | None = None) -> Float[Tensor, "..."]:
-        """Calls `score` on the weight, widened to float32 or float64, and checks the shape of what it returns."""
+        """Calls `score` on the weight, in float32 or float64; raises ValueError if the scores have another shape."""
         working = widened(weight, statistic)
         scores = self.score(working) if self._arguments() < 2 else self.score(working, statistic)
         if not isinstance(scores, Tensor) or scores.shape != weight.shape:
@@ -123,23 +126,23 @@ class Scored(ScorePruner):
         return scores
 
     def _arguments(self) -> int:
-        """How many positional arguments `score` takes, at most two."""
+        """Returns how many positional arguments `score` takes, at most two."""
         try:
             kinds = [parameter.kind for parameter in signature(self.score).parameters.values()]
-        except ValueError:  # of functions like torch.abs nobody knows
+        except ValueError:  # functions like torch.abs have no signature
             return 1 if self.statistic is _no_statistic else 2
         if Parameter.VAR_POSITIONAL in kinds:
             return 2
         return sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
 
     def __repr__(self) -> str:
-        # Without addresses, which differ between processes: files of results are compared by it.
+        # No addresses, which differ between processes: resumed runs and files of results compare this text.
         made = None if self.statistic is _no_statistic else _name(self.statistic)
         return f"Scored({self.pattern!r}, score={_name(self.score)}, statistic={made}, pool={self.pool!r})"
 
 
 def _name(function: Any) -> str:
-    """Returns a function's name, of a lambda with a mark of its code: two of them are not the same score."""
+    """Returns a function's name; a lambda's with a hash of its code, so that two lambdas have different names."""
     name = str(getattr(function, "__qualname__", repr(function))).rpartition("<locals>.")[2]
     if name != "<lambda>":
         return name

@@ -1,4 +1,4 @@
-"""SparseGPT: one sweep over the columns, pruning and compensating."""
+"""SparseGPT: prunes and compensates in one sweep over the columns."""
 
 from dataclasses import dataclass
 
@@ -15,15 +15,17 @@ from prune_callbacks.sparsity import Pattern
 @dataclass(frozen=True)
 class SparseGPT(Compensating):
     """
-    One sweep of Optimal Brain Surgeon over the columns (Frantar & Alistarh 2023).
+    Prunes by one sweep of Optimal Brain Surgeon over the columns (Frantar & Alistarh 2023).
 
     Takes `Unstructured` (the pool is a block of columns over all rows) and `NM`.
 
     Args:
-        pattern: what to remove.
-        block_size: columns whose mask is chosen together, and whose updates are applied together; rounded down to
-            whole groups of an N:M pattern.
-        damping: added to the Gram's diagonal, as a fraction of its mean.
+        pattern: the allowed masks, with the sparsity.
+        block_size: how many columns are masked and updated together; rounded down to whole groups of an N:M pattern.
+        damping: added to the Gram's diagonal, as a fraction of the diagonal's mean; at least 0.
+
+    Raises:
+        ValueError: the pattern is neither of single weights nor N:M, or a setting is out of range.
     """
 
     pattern: Pattern
@@ -40,6 +42,6 @@ class SparseGPT(Compensating):
         check_settings("SparseGPT", self.pattern, self.block_size, self.damping)
 
     def solve(self, weight: Tensor, system: DampedGram, choose: Choose, heights: list[int]) -> Solved:
-        """See `prune_callbacks.solvers.sparsegpt.sparsegpt`."""
+        """Calls `prune_callbacks.solvers.sparsegpt.sparsegpt`; see `Compensating.solve`."""
         width = whole_groups(self.block_size, self.pattern)
         return sparsegpt(weight, system, choose, sweep_step(self.pattern, width), width, heights)

@@ -1,4 +1,4 @@
-"""SparseGPT and GPTQ in one sweep: pruned and rounded together."""
+"""SparseGPT and GPTQ in one sweep: prunes and rounds together."""
 
 from dataclasses import dataclass
 
@@ -19,14 +19,18 @@ class SparseGPTQ(Compensating):
     """
     Prunes and rounds in one sweep (Frantar & Alistarh 2023, joint sparsification and quantization).
 
-    Equivalent to `SparseGPT` where every kept weight is also set to its nearest point of the grid, and the error of
-    both pushed on. `Pruned.scale` has the scales. Takes `Unstructured` and `NM`.
+    Equivalent to `SparseGPT` with every survivor also set to its nearest point of the grid; later columns compensate
+    both errors. `Pruned.scale` has the scales. Takes `Unstructured` and `NM`.
 
     Args:
-        pattern: what to remove.
-        grid: what the survivors are rounded to.
-        block_size: columns that are updated together, and of `Unstructured` masked together.
-        damping: added to the Gram's diagonal, as a fraction of its mean.
+        pattern: the allowed masks, with the sparsity.
+        grid: the grid that survivors are rounded to.
+        block_size: how many columns are updated together and, for `Unstructured`, masked together.
+        damping: added to the Gram's diagonal, as a fraction of the diagonal's mean; at least 0.
+
+    Raises:
+        ValueError: the pattern is neither of single weights nor N:M, its groups do not fit the grid's, or a setting is
+            out of range.
     """
 
     pattern: Pattern
@@ -41,7 +45,7 @@ class SparseGPTQ(Compensating):
         check_grid("SparseGPTQ", self.grid, self.pattern)
 
     def solve(self, weight: Tensor, system: DampedGram, choose: Choose, heights: list[int]) -> Solved:
-        """See `prune_callbacks.solvers.gptq.gptq`."""
+        """Calls `prune_callbacks.solvers.gptq.gptq`; see `Compensating.solve`."""
         width = sweep_width(whole_groups(self.block_size, self.pattern), self.grid, weight.shape[1])
         step = sweep_step(self.pattern, width)
         return gptq(weight, system, choose, step, width, self.grid, heights=heights)

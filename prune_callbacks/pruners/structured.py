@@ -1,4 +1,4 @@
-"""Structured pruning: units that several layers write and one layer reads go together."""
+"""Structured pruning: removes units that several layers write and one layer reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,19 +21,25 @@ from prune_callbacks.sparsity.selection import keep_largest
 @dataclass(frozen=True)
 class Structured:
     """
-    Removes channels of the MLP and heads of the attention: rows of the layers that write them, columns of the reader.
+    Removes channels of the MLP and heads of the attention.
 
-    What goes is chosen by what its reader loses, and the reader's columns that stay are solved for exactly. `shrink`
-    then makes a smaller model. In the engine (`prune_sequentially`, `OneShotPrune`) the layers of every decoder block
-    are pruned together: `gate_proj` and `up_proj` with `down_proj`, `q_proj` (and, without grouped queries, `k_proj`
-    and `v_proj`) with `o_proj`.
+    A unit is a row in each layer that writes it (a writer) and a column in the layer that reads it (the reader). The
+    units are chosen by the loss of the reader. The reader's remaining columns are then solved for exactly. `shrink`
+    makes a smaller model afterwards.
+
+    In the engine (`prune_sequentially`, `OneShotPrune`) the layers of every decoder block are pruned together. The
+    writers of `down_proj` are `gate_proj` and `up_proj`. The writer of `o_proj` is `q_proj`; without grouped queries
+    also `k_proj` and `v_proj`.
 
     Args:
-        pattern: the share of input features that a reader loses. Of attention whole heads go, with grouped queries the
-            same number of every group: that number is rounded to the nearest.
-        score: "loss": the exact loss of removing a unit, after what went before (ZipLM, Kurtic et al. 2023). "wanda":
-            the sum of the reader's Wanda scores over the unit; faster.
-        damping: added to the Gram's diagonal, as a fraction of its mean.
+        pattern: the share of input features that a reader loses. Attention loses whole heads. With grouped queries,
+            every group loses the same number of heads. That number is rounded to the nearest whole number.
+        score: "loss": the exact loss of removing a unit, given the units removed before it (ZipLM, Kurtic et al. 2023).
+            "wanda": the sum of the reader's Wanda scores over the unit; faster.
+        damping: added to the Gram's diagonal, as a fraction of the diagonal's mean; at least 0.
+
+    Raises:
+        ValueError: the pattern does not remove columns, or a setting is out of range.
     """
 
     pattern: Columns
@@ -48,15 +54,15 @@ class Structured:
         check_settings("Structured", self.pattern, None, self.damping)
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
-        """The Gram of the reader's inputs."""
+        """Makes an empty Gram of the reader's inputs."""
         return Gram(in_features, device)
 
     def removed(self, units: int) -> int:
-        """How many of so many units go: the nearest whole number."""
+        """Returns how many of `units` units are removed: `sparsity * units`, rounded to the nearest whole number."""
         return round(self.pattern.sparsity * units)
 
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None) -> Pruned:
-        """The reader alone, in units of one feature; see `Pruner`."""
+        """Prunes a reader without writers, in units of one feature; see `Pruner`."""
         return self.prune_units(weight, [], statistic, width=1, pools=1)[0]
 
     def prune_units(
@@ -69,18 +75,21 @@ class Structured:
         removed: int | None = None,
     ) -> list[Pruned]:
         """
-        The pruned reader, then the pruned writers, which have no loss of their own.
+        Prunes a reader and its writers together.
 
         Args:
-            reader: the layer whose input features are the units.
-            writers: layers whose output rows are the units, in the same order.
+            reader: the layer with the units as input features.
+            writers: the layers with the units as output rows, in the same order.
             statistic: the Gram of the reader's inputs.
-            width: features of a unit.
-            pools: equal stretches of units that lose the same number each.
-            removed: that number; None: what the pattern says.
+            width: the number of features of a unit.
+            pools: the number of equal ranges of neighbouring units; every range loses the same number of units.
+            removed: that number of units; None: `self.removed` of the units in a range.
+
+        Returns:
+            the pruned reader, then the pruned writers. Writers have no loss.
 
         Raises:
-            ValueError: no unit would stay, or writers and reader do not fit each other.
+            ValueError: no unit would be left, or a writer has not one row for every input feature of the reader.
         """
         gram = check_layers(self, [reader], statistic)
         for writer in writers:

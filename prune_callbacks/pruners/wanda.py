@@ -1,4 +1,4 @@
-"""Wanda: weights times the norm of their inputs."""
+"""Wanda: scores a weight by its magnitude times the norm of its input feature."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,16 +16,16 @@ from prune_callbacks.sparsity.questions import Pool
 
 @dataclass(frozen=True)
 class Wanda(ScorePruner):
-    """Removes by `|W_ij| * ||X_j||_2`, within each output row (Sun et al. 2024). No weight is changed."""
+    """Removes the least `|W_ij| * ||X_j||_2` of every output row (Sun et al. 2024). Survivors stay unchanged."""
 
     pattern: Pattern
     pool: ClassVar[Pool] = "row"  # type: ignore[misc]
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> InputNorm:
-        """Makes an empty sum of the input features' squares."""
+        """Makes an empty `InputNorm`, the sum of the input features' squares."""
         return InputNorm(in_features, device)
 
     def scores(self, weight: Float[Tensor, "out in"], statistic: Statistic | None = None) -> Float[Tensor, "out in"]:
-        """`|W_ij| * ||X_j||_2`."""
+        """Returns `|W_ij| * ||X_j||_2`, (out, in), in float32 or float64."""
         assert statistic is not None
         return widened(weight, statistic).abs() * statistic.squared_norm.sqrt()

@@ -1,7 +1,29 @@
 """
-Optional properties of a pattern that solvers, allocations and schedules read, with their defaults.
+Optional attributes and methods of a pattern, with their defaults.
 
-A pattern sets one by an attribute or method of the function's name. None of them is part of the Protocol `Pattern`.
+None of them is part of the Protocol `Pattern`. Each is read by one function of this module.
+
+| attribute or method | type | default | read by |
+|---|---|---|---|
+| `unit` | 1: any number of single weights may be removed | none | allocations, global `IterativePrune`, SparseGPT |
+| `kept_of_group` | `(n, m)`: n of m consecutive weights | `None` | MRP's mask M, SparseGPT, grids, and see below |
+| `column_group` | int: neighbouring columns masked together | 1 | block sizes of SparseGPT and MRP |
+| `removes_rows` | bool | `False` | MRP, ALPS; `check_contract` |
+| `removes_columns` | bool | `False` | `Structured` |
+| `at(sparsity)` | returns a pattern | replaces the field `sparsity` | `IterativePrune`, allocations |
+| `in_pool(pool)` | returns a pattern | the pattern itself | score pruners, `IterativePrune(scope="layer")` |
+| `with_exact_total(pool)` | returns a pattern | the pattern itself | allocations |
+
+`kept_of_group` is also read by `LagrangianAllocation`, permuting, 2:4 conversion and packing. SparseGPT stands for
+`SparseGPTQ` too.
+
+These refuse a pattern, with a ValueError:
+
+- without `unit = 1`: allocations (`LagrangianAllocation` also takes `NM`) and `IterativePrune(scope="global")`
+- with neither `unit = 1` nor `kept_of_group`: `SparseGPT`, `SparseGPTQ` (so they refuse `Rows`)
+- without `kept_of_group`: `MRP` variants "MM" and "MS", `permute_channels_`, `PermuteChannels`, `SemiStructuredConvert`
+- with `removes_rows`: `MRP`, `ALPS`; without `removes_columns`: `Structured`
+- with neither `at` nor a field `sparsity`: `IterativePrune` and allocations
 """
 
 from dataclasses import fields, is_dataclass, replace
@@ -10,13 +32,13 @@ from typing import Any, Literal, TypeVar, cast
 from prune_callbacks.sparsity.patterns import Pattern
 
 Pool = Literal["row", "layer"]
-"""The weights that a pruner compares with each other: those of a row, or of the whole layer."""
+"""The weights that a pruner compares with each other: the weights of a row, or of the whole layer."""
 
 P = TypeVar("P", bound=Pattern)
 
 
 def column_group(pattern: Pattern) -> int:
-    """Returns how many neighbouring columns are masked together: m of N:M, the side of a block; 1 by default."""
+    """Returns the number of neighbouring columns masked together: m of N:M, the side of a block; 1 by default."""
     return int(getattr(pattern, "column_group", 1))
 
 
@@ -59,10 +81,10 @@ def at_sparsity(pattern: P, sparsity: float) -> P:
 
 
 def in_pool(pattern: P, pool: Pool) -> P:
-    """Returns the pattern with an open choice of pool settled by that of a pruner; by default the pattern itself."""
+    """If the pattern leaves the pool open, returns it with the pruner's pool; by default the pattern itself."""
     return cast(P, pattern.in_pool(pool)) if hasattr(pattern, "in_pool") else pattern
 
 
 def with_exact_total(pattern: P, pool: Pool) -> P:
-    """Returns the pattern whose count over a layer is exact to one weight; by default the pattern itself."""
+    """Returns the pattern with a count that is exact to one weight over a layer; by default the pattern itself."""
     return cast(P, pattern.with_exact_total(pool)) if hasattr(pattern, "with_exact_total") else pattern

@@ -1,1 +1,1 @@
-"""How things are written and read: run records, run folders, model folders, training checkpoints."""
+"""Writes and reads run records, run folders, model folders and training checkpoints."""

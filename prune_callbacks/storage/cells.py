@@ -1,4 +1,4 @@
-"""The file of a measurement with many cells, which goes on where it was interrupted."""
+"""The result file of a measurement with many cells, which can be interrupted and continued."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,14 @@ from typing import Any
 
 def open_results(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
     """
-    The cells that an earlier measurement of the same setting has written, to go on from; empty if there was none.
+    Returns the results in a file, to continue the measurement; without a file, new results without cells.
+
+    Args:
+        path: the JSON file.
+        setting: plain values that determine the results, such as pruner and windows.
+
+    Returns:
+        `{"setting": setting, "cells": {...}}`.
 
     Raises:
         ValueError: the file holds results of another setting.
@@ -23,7 +30,7 @@ def open_results(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
                 if before.get(key) != setting.get(key)
             )
             raise ValueError(
-                f"{path} holds results of another setting: {told}. Choose another folder, or give the same setting "
-                "again to go on"
+                f"{path} holds results of another setting: {told}. Choose another folder, or use the same setting "
+                "again to continue"
             )
     return results

@@ -1,4 +1,4 @@
-"""Reading one weight at a time from the checkpoints that Lightning's strategies write."""
+"""Reads single weights from the checkpoints that Lightning's strategies write."""
 
 import math
 import pickle
@@ -20,10 +20,10 @@ State = dict[str, Any]
 
 class TrainingCheckpoint(ABC):
     """
-    Weights of a checkpoint by name, read when asked for; files are mapped into memory, not loaded.
+    The weights of a checkpoint by name. Files are mapped into memory, and a weight is read on access only.
 
     Attributes:
-        callbacks: the states of the callbacks, by their class's name.
+        callbacks: the states of the callbacks, by class name.
         step: how many optimizer steps were finished.
     """
 
@@ -33,21 +33,21 @@ class TrainingCheckpoint(ABC):
 
     @abstractmethod
     def names(self) -> Collection[str]:
-        """The names of the weights: those of the LightningModule."""
+        """Returns the names of the weights in the LightningModule."""
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """One whole weight, on the CPU: where there are fp32 masters, of these."""
+        """Returns one whole weight on the CPU: the fp32 master if the checkpoint has one."""
 
 
 def open_checkpoint(path: str | Path) -> TrainingCheckpoint:
     """
     Opens a checkpoint of one device, DDP, FSDP2 (a folder, or one file) or DeepSpeed ZeRO-1, 2 or 3.
 
-    Nothing but tensors and plain values is unpickled, and of DeepSpeed's files four classes of its own.
+    Only tensors and plain values are unpickled, and from DeepSpeed's files also four classes of DeepSpeed.
 
     Raises:
-        ValueError: there is none at `path`.
+        ValueError: there is no checkpoint at `path`, or it holds other objects.
     """
     folder = Path(path)
     if folder.is_file():
@@ -62,18 +62,18 @@ def open_checkpoint(path: str | Path) -> TrainingCheckpoint:
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint in a folder (`*.ckpt`) that was written last, of those whose writing was not interrupted."""
+    """Returns the newest complete checkpoint (`*.ckpt`) in a folder; None if there is none."""
     found = [path for path in Path(folder).glob("*.ckpt") if _is_complete(path)]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _is_complete(path: Path) -> bool:
-    """As far as the files on this machine tell."""
+    """Returns whether a checkpoint was written completely, as far as the files on this machine show."""
     if path.is_file():
-        return True  # Lightning moves it into its place when it is
+        return True  # Lightning renames the file once it is complete
     if (path / "meta.pt").is_file():  # FSDP2
         return (path / ".metadata").is_file() and is_zipfile(path / "meta.pt")
-    # DeepSpeed, whose ranks write by themselves; a whole file of torch's ends with the index of a zip file.
+    # DeepSpeed's ranks write separate files; a complete file of torch ends with the index of a zip file.
     files = list(path.glob("checkpoint/*_states.pt"))
     states = [file for file in files if file.name.endswith("_model_states.pt")]
     if not (path / "latest").is_file() or not states or not all(is_zipfile(file) for file in files):
@@ -81,21 +81,22 @@ def _is_complete(path: Path) -> bool:
     try:
         ranks: int = _load(states[0])["dp_world_size"]
     except ValueError:
-        return True  # it holds more than plain values, so nothing is known about it
+        return True  # it holds more than plain values, so the number of ranks is unknown
     return sum("optim_states" in file.name for file in files) == ranks
 
 
 def _load(path: Path) -> State:
+    """Loads a file of tensors and plain values; raises ValueError if it holds other objects."""
     try:
         return dict(torch.load(path, mmap=True, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds objects that cannot be read safely, such as what save_hyperparameters() was given: {error}"
+            f"{path} holds objects that cannot be read safely, such as the arguments of save_hyperparameters(): {error}"
         ) from error
 
 
 class _SafeReader(FileSystemReader):
-    """Reads the index of a sharded checkpoint, a pickle, with the classes that it is made of and no others."""
+    """Reads the index of a sharded checkpoint, a pickle, and refuses all classes that an index does not need."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
@@ -106,6 +107,8 @@ class _SafeReader(FileSystemReader):
 
 
 class _IndexUnpickler(pickle.Unpickler):
+    """Unpickles the classes of an index only."""
+
     _ALLOWED: ClassVar = {
         ("torch.distributed.checkpoint.metadata", "Metadata"),
         ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
@@ -131,6 +134,8 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class _File(TrainingCheckpoint):
+    """A checkpoint in one file, of one device, DDP or FSDP2."""
+
     def __init__(self, path: Path) -> None:
         state = _load(path)
         super().__init__(state)
@@ -144,7 +149,7 @@ class _File(TrainingCheckpoint):
 
 
 class _Sharded(TrainingCheckpoint):
-    """torch.distributed.checkpoint, as `ModelParallelStrategy` writes it."""
+    """A folder of torch.distributed.checkpoint, written by `ModelParallelStrategy` (FSDP2)."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(_load(folder / "meta.pt"))
@@ -168,9 +173,9 @@ class _Sharded(TrainingCheckpoint):
 
 class _Zero(TrainingCheckpoint):
     """
-    DeepSpeed: for every rank a file with its flat fp32 masters, and files that say where what lies in them.
+    A folder of DeepSpeed: a file with the flat fp32 masters of every rank, and files with the place of every weight.
 
-    (DeepSpeed's own zero_to_fp32 reads the same; of ZeRO-1 and 2 it needs memory for the whole model.)
+    DeepSpeed's own zero_to_fp32 reads the same files, but for ZeRO-1 and 2 it needs memory for the whole model.
     """
 
     def __init__(self, shards: list[Path]) -> None:
@@ -185,7 +190,7 @@ class _Zero(TrainingCheckpoint):
         self._stage_3 = "fp32_flat_groups" in self._ranks[0]
         self._shapes = {name: shape for group in states[0]["param_shapes"] for name, shape in group.items()}
         self._offsets = self._offsets_in_stage_3() if self._stage_3 else {}
-        # What has no master: buffers and frozen weights, the latter cut over the ranks under ZeRO-3.
+        # Buffers and frozen weights have no master; ZeRO-3 shards the frozen weights.
         self._whole: dict[str, Tensor] = states[0]["module"]
         self._fragments = [state.get("frozen_param_fragments") or {} for state in states]
         self._frozen: State = states[0].get("frozen_param_shapes") or {}
@@ -204,12 +209,14 @@ class _Zero(TrainingCheckpoint):
         return _cut_to_shape(pieces, self._shapes[name])
 
     def _pieces(self, name: str) -> Iterable[Tensor]:
+        """Yields the ranks' flat parts of a weight under ZeRO-1 and 2."""
         for rank in self._ranks:
             for flat, places in zip(rank["single_partition_of_fp32_groups"], rank["param_slice_mappings"], strict=True):
                 if name in places:
                     yield flat.narrow(0, places[name].start, places[name].numel)
 
     def _offsets_in_stage_3(self) -> dict[str, int]:
+        """Returns the offset of every weight in a rank's flat masters under ZeRO-3."""
         offsets, offset = {}, 0
         for name, shape in self._shapes.items():
             offsets[name] = offset
@@ -217,10 +224,11 @@ class _Zero(TrainingCheckpoint):
         return offsets
 
     def _pieces_in_stage_3(self, name: str) -> Iterable[Tensor]:
+        """Yields the ranks' flat parts of a weight under ZeRO-3."""
         size = math.ceil(self._shapes[name].numel() / len(self._ranks))
         for rank in self._ranks:
             offset = self._offsets[name]
-            for flat in rank["fp32_flat_groups"]:  # a weight's piece lies in one of them
+            for flat in rank["fp32_flat_groups"]:  # one of them holds all of the weight's piece
                 if offset < flat.numel():
                     yield flat.narrow(0, offset, size)
                     break
@@ -228,10 +236,11 @@ class _Zero(TrainingCheckpoint):
 
 
 def _cut_to_shape(pieces: Iterable[Tensor], shape: torch.Size) -> Tensor:
-    return torch.cat([piece.flatten() for piece in pieces])[: shape.numel()].view(shape)  # the last one is padded
+    """Joins flat pieces to a tensor of a shape, without the padding of the last piece."""
+    return torch.cat([piece.flatten() for piece in pieces])[: shape.numel()].view(shape)
 
 
 def _rank(path: Path) -> int:
-    """The data-parallel rank in a file's name: zero_pp_rank_3_mp_rank_00_..."""
+    """Returns the data-parallel rank in a file name such as zero_pp_rank_3_mp_rank_00_...; 0 without one."""
     parts = path.name.split("_")
     return int(parts[parts.index("pp") + 2]) if "pp" in parts else 0

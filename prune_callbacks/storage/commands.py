@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def repeat_command(argv: Sequence[str]) -> str | None:
-    """The shell line that repeats a run of train.py, in a folder of its own; None if `argv` is of another program."""
+    """Returns the shell line that repeats a run of train.py in a new folder; None if `argv` is of another program."""
     if not argv or Path(argv[0]).name != "train.py":
         return None
     left_out = ("output_dir", "ckpt_path")

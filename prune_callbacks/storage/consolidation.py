@@ -1,4 +1,4 @@
-"""consolidate: from a checkpoint, of whatever strategy, to the plain model folder that every tool reads."""
+"""consolidate: turns a checkpoint of any built-in strategy into a plain model folder that every tool reads."""
 
 import json
 import shutil
@@ -35,27 +35,30 @@ def consolidate(
     progress: bool = True,
 ) -> dict[str, Any]:
     """
-    Writes `dirpath/model` (what `save_pretrained` writes), `dirpath/masks.safetensors` and `dirpath/report.json`.
+    Consolidates a checkpoint: writes `dirpath/model`, `dirpath/masks.safetensors` and `dirpath/report.json`.
 
-    Weights are read and written one file of `max_shard_size` at a time, so that is all the memory it takes. They are
-    the fp32 masters where the checkpoint has them. The zeros are counted on the way.
+    `dirpath/model` is equivalent to `save_pretrained` of the trained model. The weights are the fp32 masters if the
+    checkpoint has them, converted to `dtype`. Weights are read and written one file of at most `max_shard_size` at a
+    time, so no more memory is needed. Zeros and violations are counted in the written weights.
 
     Args:
-        checkpoint: of one device, DDP, FSDP2 or DeepSpeed ZeRO; or a folder of such, of which the newest is taken.
-        template: folder with the model's configuration (and tokenizer), e.g. `model/` of the run that was trained, or
-            that of the model before training.
-        dirpath: where to; an existing `model/` there is replaced once the new one is complete.
-        prefix: what stands before the model's own names in the checkpoint, e.g. "student."; None: what fits.
-        dtype: of the written weights, e.g. "bfloat16"; None: the configuration's.
-        max_shard_size: how large one file of weights may be.
+        checkpoint: a checkpoint of one device, DDP, FSDP2 or DeepSpeed ZeRO, or a folder of checkpoints, of which the
+            newest complete one is read.
+        template: a folder with the model's configuration (and tokenizer), e.g. `model/` of the trained run, or the
+            folder of the model before training.
+        dirpath: the folder to write into. An existing `model/` is replaced once the new one is complete.
+        prefix: the prefix of the model's names in the checkpoint, e.g. "student."; None: the only prefix that fits.
+        dtype: the dtype of the written weights, e.g. "bfloat16"; None: the configuration's, else float32.
+        max_shard_size: the maximum size of a file of weights.
         progress: show a progress bar.
 
     Returns:
-        what `report.json` holds: the run's report as it was then, with sparsity and violations counted in the written
-        weights, of which nobody has measured the perplexity.
+        the content of `report.json`: the run's report at the time of the checkpoint, with sparsity and violations of
+        the written weights. Their perplexity is not measured.
 
     Raises:
-        ValueError: there is no checkpoint, or no configuration, or its weights are not those of that model.
+        ValueError: there is no checkpoint, no configuration or no masks, `dtype` is unknown, or the weights are not the
+            weights of that model.
     """
     if not (Path(template) / "config.json").is_file():
         raise ValueError(
@@ -92,7 +95,7 @@ def consolidate(
 
 
 def _places(skeleton: nn.Module, source: TrainingCheckpoint, prefix: str | None) -> dict[str, str]:
-    """The checkpoint's name of every weight; of tied ones the first, which is what transformers saves."""
+    """Returns the checkpoint's name of every weight; of tied weights only the first, as transformers saves it."""
     aliases: dict[int, list[str]] = {}
     for name, tensor in skeleton.state_dict(keep_vars=True).items():
         aliases.setdefault(id(tensor), []).append(name)
@@ -114,7 +117,7 @@ def _places(skeleton: nn.Module, source: TrainingCheckpoint, prefix: str | None)
 
 
 def _masks(source: TrainingCheckpoint, places: dict[str, str], skeleton: nn.Module) -> MaskSet:
-    """The masks in the checkpoint, under the names of the model (they may be those of a module around it)."""
+    """Returns the checkpoint's masks under the names of the model; there they may have names of an outer module."""
     states = [source.callbacks.get(name, {}) for name in ("MaskEnforcer", "IterativePrune", "OneShotPrune")]
     found = next((MaskSet.from_state_dict(state["masks"]) for state in states if "masks" in state), None)
     if found is None:
@@ -140,7 +143,7 @@ def _write(
     max_shard_size: str,
     progress: bool,
 ) -> dict[str, tuple[int, int, int]]:
-    """Writes the weights; returns of every masked one its zeros, its violations and its size."""
+    """Writes the weights; returns (zeros, violations, size) of every masked weight."""
     empty = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in skeleton.state_dict().items()
@@ -169,7 +172,7 @@ def _write(
 
 
 def _report(source: TrainingCheckpoint, counted: dict[str, tuple[int, int, int]]) -> RunRecord:
-    """Makes the record of what RunReport had noted by then, and what was counted now."""
+    """Makes the record from the state of RunReport in the checkpoint and the new counts."""
     record = RunRecord.from_json(source.callbacks.get("RunReport", {}).get("record", {}))
     zeros, total = sum(zeros for zeros, _, _ in counted.values()), sum(size for _, _, size in counted.values())
     record.violations = {name: removed for name, (_, removed, _) in counted.items() if removed}

@@ -10,22 +10,22 @@ from huggingface_hub import ModelCard, ModelCardData
 CARD = "README.md"
 TAGS = ("sparse", "pruned", "prune-callbacks")
 BEGIN, END = "<!-- prune-callbacks -->", "<!-- /prune-callbacks -->"
-"""Mark the section that is written here, so that it is replaced when the folder is written again."""
+"""The marks around the section that this module writes and replaces."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write_model_card(folder: Path, sparsity: float, layers: int, *, source: str | None = None, note: str = "") -> None:
     """
-    Writes or completes `folder/README.md`: how sparse the model is, how to load it, and how its zeros are kept.
+    Writes or completes `folder/README.md`: how sparse the model is, how to load it, and how to keep its zeros.
 
-    The metadata and the text of a card that is there already (the dense model's) are kept.
+    The metadata and the text of an existing card (the dense model's) are kept.
 
     Args:
-        folder: of the model, complete but for the card.
-        sparsity: fraction of zeros in the pruned layers.
-        layers: how many are pruned.
-        source: the dense model's name on the hub, `owner/name`; anything else (a local path) is not mentioned.
+        folder: the model's folder, complete except for the card.
+        sparsity: the fraction of zeros in the pruned layers.
+        layers: the number of pruned layers.
+        source: the dense model's name on the hub, `owner/name`. Any other text, such as a local path, is ignored.
         note: a further sentence.
     """
     path = folder / CARD
@@ -44,12 +44,13 @@ def write_model_card(folder: Path, sparsity: float, layers: int, *, source: str 
 
 
 def _section(sparsity: float, layers: int, source: str | None, note: str) -> str:
+    """Returns the section of the card that is marked by `BEGIN` and `END`."""
     of = f" of {source}" if source else ""
     sentences = [
         f"A pruned model{of}: {sparsity:.2%} of the weights of {layers} layers are zero.",
         "Weights are stored dense, with their zeros: `AutoModelForCausalLM.from_pretrained` loads the folder as any",
         "other, and no special format or configuration is needed. Dense kernels run it at the dense model's speed.",
-        "Training writes over the zeros unless the masks are held, e.g. by `MaskEnforcer` of prune-callbacks, which",
+        "Training overwrites the zeros unless the masks are held, e.g. by `MaskEnforcer` of prune-callbacks, which",
         "reads them from the zeros.",
         note,
         f"Written by prune-callbacks {version('prune-callbacks')}.",

@@ -1,4 +1,4 @@
-"""Writing a sparse model and its masks into a folder that every tool can read."""
+"""Writes a sparse model and its masks into a folder that every tool can read."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from prune_callbacks.writing import replaced_folder, whole_file
 
 
 def savable(model: nn.Module) -> PreTrainedModel:
-    """Returns the model; raises ValueError if it is not of `transformers`, so that there is no common format."""
+    """Returns the model; raises ValueError if it is no `transformers` model, which has no common file format."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"only transformers models can be saved, got {type(model).__name__}; save its state_dict instead"
@@ -32,15 +32,15 @@ def save_sparse_model(
     """
     Writes `dirpath/model` (plain `save_pretrained`, dense with zeros), its model card and `dirpath/masks.safetensors`.
 
-    Of a model with adapters (peft) the base is written, under its own names. Older files are replaced only once the new
-    ones are complete.
+    If the model has adapters (peft), the base model is written, under its own names. Older files are replaced only once
+    the new ones are complete.
 
     Args:
-        model: of `transformers`.
-        masks: its masks.
+        model: a `transformers` model.
+        masks: the model's masks.
         dirpath: the folder.
-        tokenizer: saved beside the model.
-        state_dict: the model's, where it does not hold whole weights itself; None: its own.
+        tokenizer: saved alongside the model.
+        state_dict: the model's whole weights by name, if its parameters are sharded; None: `model.state_dict()`.
 
     Raises:
         ValueError: the model cannot be saved; see `savable`.
@@ -58,7 +58,7 @@ def save_sparse_model(
 
 
 def from_state(kind: type[PreTrainedModel], config: Any, state: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A model on the CPU from a whole state dict; ValueError if it lacks a weight, or one does not fit."""
+    """Makes a model on the CPU from a whole state dict; ValueError if a weight is missing or has another shape."""
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "auto"
     load = cast(Any, kind).from_pretrained
@@ -68,7 +68,7 @@ def from_state(kind: type[PreTrainedModel], config: Any, state: Mapping[str, Ten
     if wrong:
         raise ValueError(f"{kind.__name__} of this configuration lacks or does not fit {wrong[0]}")
     loaded: PreTrainedModel = model
-    for name, parameter in loaded.named_parameters():  # which may be of several dtypes
+    for name, parameter in loaded.named_parameters():  # they may have several dtypes
         if name in state and parameter.dtype != state[name].dtype:
             parameter.data = state[name].to(parameter.device)
     return loaded

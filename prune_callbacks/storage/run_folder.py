@@ -11,7 +11,7 @@ from prune_callbacks.storage.checkpoints import newest_checkpoint
 from prune_callbacks.storage.run_record import STAGES, RunRecord, read_record
 
 TRACES = ("report.json", "config.yaml", "masks.safetensors", "model")
-"""What tells a run's folder from any other."""
+"""Files and folders of which a run's folder has at least one."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Run:
 
     Attributes:
         dirpath: the folder.
-        record: what `report.json` holds; empty if there is none.
+        record: the record in `report.json`; an empty record if there is none.
         config: the text of `config.yaml`; None if there is none.
         masks: the masks; None if they cannot be read.
         architecture: kind and size of the model, from `model/config.json`; None if there is none.
-        missing: what a finished run has and this one has not, in sentences.
-        go_on: how to get it; None if nothing is missing.
+        missing: a sentence for every result of a finished run that this run lacks.
+        go_on: a sentence on how to get the missing results; None if nothing is missing.
     """
 
     dirpath: Path
@@ -40,10 +40,11 @@ class Run:
 
 def read_run(dirpath: str | Path) -> Run:
     """
-    Reads what there is of a run.
+    Reads the folder of a run; parts of an unfinished run may be missing.
 
     Raises:
-        ValueError: there is no such folder, it has no trace of a run, or its `report.json` is something else.
+        ValueError: there is no such folder, it has none of `TRACES`, it holds a study, or its `report.json` is not the
+            record of a run.
     """
     dirpath = Path(dirpath)
     if not dirpath.is_dir():
@@ -76,6 +77,7 @@ def read_run(dirpath: str | Path) -> Run:
 
 
 def _read_masks(path: Path) -> tuple[MaskSet | None, list[str]]:
+    """Returns the masks, and a sentence if they cannot be read."""
     if not path.is_file():
         return None, ["The masks: there is no masks.safetensors."]
     try:
@@ -85,6 +87,7 @@ def _read_masks(path: Path) -> tuple[MaskSet | None, list[str]]:
 
 
 def _architecture(path: Path) -> str | None:
+    """Describes the kind and the size of the model; None without a readable `config.json`."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind, vocabulary = config["model_type"], config["vocab_size"]
@@ -96,16 +99,17 @@ def _architecture(path: Path) -> str | None:
 
 
 def _is_job(config: str | None) -> bool:
-    """Whether the recipe names a function to call in place of a training."""
+    """Returns whether the recipe calls a function in place of a training."""
     return bool(config and re.search(r"^job:\s*$", config, re.MULTILINE))
 
 
 def _unmeasured(record: RunRecord, *, measured: bool, job: bool) -> list[str]:
+    """Returns a sentence for every stage that was not measured."""
     if job and not measured:
         return ["A report: this recipe calls a function in place of a training, whose results are in its own files."]
     if not measured:
         return ["All measurements: report.json is first written when the model is pruned, and there is none yet."]
-    if record.stage == "streamed":  # by prune_checkpoint, which neither trains nor measures
+    if record.stage == "streamed":  # prune_checkpoint neither trains nor measures
         return []
     reached = STAGES.index(record.stage) if record.stage in STAGES else -1
     due = {"pruned": "the masks' last change is still to come", "recovered": "training has not come to its end"}
@@ -119,20 +123,21 @@ def _unmeasured(record: RunRecord, *, measured: bool, job: bool) -> list[str]:
 
 
 def _go_on(dirpath: Path, record: RunRecord, config: str | None) -> str:
+    """Returns a sentence on how to resume or repeat the run."""
     if record.stage == STAGES[-1]:
-        return "The run has come to its end. To have what is missing, repeat the run in another folder."
+        return "The run has come to its end. To get the missing results, repeat the run in another folder."
     if record.command:
         command, overrides = record.command, ""
     elif record.recipe and config is not None:
         command = f"python train.py recipe={shlex.quote(record.recipe)}"
-        overrides = ", with the overrides it was started with (config.yaml below holds all settings)"
+        overrides = ", with the overrides of the first start (config.yaml below has all settings)"
     else:
         return (
-            "If the run is not going on any more: fit again, with ckpt_path= naming a checkpoint of this run if there "
-            "is one, else with another folder for RunReport."
+            "If the run has stopped, fit again: with ckpt_path= naming a checkpoint of this run if there is one, else "
+            "with another folder for RunReport."
         )
     newest = newest_checkpoint(dirpath / "checkpoints")
     if newest is None:
-        return f"If the run is not going on any more, begin it anew in another folder: {command}{overrides}"
+        return f"If the run has stopped, start it again in another folder: {command}{overrides}"
     where = shlex.join([f"output_dir={dirpath}", f"ckpt_path={newest}"])
-    return f"If the run is not going on any more, resume it from its newest checkpoint: {command} {where}{overrides}"
+    return f"If the run has stopped, resume it from its newest checkpoint: {command} {where}{overrides}"

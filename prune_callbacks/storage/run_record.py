@@ -1,4 +1,4 @@
-"""The record of a run, as `report.json` holds it."""
+"""The record of a run: the content of `report.json`."""
 
 import json
 from collections.abc import Mapping
@@ -9,20 +9,20 @@ from typing import Any
 STAGES = ("dense", "pruned", "recovered")
 
 SCHEMA = 1
-"""The version of `report.json`; it rises when a key changes its meaning or goes."""
+"""The version of `report.json`; it rises when a key changes its meaning or is removed."""
 
 
 @dataclass
 class Perplexities:
     """
-    Perplexity of the three models on one text; None: not measured, or no finite number.
+    The perplexity of the three models on one text; None: not measured, or no finite number.
 
     Attributes:
         dataset: the text's title.
-        seq_len: tokens of a window; perplexities at different lengths cannot be compared.
-        dense: before pruning.
-        pruned: after pruning.
-        recovered: after training with the masks held.
+        seq_len: tokens per window; perplexities at different lengths cannot be compared.
+        dense: the perplexity before pruning.
+        pruned: the perplexity after pruning.
+        recovered: the perplexity after training under the masks.
     """
 
     dataset: str | None = None
@@ -39,7 +39,7 @@ class Perplexities:
 
 @dataclass
 class Seconds:
-    """Wall time of a run's parts; None: not known."""
+    """The wall time of a run's parts, in seconds; None: not known."""
 
     prune: float | None = None
     recover: float | None = None
@@ -52,9 +52,9 @@ class Zeros:
     Fractions of zeros, counted in the weights.
 
     Attributes:
-        target: asked for.
-        achieved: of all pruned layers together.
-        layers: of each, by parameter name.
+        target: the sparsity that was asked for.
+        achieved: the fraction in all pruned layers together.
+        layers: the fraction in every pruned layer, by parameter name.
     """
 
     target: float | None = None
@@ -65,41 +65,41 @@ class Zeros:
 @dataclass
 class RunRecord:
     """
-    What is known of a run; `to_json` is what `report.json` holds.
+    The record of a run. `to_json` returns the content of `report.json`.
 
     Attributes:
-        schema: version of the keys, `SCHEMA`.
-        recipe: name of the recipe.
-        model: name of the model.
-        stage: what was measured last, one of `STAGES`, or "streamed" or "consolidated".
+        schema: the version of the keys, `SCHEMA`.
+        recipe: the name of the recipe.
+        model: the name of the model.
+        stage: the last measured stage, one of `STAGES`; or "streamed" or "consolidated".
         command: the shell line that repeats the run.
-        perplexity: on the evaluation windows.
-        corpora: on further texts, by name: dataset, seq_len, windows, and a value a stage.
-        zero_shot: accuracies, by task: metric, limit, examples, data, and a value a stage.
-        rounds: of pruning in rounds: step, sparsity and perplexity before each change and at the end.
-        changes: optimizer steps at which masks changed.
+        perplexity: the perplexities on the evaluation windows.
+        corpora: the perplexities on further texts, by name: dataset, seq_len, windows, and a value per stage.
+        zero_shot: the accuracies, by task: metric, limit, examples, data, and a value per stage.
+        rounds: step, sparsity and perplexity before every change of `IterativePrune` and at the end.
+        changes: the optimizer steps at which masks changed.
         training_loss: (optimizer step, loss).
-        seconds: wall time of the parts.
-        peak_memory_bytes: largest peak of the process or device.
-        pruner: how weights were chosen; `repr` of the pruners.
-        allocation: how sparsity was spread over layers; None: evenly.
-        schedule: when it rose; None: at once.
-        optimizer_steps: trained so far.
-        strategy: class name of Lightning's strategy.
-        processes: how many.
-        precision: of the trainer.
-        adapter: folder of an adapter beside the model; None: there is none.
+        seconds: the wall time of the parts.
+        peak_memory_bytes: the largest peak of the process or device.
+        pruner: the `repr` of the pruners.
+        allocation: the `repr` of the allocation; None: the same sparsity in every layer.
+        schedule: the `repr` of the schedule; None: pruned at once.
+        optimizer_steps: the number of finished optimizer steps.
+        strategy: the class name of Lightning's strategy.
+        processes: the number of processes.
+        precision: the trainer's precision.
+        adapter: the folder of an adapter alongside the model; None: there is none.
         sparsity: fractions of zeros.
-        violations: weights that are not zero where the mask says so, by parameter name; {} if there are none.
-        reconstruction_loss: relative loss of each layer's output when it was pruned.
-        skipped: layers that stayed dense, with the reason.
-        by_magnitude: experts that too few tokens reached, with how many.
-        warnings: what was warned of.
-        versions: of packages and Python.
-        device: name of the device.
-        files: bytes of the files that were streamed.
-        setting: what a streamed pruning was made with.
-        checkpoint: that was consolidated.
+        violations: how many pruned weights are not zero, by parameter name; {} if there are none.
+        reconstruction_loss: the relative loss of every layer's output when it was pruned, by layer.
+        skipped: the reason for every layer that stayed dense, by layer.
+        by_magnitude: the number of tokens of every expert that too few tokens reached.
+        warnings: the texts of warnings.
+        versions: the versions of packages and Python.
+        device: the name of the device.
+        files: the bytes of the files that were streamed.
+        setting: the settings of a streamed pruning.
+        checkpoint: the checkpoint that was consolidated.
     """
 
     schema: int = SCHEMA
@@ -142,10 +142,10 @@ class RunRecord:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "RunRecord":
         """
-        Reads what `to_json` gave, or as much of it as there is; ignores keys that it does not know.
+        Makes a record from the result of `to_json`; missing keys get defaults, and unknown keys are ignored.
 
         Raises:
-            ValueError: it is no record, or one of a later version.
+            ValueError: `record` is no record of a run, or of a later version.
         """
         if not isinstance(record, Mapping) or not isinstance(record.get("perplexity", {}), Mapping):
             raise ValueError("this is not the record of a run: it has no perplexity")
