@@ -208,7 +208,7 @@ def test_loggers_get_sparsity_and_violations(tmp_path):
 def test_one_shot_comes_before_the_file(tmp_path):
     masks = MaskSet({"model.layers.0.mlp.up_proj.weight": torch.ones(96, 32, dtype=torch.bool)})
     one_shot, enforcer = OneShotPrune(Magnitude(NM(2, 4)), progress=False), MaskEnforcer(masks)
-    with pytest.warns(UserWarning, match="takes the masks of OneShotPrune"):
+    with pytest.warns(UserWarning, match="uses the masks of OneShotPrune"):
         fit([one_shot, enforcer], tmp_path, max_steps=1)
     assert enforcer.masks == one_shot.report.masks
 
