@@ -119,8 +119,11 @@ def _check_pruned(pruner: Pruner, weight: Tensor, statistic: Statistic | None) -
     pruned = pruner.prune(weight, statistic)
     _require(torch.equal(weight, before), pruner, "prune changes the weight that it is given")
     if statistic is not None and known is not None:
+        tensors = ((vars(known)[name], value) for name, value in vars(statistic).items() if isinstance(value, Tensor))
         same = torch.equal(statistic.squared_norm, known.squared_norm) and statistic.tokens == known.tokens
-        _require(same, pruner, "prune changes the statistic that it is given")
+        _require(
+            same and all(torch.equal(*pair) for pair in tensors), pruner, "prune changes the statistic that it is given"
+        )
     result, keep = pruned.weight, pruned.keep
     told = f"{tuple(result.shape)}, {result.dtype} for {tuple(weight.shape)}, {weight.dtype}"
     _require(result.shape == weight.shape and result.dtype == weight.dtype, pruner, f"the new weight is {told}")
@@ -172,7 +175,13 @@ def _check_pattern(pattern: Pattern, drawn: Sequence[tuple[int, int]]) -> None:
         scores[1, 2] = torch.nan
         _require(_refuses(lambda s=scores: pattern.keep(s)), pattern, "keep takes NaN")  # type: ignore[misc]
         _check_slices(pattern, torch.randn(shape).abs(), int(keep.sum()))
-        _require(pattern.sparsity == 0 or not pattern.holds(torch.ones_like(keep)), pattern, "holds takes any mask")
+        _require(
+            float(keep.float().mean()) > 0.9 or not pattern.holds(torch.ones_like(keep)),
+            pattern,
+            "holds takes any mask",
+        )
+        emptied = not bool(keep.any(1).all()) and bool((keep.any(1) == keep.all(1)).all())
+        _require(not emptied or removes_rows(pattern), pattern, "it removes whole rows; say so by removes_rows = True")
     with suppress(ValueError):  # a pattern may have one sparsity only
         sparser = at_sparsity(pattern, (1 + pattern.sparsity) / 2)
         scores = torch.randn(shapes[0]).abs()
@@ -195,12 +204,12 @@ def _check_schedule(schedule: Schedule) -> None:
     changes = list(schedule.changes)
     _require(schedule.unit in ("step", "epoch"), schedule, f'its unit is {schedule.unit!r}, not "step" or "epoch"')
     _require(bool(changes) and changes == sorted(set(changes)), schedule, f"its changes, {changes}, do not ascend")
-    before = 0.0
+    before, times = 0.0, set(changes)
     for time in range(changes[-1] + 2):
         now = schedule(time)
         _require(0 <= now <= schedule.target < 1, schedule, f"at {time} it is {now}, not in [0, target < 1]")
         moved = now != before
-        _require(moved == (time in changes), schedule, f"it goes from {before} to {now} at {time}; changes={changes}")
+        _require(moved == (time in times), schedule, f"it goes from {before} to {now} at {time}; changes={changes}")
         _require(now >= before, schedule, f"it falls at {time}")
         before = now
     _require(before == schedule.target, schedule, f"it ends at {before}, and its target is {schedule.target}")

@@ -1,5 +1,6 @@
 """The common base of result dataclasses."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, cast
@@ -19,15 +20,20 @@ _LEFT_OUT = object()
 
 def _plain(value: Any) -> Any:
     """Returns a field as plain values; `_LEFT_OUT` for a tensor, a mask or another value that JSON lacks."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if hasattr(value, "packed"):  # a set of masks, which would be unpacked
+        return _LEFT_OUT
     if hasattr(value, "to_dict"):
         return value.to_dict()
     if isinstance(value, set | frozenset):
-        return sorted(value)
+        return sorted(value, key=str)
     if isinstance(value, Mapping):
         items = {str(name): _plain(item) for name, item in value.items()}
-        return _LEFT_OUT if _LEFT_OUT in items.values() or hasattr(value, "packed") else items
+        return _LEFT_OUT if any(item is _LEFT_OUT for item in items.values()) else items
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        parts = [_plain(item) for item in value]
+        return _LEFT_OUT if any(part is _LEFT_OUT for part in parts) else parts
     return _LEFT_OUT

@@ -68,7 +68,7 @@ def rename(old: Path, new: Path, *, durable: bool = False) -> None:
 @contextmanager
 def replaced_folder(folder: str | Path) -> Iterator[Path]:
     """Yields a new folder next to `folder`, and replaces `folder` by it if the block ends without an error."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # a link stays a link
     partial, old = folder.with_name(folder.name + PARTIAL), folder.with_name(f"{folder.name}.old")
     if old.exists() and not folder.exists():
         rename(old, folder)  # an earlier call was interrupted between its two renames
@@ -120,7 +120,7 @@ def _sync(path: Path) -> None:
     """Syncs a file, or the names in a folder, to the disk."""
     if path.is_dir() and os.name != "posix":
         return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows syncs no file opened for reading
     try:
         os.fsync(descriptor)
     finally:

@@ -15,6 +15,7 @@ from prune_callbacks import (
     LoRARecovery,
     Magnitude,
     MaskEnforcer,
+    MaskSet,
     OneShotPrune,
     QuantizeWeights,
     SparsityMonitor,
@@ -122,3 +123,15 @@ def test_a_subclass_is_its_base_class():
     assert lineup._named(("OneShotPrune",)) == ["Mine"]
     assert lineup.after(mine).names() == ["MaskEnforcer"]
     assert lineup.before(mine).names() == []
+
+
+def test_masks_of_two_trained_models_by_their_full_names_are_bound(tmp_path):
+    pair = Pair()
+    pair.teacher.requires_grad_(True)
+    trainer = trainer_of([], tmp_path, max_steps=1)
+    trainer.fit(pair)
+    shapes = {name: p.shape for name, p in pair.named_parameters() if name.endswith("q_proj.weight")}
+    access = access_to(trainer, MaskSet.all_kept(shapes))
+    assert len(shapes) == 4
+    for name in shapes:
+        assert access._parameter(name) is pair.get_parameter(name)

@@ -120,3 +120,27 @@ def test_bad_files_are_refused(tmp_path):
         MaskSet.load(tmp_path / "weights")
     with pytest.raises(ValueError, match="must be a bool tensor"):
         MaskSet({"a": torch.ones(2)})
+
+
+def test_masks_of_wrapped_layers_fit_the_plain_model_and_the_other_way_round():
+    plain = {f"layers.{i}.{n}.weight": torch.zeros(4, 8) for i in range(2) for n in ("q", "k")}
+    wrapped = {name.replace(".weight", ".base_layer.weight"): value for name, value in plain.items()}
+    wrapped |= {name.replace(".weight", ".lora_A.default.weight"): torch.zeros(2, 8) for name in plain}
+    for ours, theirs in ((plain, wrapped), (wrapped, plain)):
+        masks = MaskSet({n: torch.ones(4, 8) > 0 for n in ours if "lora" not in n})
+        for prefix in ("", "module.model."):
+            found = masks.places({prefix + name: value.shape for name, value in theirs.items()})
+            assert set(found.values()) == {prefix + name for name in theirs if "lora" not in name}
+
+
+def test_a_mask_without_a_layer_fits_a_layer_of_a_container():
+    assert MaskSet({"weight": torch.ones(4, 8) > 0}).places({"0.weight": (4, 8), "0.bias": (4,)}) == {
+        "weight": "0.weight"
+    }
+
+
+def test_layers_that_disagree_on_the_wrapper_are_another_model():
+    masks = MaskSet({"mlp.weight": torch.ones(4, 8) > 0, "attn.weight": torch.ones(4, 8) > 0})
+    with pytest.raises(ValueError, match="these masks belong to another model"):
+        masks.places({"mlp.gate.weight": (4, 8), "attn.out.weight": (4, 8)})
+    assert len(masks.places({"mlp.inner.weight": (4, 8), "attn.inner.weight": (4, 8)})) == 2  # one wrapper

@@ -33,9 +33,10 @@ def text(folder):
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_saved_model_says_what_it_is(tmp_path, pruned):
+def test_a_saved_model_says_what_it_is(tmp_path, pruned, monkeypatch):
     model, masks = pruned
     model.config._name_or_path = "someone/dense"
+    monkeypatch.setattr("prune_callbacks.storage.model_card.try_to_load_from_cache", lambda *_: "a file of the cache")
     for _ in range(2):  # written again, nothing is there twice
         save_sparse_model(model, masks, tmp_path)
     card = ModelCard.load(tmp_path / "model/README.md")
@@ -49,9 +50,9 @@ def test_no_path_of_a_machine_is_in_it(tmp_path, pruned):
     model, masks = pruned
     for name in (str(tmp_path), "some/folder"):
         model.config._name_or_path = name
-        (tmp_path / "some").mkdir(exist_ok=True)
         save_sparse_model(model, masks, tmp_path)
         assert str(tmp_path) not in text(tmp_path / "model")
+        assert "some/folder" not in text(tmp_path / "model")  # it is in no cache of the hub
 
 
 def test_the_dense_models_card_is_kept_below(tmp_path, pruned):
@@ -82,3 +83,24 @@ def test_streamed_and_consolidated_folders_have_one(tmp_path, pruned):
     consolidated = text(tmp_path / "consolidated/model")
     assert "Consolidated from a checkpoint of optimizer step 7." in consolidated
     assert "It speaks." in consolidated
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        b"---\nlicense: mit: x\n---\nIt speaks.\n",
+        b"---\n- a list\n---\nIt speaks.\n",
+        b"---\n{{ license }}\n---\nIt speaks.\n",
+        "It speaks. Gru\xdf\n".encode("latin-1"),
+        b"---\r\nlicense: mit\r\n---\r\nIt speaks.\r\n",
+        b"",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the metadata of the model")
+def test_odd_cards_cost_no_run(tmp_path, written):
+    (tmp_path / "README.md").write_bytes(written)
+    write_model_card(tmp_path, 0.5, 14)
+    found = text(tmp_path)
+    assert "50.00% of the weights" in found
+    assert "It speaks." in found or not written
+    assert ModelCard(found).data.tags == ["sparse", "pruned", "prune-callbacks"]

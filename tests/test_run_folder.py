@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_callbacks import MaskSet
+from prune_callbacks.storage.run_record import RunRecord
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +60,27 @@ def test_a_folder_with_a_run_is_refused(finished):
     assert again.returncode == 1
     assert "already holds a run (report.json, masks.safetensors, model)" in again.stderr
     assert (folder / "report.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ([], "not the record of a run"),
+        ({"perplexity": [1]}, r"its perplexity is \[1\]"),
+        ({"sparsity": [1]}, r"its sparsity is \[1\]"),
+        ({"schema": "1"}, "schema '1', which is no whole number"),
+        ({"schema": 99}, "schema 99, and this version .* reads up to 1; install a later one"),
+    ],
+)
+def test_what_is_no_record_is_refused(record, text):
+    with pytest.raises(ValueError, match=text):
+        RunRecord.from_json(record)
+
+
+def test_a_record_reads_what_it_writes_and_as_much_as_there_is():
+    whole = RunRecord(recipe="a", violations={"w": 1}, rounds=[{"step": 1}])
+    assert RunRecord.from_json(whole.to_json()) == whole
+    assert json.loads(json.dumps(whole.to_json())) == whole.to_json()
+    odd = {"perplexity": {"dense": 1.0, "stderr": 0.1}, "sparsity": {"layers": None}, "schema": None, "mine": 3}
+    read = RunRecord.from_json(odd)
+    assert (read.perplexity.dense, read.sparsity.layers, read.schema) == (1.0, {}, 1)

@@ -1,8 +1,11 @@
 """The public names and their signatures are frozen; changing them is a decision, written down."""
 
 import inspect
+import json
+from dataclasses import dataclass
 
 import pytest
+import torch
 from surface import FROZEN, MODULES, signature, surface
 
 import prune_callbacks
@@ -64,3 +67,28 @@ def test_the_old_name_of_the_folder_still_works(make, tmp_path):
     with pytest.warns(FutureWarning, match="save_dir= is now dirpath="):
         assert make(save_dir=tmp_path).dirpath == tmp_path
     assert make(dirpath=tmp_path).dirpath == tmp_path
+
+
+def test_both_names_of_the_folder_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="save_dir= is the old name of dirpath="):
+        OneShotPrune(Magnitude(NM(2, 4)), dirpath=tmp_path, save_dir=tmp_path)
+
+
+@dataclass(frozen=True)
+class Odd(Result):
+    numbers: object
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        ([1.0, float("nan")], {"numbers": [1.0, None]}),
+        ([torch.zeros(2)], {}),
+        ({"a": torch.zeros(2)}, {}),
+        ({3, "x"}, {"numbers": [3, "x"]}),
+        ((1, ("a", None)), {"numbers": [1, ["a", None]]}),
+    ],
+)
+def test_a_result_is_json(value, plain):
+    assert Odd(value).to_dict() == plain
+    json.dumps(Odd(value).to_dict(), allow_nan=False)

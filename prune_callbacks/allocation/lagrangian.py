@@ -23,8 +23,8 @@ from prune_callbacks.pruners.questions import with_pattern
 from prune_callbacks.solvers import Gram
 from prune_callbacks.solvers.linalg import quadratic_form
 from prune_callbacks.solvers.statistics import Statistic
-from prune_callbacks.sparsity import NM, Pattern
-from prune_callbacks.sparsity.questions import at_sparsity, kept_of_group
+from prune_callbacks.sparsity import Pattern
+from prune_callbacks.sparsity.questions import at_sparsity, keeping, kept_of_group
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,11 @@ class LagrangianAllocation:
         group = kept_of_group(pattern)
         if group is None:
             check_single_weights("LagrangianAllocation", pattern)
-        elif pattern != NM(*group):
-            raise ValueError(f"LagrangianAllocation mixes NM patterns, and {pattern!r} is of another class")
+        elif not hasattr(pattern, "keeping"):
+            raise ValueError(
+                f"LagrangianAllocation mixes patterns that keep other numbers of every {group[1]} weights, and "
+                f"{pattern!r} has no method keeping(n) that makes them"
+            )
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
         """Returns an empty Gram, from which losses are computed."""
@@ -104,7 +107,7 @@ class LagrangianAllocation:
             m = group[1]
             losses = {name: {round((1 - s) * m): loss for s, loss in curve} for name, curve in values.items()}
             mixed = mix_of_groups(losses, sizes, m, pattern.sparsity)
-            return {name: NM(n, m) for name, n in mixed.items()}
+            return {name: keeping(pattern, n) for name, n in mixed.items()}
         return with_counts(by_losses(values, sizes, pattern.sparsity), sizes, pattern)
 
     def _importance(self, name: str) -> float:
@@ -121,7 +124,7 @@ class LagrangianAllocation:
     def _patterns(self, pattern: Pattern) -> list[Pattern]:
         group = kept_of_group(pattern)
         if group is not None:
-            return [NM(n, group[1]) for n in range(1, group[1])]
+            return [keeping(pattern, n) for n in range(1, group[1])]
         (low, high), target = self._bounds(pattern), pattern.sparsity
         below = torch.linspace(low, target, self.points + 1, dtype=torch.float64)[:-1].tolist()
         above = torch.linspace(target, high, self.points + 1, dtype=torch.float64).tolist()

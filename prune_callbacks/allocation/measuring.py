@@ -64,7 +64,7 @@ def allocate(
         ValueError: calibration saw no inputs of a layer, or the allocation refuses its values.
     """
     shapes = {name: target.shape for name, target in targets.items()}
-    passed = allocation.statistic(1) is not None
+    passed = allocation.statistic(1, None) is not None
     if passed:
         values = _measured(allocation, pruner, blocks, targets, inputs, device, ranks)
     else:

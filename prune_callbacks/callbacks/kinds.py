@@ -16,6 +16,8 @@ def renamed(who: str, old: str, old_value: str | Path | None, new: str, value: s
     """Returns the value of a renamed argument; a value given by the old name is used, with a FutureWarning."""
     if old_value is None:
         return value
+    if value is not None:
+        raise ValueError(f"{who}: {old}= is the old name of {new}=; give one of them")
     warnings.warn(f"{who}: {old}= is now {new}=; the next release removes the old name", FutureWarning, stacklevel=3)
     return old_value
 

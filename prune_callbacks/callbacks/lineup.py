@@ -9,6 +9,7 @@ import copy
 from typing import TypeVar
 
 from lightning.pytorch import Callback, Trainer
+from torch import nn
 
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.kinds import HoldsMasks, PrunesInRounds, PrunesOnce, PruningCallback
@@ -97,12 +98,14 @@ def access_to(trainer: Trainer, masks: MaskSet) -> ParamAccess:
     """
     Makes the access to masked parameters, by the module object that the masks were made for and not by a prefix.
 
-    That module is the language model in the trainer's module, or the only trained one of several. Masks with names of
-    the whole module belong to the whole module.
+    Masks with names of the whole module belong to it. Other masks belong to the language model in it, the only trained
+    one of several.
     """
-    module = trainer.lightning_module
-    model = find_language_model(module)
-    return param_access(trainer, masks, model if model is module or masks.fits(model.named_parameters()) else module)
+    module: nn.Module = trainer.lightning_module
+    if not masks.fits(module.named_parameters()):
+        model = find_language_model(module)
+        module = model if masks.fits(model.named_parameters()) else module
+    return param_access(trainer, masks, module)
 
 
 def _is(callback: Callback, kinds: tuple[str, ...]) -> bool:

@@ -14,7 +14,7 @@ from prune_callbacks.callbacks.kinds import HoldsMasks
 from prune_callbacks.callbacks.lightning_internals import logs_now
 from prune_callbacks.callbacks.lineup import Lineup, access_to
 from prune_callbacks.callbacks.lost_process import LostProcessWatch
-from prune_callbacks.parallel.access import ParamAccess
+from prune_callbacks.parallel.access import ParamAccess, parameter_places
 from prune_callbacks.parallel.strategies import masks_of_zeros, stepping_optimizers
 from prune_callbacks.sparsity import MaskSet
 
@@ -56,7 +56,7 @@ class MaskEnforcer(HoldsMasks):
         if isinstance(self.given, str | Path):
             self.given = MaskSet.load(self.given)
         if self.given is not None:
-            self.given.matching(pl_module.named_parameters())
+            parameter_places(self.given, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not earlier: some strategies load a checkpoint (and with it these masks) after on_fit_start.

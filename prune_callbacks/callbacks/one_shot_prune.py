@@ -109,7 +109,7 @@ class OneShotPrune(PrunesOnce):
         if self.dirpath is not None:
             savable(model)
         with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:
-            needed = any(part is not None and part.statistic(1) is not None for part in (self.pruner, self.allocation))
+            needed = self._needs_batches()
             self.report = prune_sequentially(
                 model,
                 calibration_batches(trainer, ranks, self.batches, self.num_batches) if needed else None,
@@ -128,6 +128,11 @@ class OneShotPrune(PrunesOnce):
         rank_zero_info(
             f"pruned {len(self.report.layers)} layers, {self.report.sparsity:.2%} zeros, in {self.report.seconds:.0f} s"
         )
+
+    def _needs_batches(self) -> bool:
+        """Returns whether the pruner or the allocation needs calibration batches."""
+        asking = [part for part in (self.pruner, self.allocation) if part is not None]
+        return any(part.statistic(1, None) is not None for part in asking)
 
     def _save(self, trainer: Trainer, model: nn.Module) -> None:
         if trainer.is_global_zero and self.dirpath is not None:

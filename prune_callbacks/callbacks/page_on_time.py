@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from prune_callbacks.reporting.page import write_page
 from prune_callbacks.reporting.pictures import draw_report
 from prune_callbacks.storage.run_record import RunRecord
@@ -34,6 +36,9 @@ class PageOnTime:
     def draw(self, run: RunRecord) -> None:
         """Draws the page and the picture, if the record has changed."""
         if self.changed:
-            draw_report(run, self.dirpath / "report.png")
-            write_page(self.dirpath)
+            try:
+                draw_report(run, self.dirpath / "report.png")
+                write_page(self.dirpath)
+            except OSError as error:  # somebody else draws the same page, or the disk is full: training goes first
+                rank_zero_warn(f"the page of the run was not drawn: {error}")
         self.changed, self._drawn = False, time.perf_counter()

@@ -70,6 +70,12 @@ class ShrinkModel(PruningCallback):
             )
 
     @staticmethod
+    def _blocks(trainer: Trainer) -> str | None:
+        """Returns the name of the list of decoder blocks that OneShotPrune was given."""
+        prune = Lineup(trainer).first(OneShotPrune)
+        return None if prune is None else prune.blocks
+
+    @staticmethod
     def _shrunk(trainer: Trainer, pl_module: LightningModule) -> PreTrainedModel:
         """Returns the smaller model; ValueError if it cannot be made."""
         prune = Lineup(trainer).first(OneShotPrune)
@@ -90,7 +96,8 @@ class ShrinkModel(PruningCallback):
             self.model.save_pretrained(partial)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)
-            zeros = MaskSet.from_nonzero(parameters_of(find_targets(find_blocks(self.model)).values()))
+            blocks = find_blocks(self.model, self._blocks(trainer))
+            zeros = MaskSet.from_nonzero(parameters_of(find_targets(blocks).values()))
             write_model_card(partial, zeros.sparsity(), len(zeros), note="Removed channels and heads are taken out.")
         self.record = {
             "parameters": {name: _parameters(m) for name, m in (("whole", whole), ("shrunk", self.model))},

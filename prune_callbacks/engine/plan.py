@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.anatomy.blocks import find_blocks
 from prune_callbacks.anatomy.coupling import Coupled, coupled_targets
 from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
-from prune_callbacks.anatomy.names import inside, naming
+from prune_callbacks.anatomy.names import naming
 from prune_callbacks.anatomy.resized import planned_removal
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.anatomy.targets import find_targets
@@ -48,10 +49,20 @@ class Plan:
     allocation: Allocation | None = None
     device: torch.device | None = None
 
-    @property
+    @cached_property
     def last(self) -> int:
         """Returns the index of the last block that holds a target."""
-        return max(i for i in range(len(self.blocks)) if self.in_block(i))
+        return max(index for index, targets in enumerate(self._by_block) if targets)
+
+    @cached_property
+    def _by_block(self) -> list[dict[str, Target]]:
+        numbers = {name: index for index, (name, _) in enumerate(self.blocks)}
+        found: list[dict[str, Target]] = [{} for _ in self.blocks]
+        for name, target in self.targets.items():
+            parts = name.split(".")
+            owner = next(".".join(parts[:i]) for i in range(1, len(parts) + 1) if ".".join(parts[:i]) in numbers)
+            found[numbers[owner]][name] = target
+        return found
 
     @property
     def calibrated(self) -> bool:
@@ -61,11 +72,11 @@ class Plan:
     @property
     def observed(self) -> bool:
         """Returns whether the pruner or the allocation needs the calibration batches."""
-        return self.calibrated or (self.allocation is not None and self.allocation.statistic(1) is not None)
+        return self.calibrated or (self.allocation is not None and self.allocation.statistic(1, None) is not None)
 
     def in_block(self, index: int) -> dict[str, Target]:
         """Returns the targets of a block, by name."""
-        return {name: target for name, target in self.targets.items() if inside(name, self.blocks[index][0])}
+        return dict(self._by_block[index])
 
     def calibrated_in_block(self, index: int) -> dict[str, Target]:
         """Returns the targets of a block that need statistics of their inputs; of coupled layers only the readers."""

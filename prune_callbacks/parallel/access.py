@@ -27,6 +27,13 @@ class Span(NamedTuple):
         return self.stop - self.start
 
 
+def parameter_places(masks: MaskSet, module: nn.Module) -> dict[str, str]:
+    """Returns the name of every mask's parameter in a module, partitioned or not; raises ValueError as `matching`."""
+    named = dict(module.named_parameters())
+    trained = {name for name, parameter in named.items() if parameter.requires_grad}
+    return masks.places({name: whole_shape(parameter) for name, parameter in named.items()}, trained)
+
+
 class ParamAccess(ABC):
     """
     Access to the masked parameters of a module: weights, gradients, optimizer moments, optimizer master copies.
@@ -106,9 +113,7 @@ class ParamAccess(ABC):
 
     def _bound(self) -> dict[str, str]:
         """Finds the name of every mask's parameter in the module."""
-        named = dict(self._module.named_parameters())
-        trained = {name for name, parameter in named.items() if parameter.requires_grad}
-        return self.masks.places({name: whole_shape(parameter) for name, parameter in named.items()}, trained)
+        return parameter_places(self.masks, self._module)
 
     def _parameter(self, name: str) -> Tensor:
         try:

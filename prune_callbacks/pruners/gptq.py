@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prune_callbacks.pruners.joint import check_settings, solve_together
+from prune_callbacks.pruners.joint import as_compensating, check_settings, solve_together
 from prune_callbacks.pruners.protocol import Pruned, Pruner, check_pruner, widened
 from prune_callbacks.pruners.questions import coupled, rounds
 from prune_callbacks.pruners.rounding import check_grid, sweep_width
@@ -65,7 +65,8 @@ class GPTQ:
     def _damping(self) -> float:
         if self.damping is not None:
             return self.damping
-        return float(getattr(self.pruner, "damping", 0.01))
+        compensating = as_compensating(self.pruner)
+        return 0.01 if compensating is None else compensating.damping
 
     def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
         """Makes an empty Gram of the layer's inputs, which every pruner can use."""
@@ -79,9 +80,9 @@ class GPTQ:
         """Prunes and rounds layers that share their input; see `JointPruner`."""
 
         def solve(weight: Tensor, system: DampedGram, choose: Choose, heights: list[int]) -> Solved:
-            compensate = getattr(self.pruner, "solve", None)
-            if compensate is not None:
-                sparse, keep, *_ = compensate(weight, system, choose, heights)
+            compensating = as_compensating(self.pruner)
+            if compensating is not None:
+                sparse, keep, *_ = compensating.solve(weight, system, choose, heights)
             elif self.pruner is not None:
                 pruned = [self.pruner.prune(dense, statistic) for dense in weights]
                 sparse = torch.cat([widened(result.weight, statistic) for result in pruned])

@@ -59,6 +59,11 @@ class Compensating(ABC):
         return solve_together(self, weights, statistic, self.damping, self.solve)
 
 
+def as_compensating(pruner: Pruner | None) -> Compensating | None:
+    """Returns the pruner if it is one that compensates with a damped Gram; else None."""
+    return pruner if isinstance(pruner, Compensating) else None
+
+
 def solve_together(
     pruner: Pruner, weights: Sequence[Tensor], statistic: Statistic | None, damping: float, solve: Solve
 ) -> list[Pruned]:

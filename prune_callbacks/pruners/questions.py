@@ -32,7 +32,7 @@ def pool(pruner: Pruner) -> Pool:
 
 def needs_calibration(pruner: Pruner) -> bool:
     """Returns whether the pruner needs calibration: `statistic(1)` is not None."""
-    return pruner.statistic(1) is not None
+    return pruner.statistic(1, None) is not None
 
 
 def joint(pruner: Pruner) -> JointPruner | None:

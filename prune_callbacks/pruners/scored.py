@@ -1,6 +1,5 @@
 """Pruners of a score and a pattern; survivors stay unchanged."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prune_callbacks.pruners.identity import identity
 from prune_callbacks.pruners.protocol import (
     Pruned,
     as_pruned,
@@ -55,7 +55,7 @@ class ScorePruner(ABC):
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None = None) -> Pruned:
         """Prunes a layer; equivalent to sorting the scores of each pool and zeroing the lowest. See `Pruner`."""
         check_weight(weight, self.pattern)
-        if self.statistic(1) is not None:
+        if self.statistic(1, None) is not None:
             check_statistic(type(self).__name__, weight, statistic)
         keep = in_pool(self.pattern, self.pool).keep(self.scores(weight, statistic))
         return as_pruned(weight, weight, keep, statistic)
@@ -71,13 +71,14 @@ class Scored(ScorePruner):
     Makes a pruner of a score function.
 
     The pruner works one-shot, with an allocation, streamed and in a sweep. If the score needs no statistic, it also
-    works in `IterativePrune`. A run that resumes and a sweep identify it by the name of the function.
+    works in `IterativePrune`. A resumed run and a sweep identify it by the name and a hash of the function's code, its
+    defaults and the values that it captures.
 
     >>> from prune_callbacks import InputNorm, Unstructured
     >>> def wanda(weight, inputs):
     ...     return weight.abs() * inputs.squared_norm.sqrt()
-    >>> Scored(Unstructured(0.5), score=wanda, statistic=InputNorm, pool="row")
-    Scored(Unstructured(sparsity=0.5, per=None), score=wanda, statistic=InputNorm, pool='row')
+    >>> Scored(Unstructured(0.5), score=wanda, statistic=InputNorm, pool="row")  # doctest: +ELLIPSIS
+    Scored(Unstructured(sparsity=0.5, per=None), score=wanda#..., statistic=InputNorm, pool='row')
 
     Args:
         pattern: the allowed masks, with the sparsity.
@@ -94,7 +95,7 @@ class Scored(ScorePruner):
 
     pattern: Pattern
     score: Score = field(kw_only=True)
-    statistic: MakeStatistic | None = field(default=None, kw_only=True)  # type: ignore[assignment]
+    statistic: MakeStatistic | None = field(default=_no_statistic, kw_only=True)  # type: ignore[assignment]
     pool: Pool = field(default="layer", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -110,41 +111,43 @@ class Scored(ScorePruner):
             )
         if self.statistic is not _no_statistic and self._arguments() < 2:
             raise ValueError(
-                f"Scored: {_name(self.score)} takes one argument and would not see the {_name(self.statistic)}; write "
-                "it as a function of (weight, statistic)"
+                f"Scored: {identity(self.score)} takes one argument and would not see the "
+                f"{identity(self.statistic)}; write it as a function of (weight, statistic)"
+            )
+        if " at 0x" in repr(self):
+            raise ValueError(
+                f"Scored: {self!r} names an object by its address, which differs between processes; resumed runs and "
+                "sweeps would take it for another score. Use a function, or make a dataclass of `ScorePruner`"
             )
 
     def scores(self, weight: Float[Tensor, "..."], statistic: Statistic | None = None) -> Float[Tensor, "..."]:
         """Calls `score` on the weight, in float32 or float64; raises ValueError if the scores have another shape."""
         working = widened(weight, statistic)
+        if working.data_ptr() == weight.data_ptr():
+            working = working.clone()  # a score that works in place must not change the model
         scores = self.score(working) if self._arguments() < 2 else self.score(working, statistic)
         if not isinstance(scores, Tensor) or scores.shape != weight.shape:
             found = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
             raise ValueError(
-                f"{_name(self.score)} must return a score for every weight, shape {tuple(weight.shape)}, got {found}"
+                f"{identity(self.score)} must return a score for every weight, shape {tuple(weight.shape)}, got {found}"
             )
         return scores
 
     def _arguments(self) -> int:
-        """Returns how many positional arguments `score` takes, at most two."""
+        """Returns how many positional arguments to call `score` with, one or two."""
+        without = self.statistic is _no_statistic
         try:
-            kinds = [parameter.kind for parameter in signature(self.score).parameters.values()]
+            parameters = signature(self.score).parameters.values()
         except ValueError:  # functions like torch.abs have no signature
-            return 1 if self.statistic is _no_statistic else 2
-        if Parameter.VAR_POSITIONAL in kinds:
+            return 1 if without else 2
+        if Parameter.VAR_POSITIONAL in {parameter.kind for parameter in parameters}:
             return 2
-        return sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+        by_place = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+        # An argument with a default is a setting of the score, if there is no statistic to pass.
+        places = [p for p in parameters if p.kind in by_place and not (without and p.default is not Parameter.empty)]
+        return min(len(places), 2)
 
     def __repr__(self) -> str:
         # No addresses, which differ between processes: resumed runs and files of results compare this text.
-        made = None if self.statistic is _no_statistic else _name(self.statistic)
-        return f"Scored({self.pattern!r}, score={_name(self.score)}, statistic={made}, pool={self.pool!r})"
-
-
-def _name(function: Any) -> str:
-    """Returns a function's name; a lambda's with a hash of its code, so that two lambdas have different names."""
-    name = str(getattr(function, "__qualname__", repr(function))).rpartition("<locals>.")[2]
-    if name != "<lambda>":
-        return name
-    code = function.__code__
-    return f"<lambda {hashlib.sha256(repr((code.co_code, code.co_consts, code.co_names)).encode()).hexdigest()[:8]}>"
+        made = None if self.statistic is _no_statistic else identity(self.statistic)
+        return f"Scored({self.pattern!r}, score={identity(self.score)}, statistic={made}, pool={self.pool!r})"

@@ -142,7 +142,7 @@ class MaskSet(Mapping[str, Tensor]):
     def fits(self, named_parameters: NamedTensors) -> bool:
         """Returns whether every mask has a parameter of its shape under its name, or under that of a wrapped layer."""
         known = Parameters({name: parameter.shape for name, parameter in _items(named_parameters).items()})
-        return all(known.find(name, shape) is not None for name, shape in self._shapes.items())
+        return len(known.find_all(self._shapes)) == len(self)
 
     def places(self, shapes: Mapping[str, Sequence[int]], trained: Collection[str] = ()) -> dict[str, str]:
         """
@@ -157,8 +157,7 @@ class MaskSet(Mapping[str, Tensor]):
         """
         known = Parameters(shapes)
         prefix = known.prefix(self._shapes, trained)
-        found = {name: known.find(prefix + name, shape) for name, shape in self._shapes.items()}
-        places = {name: place for name, place in found.items() if place is not None}
+        places = known.find_all(self._shapes, prefix)
         problems = [f"{name}: no such parameter" for name in self if name not in places]
         problems += [
             f"{name}: mask of shape {self._shapes[name]}, parameter of shape {known.shapes[place]}"

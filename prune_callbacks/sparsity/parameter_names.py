@@ -7,25 +7,32 @@ class Parameters:
     """
     The shapes of a module's parameters, by name, for finding the parameters of masks.
 
-    A wrapper around a layer adds one part to the names of its parameters. So `up_proj.weight` is also found as
-    `up_proj.NAME.weight`, and the other way round, if exactly one such parameter has the mask's shape.
+    A wrapper around a layer adds one part to the names of its parameters, the same for all layers that it wraps. So
+    `up_proj.weight` is also found as `up_proj.NAME.weight`, and the other way round, if exactly one such parameter has
+    the mask's shape.
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self._wrapped: dict[str, list[str]] = {}
         for name in self.shapes:
-            owner, _, last = name.rpartition(".")
-            self._wrapped.setdefault(f"{owner.rpartition('.')[0]}.{last}", []).append(name)
+            self._wrapped.setdefault(unwrapped(name), []).append(name)
 
     def find(self, name: str, shape: tuple[int, ...]) -> str | None:
         """Returns the name of the parameter of a mask, given the mask's name and shape; None if there is none."""
         if name in self.shapes:
             return name
-        owner, _, last = name.rpartition(".")
-        places = [*self._wrapped.get(name, ()), f"{owner.rpartition('.')[0]}.{last}"]
+        places = [*self._wrapped.get(name, ()), unwrapped(name)]
         fitting = [place for place in places if self.shapes.get(place) == shape]
         return fitting[0] if len(fitting) == 1 else None
+
+    def find_all(self, masks: Mapping[str, tuple[int, ...]], prefix: str = "") -> dict[str, str]:
+        """Returns the parameters' names by the masks' names, of the masks that have one and agree on the wrapper."""
+        found = {name: self.find(prefix + name, shape) for name, shape in masks.items()}
+        places = {name: place for name, place in found.items() if place is not None}
+        wrappers = {name: _wrapper(prefix + name, place) for name, place in places.items()}
+        used = set(wrappers.values()) - {""}
+        return places if len(used) < 2 else {name: place for name, place in places.items() if not wrappers[name]}
 
     def prefix(self, masks: Mapping[str, tuple[int, ...]], trained: Collection[str]) -> str:
         """
@@ -43,10 +50,10 @@ class Parameters:
         first, shape = next(iter(masks.items()), ("", ()))
         if not first or self.find(first, shape) is not None:
             return ""
-        owner, _, last = first.rpartition(".")
-        ends = [name.partition(f".{owner}.") for name in self.shapes if name.rpartition(".")[2] == last]
-        prefixes = [f"{before}." for before in dict.fromkeys(before for before, dot, _ in ends if dot)]
-        fitting = [p for p in prefixes if all(self.find(p + name, s) is not None for name, s in masks.items())]
+        ends = {f".{first}", f".{unwrapped(first)}"}
+        forms = dict.fromkeys(form for name in self.shapes for form in (name, unwrapped(name)))
+        prefixes = dict.fromkeys(form[: -len(end) + 1] for form in forms for end in ends if form.endswith(end))
+        fitting = [prefix for prefix in prefixes if len(self.find_all(masks, prefix)) == len(masks)]
         if len(fitting) < 2:
             return next(iter(fitting), "")
         learning = [prefix for prefix in fitting if any(name.startswith(prefix) for name in trained)]
@@ -57,3 +64,17 @@ class Parameters:
                 "parameters of one model only"
             )
         return learning[0]
+
+
+def unwrapped(name: str) -> str:
+    """Returns a parameter's name without the last part in front of its own: `a.b.weight` becomes `a.weight`."""
+    owner, _, last = name.rpartition(".")
+    outer = owner.rpartition(".")[0]
+    return f"{outer}.{last}" if outer else last
+
+
+def _wrapper(name: str, place: str) -> str:
+    """Returns the part of the name that a wrapper has added to a parameter, or to a mask; empty: none."""
+    if name == place:
+        return ""
+    return max(name, place, key=len).split(".")[-2]

@@ -168,6 +168,10 @@ class NM:
         """Returns `(n, m)`."""
         return self.n, self.m
 
+    def keeping(self, n: int) -> "NM":
+        """Returns the pattern that keeps `n` of every m."""
+        return replace(self, n=n)
+
     def at(self, sparsity: float) -> "NM":
         """Raises ValueError, because the pattern determines its sparsity."""
         raise ValueError(f"{self} has one sparsity and cannot have {sparsity}")

@@ -88,3 +88,8 @@ def in_pool(pattern: P, pool: Pool) -> P:
 def with_exact_total(pattern: P, pool: Pool) -> P:
     """Returns the pattern with a count that is exact to one weight over a layer; by default the pattern itself."""
     return cast(P, pattern.with_exact_total(pool)) if hasattr(pattern, "with_exact_total") else pattern
+
+
+def keeping(pattern: P, n: int) -> P:
+    """Returns the N:M pattern that keeps `n` of every m weights, by its method `keeping`."""
+    return cast(P, cast(Any, pattern).keeping(n))

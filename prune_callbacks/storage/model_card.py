@@ -1,11 +1,15 @@
 """The model card (`README.md`) of a sparse model's folder."""
 
 import re
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from prune_callbacks.writing import write_text
 
 CARD = "README.md"
 TAGS = ("sparse", "pruned", "prune-callbacks")
@@ -15,7 +19,9 @@ BEGIN, END = "<!-- prune-callbacks -->", "<!-- /prune-callbacks -->"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def write_model_card(folder: Path, sparsity: float, layers: int, *, source: str | None = None, note: str = "") -> None:
+def write_model_card(
+    folder: Path, sparsity: float, layers: int, *, source: str | None = None, note: str = "", durable: bool = False
+) -> None:
     """
     Writes or completes `folder/README.md`: how sparse the model is, how to load it, and how to keep its zeros.
 
@@ -27,20 +33,37 @@ def write_model_card(folder: Path, sparsity: float, layers: int, *, source: str 
         layers: the number of pruned layers.
         source: the dense model's name on the hub, `owner/name`. Any other text, such as a local path, is ignored.
         note: a further sentence.
+        durable: also sync the file to the disk.
     """
     path = folder / CARD
-    written = path.read_text(encoding="utf-8") if path.is_file() else ""
-    card = ModelCard(written, ignore_metadata_errors=True) if written.startswith("---\n") else None
+    written = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
+    card = _parsed(written)
     data: Any = ModelCardData() if card is None else card.data
     data.library_name = data.library_name or "transformers"
     data.tags = [*(data.tags or []), *(tag for tag in TAGS if tag not in (data.tags or []))]
-    named = source is not None and HUB_ID.fullmatch(source) is not None and not Path(source).exists()
+    named = source is not None and HUB_ID.fullmatch(source) is not None and _came_from_the_hub(source)
     if named and data.base_model is None:
         data.base_model = source
     before = re.sub(f"{BEGIN}.*?{END}\n*", "", written if card is None else card.text, flags=re.DOTALL).strip()
     section = _section(sparsity, layers, source if named else None, note)
     text = "\n\n".join(part for part in (section, before) if part)
-    path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
+    write_text(path, f"---\n{data.to_yaml()}\n---\n\n{text}\n", durable=durable)
+
+
+def _parsed(written: str) -> ModelCard | None:
+    """Returns an existing card; None, with a warning, if its metadata cannot be read: all of it is text then."""
+    if not written.startswith("---"):
+        return None
+    try:
+        return ModelCard(written)
+    except (ValueError, TypeError, YAMLError) as error:
+        warnings.warn(f"the metadata of the model's {CARD} cannot be read and is kept as text: {error}", stacklevel=3)
+        return None
+
+
+def _came_from_the_hub(source: str) -> bool:
+    """Returns whether a model of this name is in the hub's cache; a local path may look like a name, too."""
+    return isinstance(try_to_load_from_cache(source, "config.json"), str)
 
 
 def _section(sparsity: float, layers: int, source: str | None, note: str) -> str:

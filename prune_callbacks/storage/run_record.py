@@ -147,17 +147,27 @@ class RunRecord:
         Raises:
             ValueError: `record` is no record of a run, or of a later version.
         """
-        if not isinstance(record, Mapping) or not isinstance(record.get("perplexity", {}), Mapping):
-            raise ValueError("this is not the record of a run: it has no perplexity")
-        if record.get("schema", SCHEMA) > SCHEMA:
+        parts = {"perplexity": Perplexities, "seconds": Seconds, "sparsity": Zeros}
+        if not isinstance(record, Mapping):
+            raise ValueError("this is not the record of a run")
+        for name in parts:
+            if not isinstance(record.get(name) or {}, Mapping):
+                raise ValueError(f"this is not the record of a run: its {name} is {record[name]!r}")
+        if not isinstance(record.get("schema") or SCHEMA, int):
+            raise ValueError(f"the record has schema {record['schema']!r}, which is no whole number")
+        if (record.get("schema") or SCHEMA) > SCHEMA:
             raise ValueError(
                 f"the record has schema {record['schema']}, and this version of prune-callbacks reads up to {SCHEMA}; "
                 "install a later one"
             )
-        known = {f.name for f in fields(cls)}
-        given = {name: value for name, value in record.items() if value is not None and name in known}
-        parts = {"perplexity": Perplexities, "seconds": Seconds, "sparsity": Zeros}
-        return cls(**(given | {name: kind(**given.get(name, {})) for name, kind in parts.items()}))
+        given = _known(cls, record)
+        return cls(**(given | {name: kind(**_known(kind, given.get(name, {}))) for name, kind in parts.items()}))
+
+
+def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values that are not None and have the name of a field of a dataclass."""
+    names = {f.name for f in fields(kind)}
+    return {name: value for name, value in values.items() if value is not None and name in names}
 
 
 def refuse_existing_run(dirpath: Path) -> None:

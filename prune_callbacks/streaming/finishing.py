@@ -66,7 +66,7 @@ def finish(journal: Journal, walk: BlockWalk, about: Mapping[str, Any]) -> None:
         write_json(journal.model / "config.json", json.loads(config.to_json_string()))
         counts = [counts for record in journal.records for counts in record["parameters"].values()]
         removed, weights = (sum(count[i] for count in counts) for i in (0, 1))
-        write_model_card(journal.model, removed / max(1, weights), len(counts))
+        write_model_card(journal.model, removed / max(1, weights), len(counts), durable=True)
         rename(journal.model, journal.target / MODEL, durable=True)
     numbers = range(len(journal.records))
     join_files([p for p in map(journal.masks, numbers) if p.exists()], journal.target / MASKS)

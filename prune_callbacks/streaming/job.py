@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from prune_callbacks.pruners import Pruner
+from prune_callbacks.pruners.questions import needs_calibration
 from prune_callbacks.streaming.prune import prune_checkpoint
 from prune_callbacks.streaming.source import CheckpointFolder
 
@@ -76,7 +77,7 @@ def prune_on_windows(
             "separately (prune_callbacks.measure.perplexity)"
         )
     batches = None
-    if pruner.statistic(1) is not None:
+    if needs_calibration(pruner):
         data.setup("fit")
         assert data.calibration_windows is not None
         batches = data.calibration_windows.split(data.calibration_batch_size)

@@ -20,6 +20,7 @@ from prune_callbacks.engine.sequential import prune_sequentially
 from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.memory import reset_peak_memory
 from prune_callbacks.pruners import Pruner
+from prune_callbacks.pruners.identity import identity
 from prune_callbacks.reporting.curves import draw_curves, sweep_table
 from prune_callbacks.sparsity.questions import kept_of_group
 from prune_callbacks.storage.cells import open_results
@@ -207,7 +208,7 @@ def _series(pruner: Pruner, allocation: Allocation | None, along: str) -> str:
     known: tuple[Field[Any], ...] = fields(pruner) if is_dataclass(pruner) else ()
     own = {f.name: getattr(pruner, f.name) for f in known if f.name not in ("pattern", along.replace(" ", "_"))}
     defaults = {f.name: f.default for f in known}
-    changed = [f"{name}={getattr(v, '__name__', v)}" for name, v in own.items() if v != defaults[name]]
+    changed = [f"{n}={identity(v) if callable(v) else v}" for n, v in own.items() if v != defaults[n]]
     return ", ".join([type(pruner).__name__, kind, *changed, *([type(allocation).__name__] if allocation else [])])
 
 
