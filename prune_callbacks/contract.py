@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from prune_callbacks.pruners import Pruned, Pruner, check_pruner
+from prune_callbacks.pruners.protocol import check_pattern
 from prune_callbacks.pruners.questions import coupled, joint, pool, takes_pattern, with_pattern
 from prune_callbacks.solvers.statistics import Gram, Statistic
 from prune_callbacks.sparsity import Pattern, Schedule
 from prune_callbacks.sparsity.questions import at_sparsity, column_group, in_pool, removes_rows, removes_single_weights
+from prune_callbacks.sparsity.schedules import check_schedule
 
 SHAPES = ((16, 32), (8, 48), (24, 96))
 TOKENS = 200
@@ -157,7 +159,7 @@ def _check_loss(pruner: Pruner, weight: Tensor, pruned: Pruned, statistic: Stati
 
 def _check_pattern(pattern: Pattern, drawn: Sequence[tuple[int, int]]) -> None:
     """Checks a pattern on scores of the given shapes."""
-    _require(isinstance(pattern, Pattern), pattern, "it lacks one of sparsity, keep, check_shape and holds")
+    check_pattern("check_contract", pattern)
     _require(0 <= pattern.sparsity < 1, pattern, f"its sparsity, {pattern.sparsity}, is not in [0, 1)")
     shapes = list(_fitting(pattern, drawn))
     _require(bool(shapes), pattern, f"check_shape refuses all of {list(drawn)}; give others with shapes=")
@@ -171,9 +173,13 @@ def _check_pattern(pattern: Pattern, drawn: Sequence[tuple[int, int]]) -> None:
         _require(torch.equal(more, keep), pattern, "keep does not take the largest scores")
         falling = torch.linspace(2, 1, scores.numel(), dtype=torch.float64).view(shape)
         tied = pattern.keep(torch.ones(shape))
-        _require(torch.equal(tied, pattern.keep(falling)), pattern, "of equal scores it does not keep the first")
+        _require(
+            torch.equal(tied, pattern.keep(falling)),
+            pattern,
+            "of equal scores it does not keep the first; `keep_largest` does",
+        )
         scores[1, 2] = torch.nan
-        _require(_refuses(lambda s=scores: pattern.keep(s)), pattern, "keep takes NaN")  # type: ignore[misc]
+        _require(_refuses(lambda s=scores: pattern.keep(s)), pattern, "keep takes NaN; begin with refuse_nan(scores)")  # type: ignore[misc]
         _check_slices(pattern, torch.randn(shape).abs(), int(keep.sum()))
         _require(
             float(keep.float().mean()) > 0.9 or not pattern.holds(torch.ones_like(keep)),
@@ -193,16 +199,22 @@ def _check_slices(pattern: Pattern, scores: Tensor, kept: int) -> None:
     """Checks that the counts of consecutive slices of columns add up, unless the pattern declares `removes_rows`."""
     width = column_group(pattern) * max(1, scores.shape[1] // column_group(pattern) // 4)
     if not removes_rows(pattern):
-        parts = [pattern.keep(part, start=i * width) for i, part in enumerate(scores.split(width, 1))]
+        try:
+            parts = [pattern.keep(part, start=i * width) for i, part in enumerate(scores.split(width, 1))]
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{pattern!r} breaks its contract: keep fails on a slice of {width} columns ({error}); if neighbouring "
+                "columns belong together, say how many by the attribute column_group"
+            ) from error
         total = sum(int(part.sum()) for part in parts)
-        _require(total == kept, pattern, f"slices of {width} columns keep {total} weights, the whole {kept}")
+        remedy = "count by removed_units(sparsity, total, before)"
+        _require(total == kept, pattern, f"slices of {width} columns keep {total} weights, the whole {kept}; {remedy}")
 
 
 def _check_schedule(schedule: Schedule) -> None:
     """Checks a schedule at every time from 0 to one past its last change."""
-    _require(isinstance(schedule, Schedule), schedule, "it lacks one of target, unit, changes and a call")
+    check_schedule("check_contract", schedule)
     changes = list(schedule.changes)
-    _require(schedule.unit in ("step", "epoch"), schedule, f'its unit is {schedule.unit!r}, not "step" or "epoch"')
     _require(bool(changes) and changes == sorted(set(changes)), schedule, f"its changes, {changes}, do not ascend")
     before, times = 0.0, set(changes)
     for time in range(changes[-1] + 2):

@@ -202,7 +202,10 @@ def test_training_what_was_rounded_is_warned_of(data, tmp_path):
             lambda out: [SemiStructuredConvert(), QuantizeWeights(out)],
             "stands before QuantizeWeights",
         ),
-        (lambda out: [OneShotPrune(Wanda(NM(2, 4))), ShrinkModel(out)], r"needs OneShotPrune\(Structured"),
+        (
+            lambda out: [OneShotPrune(Wanda(NM(2, 4))), ShrinkModel(out), MaskEnforcer()],
+            r"needs OneShotPrune\(Structured",
+        ),
         (lambda out: [OneShotPrune(Structured(Columns(0.5))), ShrinkModel(out)], "without MaskEnforcer"),
         (
             lambda out: [OneShotPrune(Structured(Columns(0.5))), LoRARecovery(), MaskEnforcer(), ShrinkModel(out)],

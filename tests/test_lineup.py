@@ -18,6 +18,7 @@ from prune_callbacks import (
     MaskSet,
     OneShotPrune,
     QuantizeWeights,
+    RunReport,
     SparsityMonitor,
     Unstructured,
     callbacks,
@@ -135,3 +136,12 @@ def test_masks_of_two_trained_models_by_their_full_names_are_bound(tmp_path):
     assert len(shapes) == 4
     for name in shapes:
         assert access._parameter(name) is pair.get_parameter(name)
+
+
+def test_a_wrong_order_is_known_before_anything_is_pruned(tmp_path):
+    pair = Pair()
+    before = {name: value.clone() for name, value in pair.state_dict().items()}
+    callbacks = [OneShotPrune(Magnitude(NM(2, 4)), progress=False), RunReport(tmp_path / "run"), MaskEnforcer()]
+    with pytest.raises(ValueError, match="RunReport needs one OneShotPrune or IterativePrune"):
+        trainer_of(callbacks, tmp_path, max_steps=1).fit(pair)
+    assert all(torch.equal(value, before[name]) for name, value in pair.state_dict().items())

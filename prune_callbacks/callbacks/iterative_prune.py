@@ -26,7 +26,7 @@ from prune_callbacks.parallel.shapes import whole_shape
 from prune_callbacks.parallel.strategies import masks_of_zeros, world
 from prune_callbacks.pruners import Magnitude, Pruner
 from prune_callbacks.sparsity import MaskSet, Schedule, Unstructured
-from prune_callbacks.sparsity.schedules import Unit
+from prune_callbacks.sparsity.schedules import Unit, check_schedule
 
 
 class IterativePrune(PrunesInRounds):
@@ -66,8 +66,7 @@ class IterativePrune(PrunesInRounds):
         targets: Sequence[str] | str | None = None,
         blocks: str | None = None,
     ) -> None:
-        if not isinstance(schedule, Schedule):
-            raise ValueError(f"IterativePrune takes a schedule such as CubicSchedule(0.8, 0, 1000), got {schedule!r}")
+        check_schedule("IterativePrune", schedule)
         if rewind is not None and not isinstance(rewind, Rewind):
             raise ValueError(f"IterativePrune: rewind is None or Rewind(step=...), got {rewind!r}")
         sparsities = [schedule(time) for time in schedule.changes]

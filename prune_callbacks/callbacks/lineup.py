@@ -37,6 +37,10 @@ class Lineup:
             ValueError: the strategy does not support the callback, or one of its rules (`order.RULES`) is broken.
         """
         check_strategy(self._trainer.strategy, type(callback).__name__, whole_weights=callback.needs_whole_weights)
+        for other in self.all(PruningCallback):
+            self._check_rules(other)
+
+    def _check_rules(self, callback: PruningCallback) -> None:
         for rule in RULES:
             if _is(callback, (rule.who,)) and (not rule.beside or self._named(rule.beside)):
                 part = {"before": self.before(callback), "after": self.after(callback), "anywhere": self}[rule.where]

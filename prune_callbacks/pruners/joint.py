@@ -139,7 +139,7 @@ def check_single_weights(name: str, pattern: Pattern, remedy: str) -> None:
     if not removes_single_weights(pattern) and kept_of_group(pattern) is None:
         raise ValueError(
             f"{name} chooses single weights while it sweeps over the columns and cannot prune {pattern}; it takes "
-            f"Unstructured and NM. {remedy}"
+            f"Unstructured and NM. {remedy} For a pattern of your own use MRP, ALPS, Wanda or Magnitude."
         )
 
 

@@ -175,5 +175,11 @@ def check_statistic(name: str, weight: Tensor, statistic: Statistic | None) -> S
 
 def check_pattern(name: str, pattern: Pattern) -> None:
     """Raises ValueError for a value that is no pattern."""
-    if not isinstance(pattern, Pattern):
+    missing = [part for part in ("sparsity", "keep", "check_shape", "holds") if not hasattr(pattern, part)]
+    if isinstance(pattern, type) or len(missing) == 4:
         raise ValueError(f"{name} takes a pattern such as Unstructured(0.5) or NM(2, 4), got {pattern!r}")
+    if missing:
+        raise ValueError(
+            f"{name} takes a pattern with sparsity, keep, check_shape and holds; {type(pattern).__name__} lacks "
+            f"{', '.join(missing)}"
+        )

@@ -111,8 +111,13 @@ class Scored(ScorePruner):
             )
         if self.statistic is not _no_statistic and self._arguments() < 2:
             raise ValueError(
-                f"Scored: {identity(self.score)} takes one argument and would not see the "
-                f"{identity(self.statistic)}; write it as a function of (weight, statistic)"
+                f"Scored: {_name(self.score)} takes one argument and would not see the "
+                f"{_name(self.statistic)}; write it as a function of (weight, statistic)"
+            )
+        if self.statistic is _no_statistic and self._arguments() == 2 and _name(self.score) != "<lambda>":
+            raise ValueError(
+                f"Scored: {_name(self.score)} takes two arguments and no statistic is given for the second; add "
+                "statistic=InputNorm, or another, or write it as a function of the weight alone"
             )
         if " at 0x" in repr(self):
             raise ValueError(
@@ -125,11 +130,15 @@ class Scored(ScorePruner):
         working = widened(weight, statistic)
         if working.data_ptr() == weight.data_ptr():
             working = working.clone()  # a score that works in place must not change the model
-        scores = self.score(working) if self._arguments() < 2 else self.score(working, statistic)
+        try:
+            scores = self.score(working) if self._arguments() < 2 else self.score(working, statistic)
+        except Exception as error:
+            error.add_note(f"raised by the score {_name(self.score)} of {type(self).__name__}")
+            raise
         if not isinstance(scores, Tensor) or scores.shape != weight.shape:
             found = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
             raise ValueError(
-                f"{identity(self.score)} must return a score for every weight, shape {tuple(weight.shape)}, got {found}"
+                f"{_name(self.score)} must return a score for every weight, shape {tuple(weight.shape)}, got {found}"
             )
         return scores
 
@@ -151,3 +160,8 @@ class Scored(ScorePruner):
         # No addresses, which differ between processes: resumed runs and files of results compare this text.
         made = None if self.statistic is _no_statistic else identity(self.statistic)
         return f"Scored({self.pattern!r}, score={identity(self.score)}, statistic={made}, pool={self.pool!r})"
+
+
+def _name(function: Any) -> str:
+    """Returns the name of a function for a message."""
+    return str(getattr(function, "__qualname__", repr(function))).rpartition("<locals>.")[2]

@@ -51,7 +51,14 @@ def check_sparsity(pattern: str, sparsity: float) -> None:
 
 
 def removed_units(sparsity: float, total: int, before: int = 0) -> int:
-    """Returns how many of the units `before`..`total` to remove, so that consecutive ranges add up exactly."""
+    """
+    Returns how many units of a slice to remove, so that the counts of consecutive slices add up exactly.
+
+    `before` and `total` count units from the layer's start: those in front of the slice, and those up to its end.
+
+    >>> removed_units(0.5, 3), removed_units(0.5, 6, before=3), removed_units(0.5, 6)
+    (2, 1, 3)
+    """
     return round(sparsity * total) - round(sparsity * before)
 
 

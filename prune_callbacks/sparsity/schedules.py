@@ -14,14 +14,19 @@ Unit = Literal["step", "epoch"]
 
 @runtime_checkable
 class Schedule(Protocol):
-    """The interface of a schedule."""
+    """
+    The interface of a schedule: `target`, `unit`, `changes` and a call.
+
+    The sparsity rises at the times in `changes` and is constant between them.
+    """
 
     @property
     def target(self) -> float:
         """Returns the final sparsity."""
 
     @property
-    def unit(self) -> Unit: ...
+    def unit(self) -> Unit:
+        """Returns "step" if times are finished optimizer steps, "epoch" if they are finished epochs."""
 
     @property
     def changes(self) -> Sequence[int]:
@@ -181,3 +186,15 @@ def _check(name: str, target: float, begin: int, every: int, unit: str) -> None:
         raise ValueError(f"{name}: begin and every are whole numbers, at least 0 and 1, got {begin} and {every}")
     if unit not in ("step", "epoch"):
         raise ValueError(f'{name}: unit must be "step" or "epoch", got {unit!r}')
+
+
+def check_schedule(name: str, schedule: object) -> None:
+    """Raises ValueError, in the name of a callback, for a value that is no schedule."""
+    missing = [part for part in ("target", "unit", "changes", "__call__") if not hasattr(schedule, part)]
+    if missing:
+        raise ValueError(
+            f"{name} takes a schedule such as CubicSchedule(0.8, 0, 1000), or one with target, unit, changes and a "
+            f"call; {type(schedule).__name__} lacks {', '.join(missing)}"
+        )
+    if getattr(schedule, "unit", None) not in ("step", "epoch"):
+        raise ValueError(f'{name}: the schedule\'s unit must be "step" or "epoch", got {schedule.unit!r}')  # type: ignore[attr-defined]

@@ -175,8 +175,8 @@ def refuse_existing_run(dirpath: Path) -> None:
     found = [name for name in ("report.json", "masks.safetensors", "model") if (dirpath / name).exists()]
     if found:
         raise ValueError(
-            f"{dirpath} already holds a run ({', '.join(found)}). Choose another output_dir, delete the folder, or "
-            "resume that run with ckpt_path="
+            f"{dirpath} already holds a run ({', '.join(found)}). Choose another dirpath (output_dir= of train.py), "
+            "delete the folder, or resume that run with ckpt_path="
         )
 
 
