@@ -138,7 +138,7 @@ class BlockPruning:
             warnings.warn(f"{leader} stays dense: {reason}. Leave it out of `targets` to silence this.", stacklevel=3)
             return dict.fromkeys(targets, reason)
         known = statistic if leader not in self.by_magnitude else None
-        if isinstance(known, Gram) and known.tokens < first.shape[1] and not self.few_tokens:
+        if known is not None and known.tokens < first.shape[1] and not self.few_tokens:
             self.few_tokens = True
             warnings.warn(
                 f"{known.tokens} calibration tokens for the {first.shape[1]} input features of {leader}: "
