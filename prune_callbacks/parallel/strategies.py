@@ -133,6 +133,8 @@ def check_strategy(strategy: Strategy, who: str, *, whole_weights: bool) -> None
     """
     Raises ValueError for a strategy that does not support a callback; no other function refuses strategies.
 
+    FSDP1 (`FSDPStrategy`), which flattens parameters, is served by no entry and so refused.
+
     Args:
         strategy: the trainer's strategy.
         who: class name of the callback.

@@ -1,4 +1,8 @@
-"""Stable selection of an exact number of the largest scores."""
+"""
+Stable selection of an exact number of the largest scores.
+
+Ties go to the lowest index. N:M groups are ranked by the same rule in `patterns.NM.keep`, without this module.
+"""
 
 from collections.abc import Iterator, Mapping
 

@@ -22,7 +22,8 @@ class Journal:
 
     `model.partial/` gets one file of weights per block. `streaming/` holds all that is needed to resume: the setting,
     the masks and a record of every finished block, and the hidden states that enter the first unfinished block. The
-    record of a block is written last and marks the block as finished. `report.json` marks the pruning as finished.
+    record of a block is written last and marks the block as finished; a block that was killed in the middle of its
+    writing has none and is pruned again. `report.json` marks the pruning as finished.
 
     Args:
         target: the folder; created if it does not exist.
