@@ -226,7 +226,7 @@ def _sharing_an_input(
 
 
 def _relative_loss(weight: Tensor, pruned: Pruned, statistic: Gram | InputNorm | None) -> float | None:
-    """Returns the loss over the squared norm of the dense output; None without a Gram. Costs half a product `W G`."""
+    """Returns the loss over the squared norm of the dense output; None without a Gram. Costs one product `W G`."""
     if pruned.loss is None or not isinstance(statistic, Gram):
         return None
     output = quadratic_form(weight.to(statistic.matrix), statistic.matrix)
