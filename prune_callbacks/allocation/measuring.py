@@ -16,7 +16,7 @@ from prune_callbacks.calibration.collect import collect
 from prune_callbacks.calibration.inputs import next_inputs
 from prune_callbacks.calibration.prefetch import visited
 from prune_callbacks.pruners import Pruner
-from prune_callbacks.pruners.questions import pool, takes_pattern, with_pattern
+from prune_callbacks.pruners.questions import needs_calibration, pool, takes_pattern, with_pattern
 from prune_callbacks.ranks import Ranks
 from prune_callbacks.solvers.statistics import Statistic
 from prune_callbacks.sparsity import Pattern
@@ -64,7 +64,7 @@ def allocate(
         ValueError: calibration saw no inputs of a layer, or the allocation refuses its values.
     """
     shapes = {name: target.shape for name, target in targets.items()}
-    passed = allocation.statistic(1, None) is not None
+    passed = needs_calibration(allocation)
     if passed:
         values = _measured(allocation, pruner, blocks, targets, inputs, device, ranks)
     else:

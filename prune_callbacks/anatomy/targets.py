@@ -87,7 +87,7 @@ def sparse_experts(
     blocks: Sequence[tuple[str, nn.Module]], targets: Sequence[str] | str | None = None
 ) -> dict[str, nn.Parameter]:
     """
-    Returns the tensors of fused experts of which at least 1 % are zeros, by name.
+    Returns the fused expert tensors that hold at least 1 % zeros, by name.
 
     Callers that handle linear layers only leave these out.
 

@@ -44,7 +44,7 @@ class WeightUses(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _see(self, left: Tensor, right: Tensor) -> None:
-        """Observes a product `left @ right` of which either factor may be a weight."""
+        """Observes a product `left @ right`; either factor may be a weight."""
         if right.ndim > 1:
             self._see_weight(left, right.mT)
         if left.ndim > 1 and right.ndim > 1:

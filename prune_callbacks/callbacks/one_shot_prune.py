@@ -20,6 +20,7 @@ from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.engine.report import PruneReport
 from prune_callbacks.engine.sequential import prune_sequentially
 from prune_callbacks.pruners import Pruner, check_pruner
+from prune_callbacks.pruners.questions import needs_calibration
 from prune_callbacks.ranks import patient_ranks
 from prune_callbacks.storage.model_folder import savable, save_sparse_model
 
@@ -131,8 +132,7 @@ class OneShotPrune(PrunesOnce):
 
     def _needs_batches(self) -> bool:
         """Returns whether the pruner or the allocation needs calibration batches."""
-        asking = [part for part in (self.pruner, self.allocation) if part is not None]
-        return any(part.statistic(1, None) is not None for part in asking)
+        return any(needs_calibration(part) for part in (self.pruner, self.allocation) if part is not None)
 
     def _save(self, trainer: Trainer, model: nn.Module) -> None:
         if trainer.is_global_zero and self.dirpath is not None:

@@ -72,7 +72,7 @@ class Plan:
     @property
     def observed(self) -> bool:
         """Returns whether the pruner or the allocation needs the calibration batches."""
-        return self.calibrated or (self.allocation is not None and self.allocation.statistic(1, None) is not None)
+        return self.calibrated or (self.allocation is not None and needs_calibration(self.allocation))
 
     def in_block(self, index: int) -> dict[str, Target]:
         """Returns the targets of a block, by name."""

@@ -18,13 +18,18 @@ def identity(function: Any) -> str:
         return f"partial({', '.join([identity(function.func), *settings])})"
     if not hasattr(function, "__qualname__"):
         return repr(function)
-    name = str(function.__qualname__).rpartition("<locals>.")[2]
+    name = plain_name(function)
     if not isinstance(function, FunctionType):
         return name
     captured = [_value(cell.cell_contents) for cell in function.__closure__ or ()]
     settings = [*map(_value, function.__defaults__ or ()), *map(_value, (function.__kwdefaults__ or {}).items())]
     text = repr((_code(function.__code__), captured, settings))
     return f"{name}#{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def plain_name(function: Any) -> str:
+    """Returns the qualified name of a function without the functions around it; the `repr` of an object without one."""
+    return str(getattr(function, "__qualname__", repr(function))).rpartition("<locals>.")[2]
 
 
 def _value(value: Any) -> str:

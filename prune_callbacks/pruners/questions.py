@@ -15,7 +15,9 @@ Every attribute `grid` other than None has this effect: do not use the name for 
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
 
 from prune_callbacks.pruners.protocol import JointPruner, Pruner
 from prune_callbacks.sparsity import Pattern
@@ -24,15 +26,22 @@ from prune_callbacks.sparsity.questions import Pool
 P = TypeVar("P", bound=Pruner)
 
 
+class MakesStatistic(Protocol):
+    """A pruner or an allocation: it says by `statistic` what it needs to see of a layer's inputs."""
+
+    def statistic(self, in_features: int, device: torch.device | str | None = None) -> Any:
+        """Makes an empty statistic of the layer's inputs; returns None if it needs none."""
+
+
 def pool(pruner: Pruner) -> Pool:
     """Returns the attribute `pool`: the weights that are compared with each other, "layer" by default."""
     chosen: Pool = getattr(pruner, "pool", "layer")
     return chosen
 
 
-def needs_calibration(pruner: Pruner) -> bool:
-    """Returns whether the pruner needs calibration: `statistic(1)` is not None."""
-    return pruner.statistic(1, None) is not None
+def needs_calibration(part: MakesStatistic) -> bool:
+    """Returns whether a pruner or an allocation needs calibration: `statistic(1)` is not None."""
+    return part.statistic(1, None) is not None
 
 
 def joint(pruner: Pruner) -> JointPruner | None:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prune_callbacks.pruners.identity import identity
+from prune_callbacks.pruners.identity import identity, plain_name
 from prune_callbacks.pruners.protocol import (
     Pruned,
     as_pruned,
@@ -19,6 +19,7 @@ from prune_callbacks.pruners.protocol import (
     check_weight,
     widened,
 )
+from prune_callbacks.pruners.questions import needs_calibration
 from prune_callbacks.solvers.statistics import Statistic
 from prune_callbacks.sparsity import Pattern
 from prune_callbacks.sparsity.questions import Pool, in_pool
@@ -55,7 +56,7 @@ class ScorePruner(ABC):
     def prune(self, weight: Float[Tensor, "out in"], statistic: Statistic | None = None) -> Pruned:
         """Prunes a layer; equivalent to sorting the scores of each pool and zeroing the lowest. See `Pruner`."""
         check_weight(weight, self.pattern)
-        if self.statistic(1, None) is not None:
+        if needs_calibration(self):
             check_statistic(type(self).__name__, weight, statistic)
         keep = in_pool(self.pattern, self.pool).keep(self.scores(weight, statistic))
         return as_pruned(weight, weight, keep, statistic)
@@ -111,12 +112,12 @@ class Scored(ScorePruner):
             )
         if self.statistic is not _no_statistic and self._arguments() < 2:
             raise ValueError(
-                f"Scored: {_name(self.score)} takes one argument and would not see the "
-                f"{_name(self.statistic)}; write it as a function of (weight, statistic)"
+                f"Scored: {plain_name(self.score)} takes one argument and would not see the "
+                f"{plain_name(self.statistic)}; write it as a function of (weight, statistic)"
             )
-        if self.statistic is _no_statistic and self._arguments() == 2 and _name(self.score) != "<lambda>":
+        if self.statistic is _no_statistic and self._arguments() == 2 and plain_name(self.score) != "<lambda>":
             raise ValueError(
-                f"Scored: {_name(self.score)} takes two arguments and no statistic is given for the second; add "
+                f"Scored: {plain_name(self.score)} takes two arguments and no statistic is given for the second; add "
                 "statistic=InputNorm, or another, or write it as a function of the weight alone"
             )
         if " at 0x" in repr(self):
@@ -133,12 +134,13 @@ class Scored(ScorePruner):
         try:
             scores = self.score(working) if self._arguments() < 2 else self.score(working, statistic)
         except Exception as error:
-            error.add_note(f"raised by the score {_name(self.score)} of {type(self).__name__}")
+            error.add_note(f"raised by the score {plain_name(self.score)} of {type(self).__name__}")
             raise
         if not isinstance(scores, Tensor) or scores.shape != weight.shape:
             found = tuple(scores.shape) if isinstance(scores, Tensor) else repr(scores)
             raise ValueError(
-                f"{_name(self.score)} must return a score for every weight, shape {tuple(weight.shape)}, got {found}"
+                f"{plain_name(self.score)} must return a score for every weight, shape {tuple(weight.shape)}, "
+                f"got {found}"
             )
         return scores
 
@@ -160,8 +162,3 @@ class Scored(ScorePruner):
         # No addresses, which differ between processes: resumed runs and files of results compare this text.
         made = None if self.statistic is _no_statistic else identity(self.statistic)
         return f"Scored({self.pattern!r}, score={identity(self.score)}, statistic={made}, pool={self.pool!r})"
-
-
-def _name(function: Any) -> str:
-    """Returns the name of a function for a message."""
-    return str(getattr(function, "__qualname__", repr(function))).rpartition("<locals>.")[2]
