@@ -209,7 +209,7 @@ MUTANTS = (
     # calibration
     Mutant(
         "padding_counts",
-        "calibration/collect.py",
+        "calibration/observer.py",
         "real = x if self.tokens is None else _real(x, self.tokens)",
         "real = x",
         "test_blocks.py::test_padding_does_not_count",
@@ -231,15 +231,10 @@ MUTANTS = (
     Mutant(
         "next_block_sees_the_dense_one",
         "engine/sequential.py",
-        """                run.prune(here, statistics, lambda count: bar.advance(task, count))
-                del statistics
-            if index < plan.last and plan.calibrated:
-                next_inputs(index, block, inputs, where, ranks)
-""",
-        """                if index < plan.last and plan.calibrated:
-                    next_inputs(index, block, inputs, where, ranks)
-                run.prune(here, statistics, lambda count: bar.advance(task, count))
-                del statistics
+        "            for index, block_name, block, where in visits:\n",
+        """            for index, block_name, block, where in visits:
+                if index < plan.last and plan.calibrated and here:
+                    source.advance(index, block, where)
 """,
         "test_blocks.py::test_sequential_pruning_equals_rerunning_the_whole_model",
     ),

@@ -19,8 +19,8 @@ from prune_callbacks import (
     prune_sequentially,
 )
 from prune_callbacks.anatomy.target import LayerTarget
-from prune_callbacks.calibration.capture import BlockInputs
 from prune_callbacks.calibration.collect import collect
+from prune_callbacks.calibration.stand_ins import BlockInputs
 from prune_callbacks.memory import peak_memory
 from prune_callbacks.solvers.linalg import damp
 from prune_callbacks.studies import sensitivity

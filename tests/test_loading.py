@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from prune_callbacks import LagrangianAllocation, MaskSet, SparseGPT, Unstructured, prune_checkpoint, prune_sequentially
-from prune_callbacks.allocation import measuring as allocating
 from prune_callbacks.calibration import prefetch as loading
+from prune_callbacks.calibration import sources
 from prune_callbacks.calibration.prefetch import Ahead, loading_ahead, visited
 from prune_callbacks.engine.solving import BlockPruning
 from prune_callbacks.ranks import ALONE
@@ -124,7 +124,7 @@ def test_without_room_for_two_blocks_they_are_loaded_one_by_one(batches, overlap
 
 def test_measuring_for_an_allocation_lets_go_of_a_block_before_the_next(batches, monkeypatch):
     alive = []
-    collect = allocating.collect
+    collect = sources.collect
 
     def noting(*arguments, **settings):
         assert not any(reference() is not None for reference in alive)
@@ -133,7 +133,7 @@ def test_measuring_for_an_allocation_lets_go_of_a_block_before_the_next(batches,
         alive.extend(weakref.ref(statistic) for statistic in found.values())
         return found
 
-    monkeypatch.setattr(allocating, "collect", noting)
+    monkeypatch.setattr(sources, "collect", noting)
     prune_sequentially(model(), batches, PRUNER, allocation=LagrangianAllocation(points=1), progress=False)
     assert alive
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +10,7 @@ from torch import Tensor, nn
 from prune_callbacks.allocation.protocol import Allocation, layer_sizes, with_counts
 from prune_callbacks.anatomy.names import inside
 from prune_callbacks.anatomy.target import Target
-from prune_callbacks.calibration.capture import BlockInputs
-from prune_callbacks.calibration.collect import collect
-from prune_callbacks.calibration.inputs import next_inputs
-from prune_callbacks.calibration.prefetch import visited
+from prune_callbacks.calibration.sources import Source
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.pruners.questions import needs_calibration, pool, takes_pattern, with_pattern
 from prune_callbacks.ranks import Ranks
@@ -42,7 +38,7 @@ def allocate(
     pruner: Pruner,
     blocks: Sequence[tuple[str, nn.Module]],
     targets: Mapping[str, Target],
-    inputs: Sequence[BlockInputs],
+    source: Source,
     device: torch.device | None,
     ranks: Ranks,
 ) -> dict[str, Pruner]:
@@ -56,7 +52,7 @@ def allocate(
         pruner: the pruner of all layers; its pattern has the sparsity of all layers together.
         blocks: the model's decoder blocks.
         targets: the targets, by name.
-        inputs: the inputs of the first block; not changed.
+        source: the inputs of the first block; not changed.
         device: the device to run blocks on; None: their own.
         ranks: the processes, each with its own inputs; rank 0 chooses.
 
@@ -66,7 +62,7 @@ def allocate(
     shapes = {name: target.shape for name, target in targets.items()}
     passed = needs_calibration(allocation)
     if passed:
-        values = _measured(allocation, pruner, blocks, targets, inputs, device, ranks)
+        values = _measured(allocation, pruner, blocks, targets, source, device, ranks)
     else:
         values = allocation.measure(pruner, _weights(targets), {})
     pattern = with_exact_total(pruner.pattern, pool(pruner))
@@ -82,22 +78,22 @@ def _measured(
     pruner: Pruner,
     blocks: Sequence[tuple[str, nn.Module]],
     targets: Mapping[str, Target],
-    inputs: Sequence[BlockInputs],
+    source: Source,
     device: torch.device | None,
     ranks: Ranks,
 ) -> dict[str, Any]:
     """Returns the allocation's values of all layers that a token reaches, measured in a pass over the dense blocks."""
-    shown = [replace(batch) for batch in inputs]
+    shown = source.copy()
     values: dict[str, Any] = {}
-    with closing(visited(blocks, device, ranks)) as visits:
+    with closing(shown.visits(blocks, device)) as visits:
         for index, block_name, block, where in visits:
             mine = {name: target for name, target in targets.items() if inside(name, block_name)}
-            statistics = _seen(mine, collect(allocation.statistic, index, block, mine, shown, where, ranks))
+            statistics = _seen(mine, shown.collect(allocation.statistic, index, block, mine, where))
             weights = _weights({name: target for name, target in mine.items() if name in statistics})
             values |= ranks.share(ranks.attempt(lambda w=weights, s=statistics: allocation.measure(pruner, w, s)))  # type: ignore[misc]
             del weights, statistics  # otherwise this block would stay on the device with the next two
             if index < len(blocks) - 1:
-                next_inputs(index, block, shown, where, ranks)
+                shown.advance(index, block, where)
     return values
 
 

@@ -1,5 +1,7 @@
 """Finds the language model in a module, and the decoder blocks of a model."""
 
+from collections.abc import Mapping, Sequence
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -24,6 +26,22 @@ def find_language_model(module: nn.Module) -> nn.Module:
     return module.get_submodule(trained[0] if len(outer) > 1 else outer[0]) if outer else module
 
 
+class NoBlocksError(ValueError):
+    """
+    The decoder blocks of a model cannot be found by structure.
+
+    Args:
+        reason: the reason, without advice.
+        lists: the names of the lists that could be blocks.
+    """
+
+    def __init__(self, reason: str, lists: Sequence[str]) -> None:
+        super().__init__(
+            f'{reason}. Name the list of blocks with blocks="...", e.g. blocks="model.layers"; found {list(lists)}'
+        )
+        self.reason = reason
+
+
 def find_blocks(model: nn.Module, name: str | None = None) -> list[tuple[str, nn.Module]]:
     """
     Returns the decoder blocks of a model, in order, as (name, module).
@@ -36,29 +54,35 @@ def find_blocks(model: nn.Module, name: str | None = None) -> list[tuple[str, nn
         name: the dotted name of the list of blocks, e.g. "model.layers", where the structure is ambiguous.
 
     Raises:
-        ValueError: no list of blocks is found, or `name` is not an `nn.ModuleList`.
+        ValueError: `name` is not an `nn.ModuleList`.
+        NoBlocksError: no list of blocks is found, or the model has one for its encoder and one for its decoder.
     """
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    if name is not None:
-        if name not in lists:
-            raise ValueError(f"blocks={name!r} is no nn.ModuleList of {type(model).__name__}; it has {sorted(lists)}")
+    if name is None:
+        chosen = _found(model, lists)
+    elif name in lists:
         chosen = name
     else:
-        outer = [n for n in lists if not any(n != o and n.startswith(o + ".") for o in lists)]
-        depth = _configured_depth(model)
-        candidates = [n for n in outer if len(lists[n]) == depth] or ([] if depth else outer)
-        if not candidates:
-            raise ValueError(
-                f"no decoder blocks found in {type(model).__name__}: "
-                + (
-                    f"no nn.ModuleList has the configuration's {depth} layers. "
-                    if depth
-                    else "it has no nn.ModuleList. "
-                )
-                + f'Name the list of blocks with blocks="...", e.g. blocks="model.layers"; found {sorted(lists)}'
-            )
-        chosen = max(candidates, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
+        raise ValueError(f"blocks={name!r} is no nn.ModuleList of {type(model).__name__}; it has {sorted(lists)}")
     return [(f"{chosen}.{i}", block) for i, block in enumerate(lists[chosen])]
+
+
+def _found(model: nn.Module, lists: Mapping[str, nn.ModuleList]) -> str:
+    """Returns the name of the list of decoder blocks; raises NoBlocksError if there is none, or there are two."""
+    who = type(model).__name__
+    outer = [n for n in lists if not any(n != o and n.startswith(o + ".") for o in lists)]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise NoBlocksError(
+            f"{who} is a sequence-to-sequence model: its encoder and its decoder are two lists of blocks, and one list "
+            "is pruned at a time",
+            outer,
+        )
+    depth = _configured_depth(model)
+    candidates = [n for n in outer if len(lists[n]) == depth] or ([] if depth else outer)
+    if not candidates:
+        why = f"no nn.ModuleList has the configuration's {depth} layers" if depth else "it has no nn.ModuleList"
+        raise NoBlocksError(f"no decoder blocks found in {who}: {why}", sorted(lists))
+    return max(candidates, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
 
 
 def _configured_depth(model: nn.Module) -> int | None:

@@ -1,6 +1,7 @@
 """Mixtures of experts with fused matrices, all in one parameter: finds the matrices to prune and the dense ones."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -107,9 +108,11 @@ def dense_in_mixtures(
     return fused, {name: reason for name, reason in deciding.items() if name not in chosen}
 
 
-def describe_dense(fused: Mapping[str, str], deciding: Mapping[str, str]) -> list[str]:
-    """Returns a sentence for each kind in the result of `dense_in_mixtures`: its number and its first member."""
-    kinds = {"tensors": fused, "routers": deciding}
+def describe_dense(
+    fused: Mapping[str, str], deciding: Mapping[str, str], others: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """Returns a sentence for each kind of weights that stay dense: its number, its first member, and the reason."""
+    kinds = {"tensors": fused, "routers": deciding, "matrices": others}
     return [
         f"{len(dense)} {kind} stay dense, first {first}: {dense[first]}"
         for kind, dense in kinds.items()

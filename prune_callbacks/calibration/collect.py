@@ -1,21 +1,19 @@
 """Streams the inputs of a block's layers into statistics."""
 
-import warnings
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from prune_callbacks.anatomy.target import Target
-from prune_callbacks.calibration.capture import BlockInputs, run_block
+from prune_callbacks.calibration.batches import Batch, real_tokens, run_model
+from prune_callbacks.calibration.capture import run_block
+from prune_callbacks.calibration.observer import Observer, Pass, SometimesSharedError
 from prune_callbacks.calibration.products import watched, watched_experts
+from prune_callbacks.calibration.stand_ins import BlockInputs
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.solvers import Gram, InputNorm
-
-
-class _AllSeenError(Exception):
-    """Ends a pass through a block when all layers have been observed."""
 
 
 def collect(
@@ -50,122 +48,89 @@ def collect(
         The statistic of every observed layer, by full name; the same on every rank.
 
     Raises:
-        ValueError: two layers share their input in one batch, or on one rank, and not in another.
+        ValueError: two layers share their input on one rank, and not on another.
     """
+    passes: list[Pass] = [(b.tokens, lambda b=b: run_block(index, block, b, where)) for b in inputs]  # type: ignore[misc]
+    return _collected(statistic, block, targets, passes, where, ranks)
 
+
+def collect_by_running(
+    statistic: Callable[[int, torch.device], Gram | InputNorm | None],
+    model: nn.Module,
+    block: nn.Module,
+    targets: Mapping[str, Target],
+    batches: Sequence[Batch],
+    where: torch.device,
+    ranks: Ranks = ALONE,
+) -> dict[str, Gram | InputNorm]:
+    """Streams the inputs of a block's layers into statistics as `collect` does, in passes of the whole model."""
+    passes: list[Pass] = [(real_tokens(b), lambda b=b: run_model(model, b)) for b in batches]  # type: ignore[misc]
+    return _collected(statistic, block, targets, passes, where, ranks)
+
+
+def _collected(
+    statistic: Callable[[int, torch.device], Gram | InputNorm | None],
+    block: nn.Module,
+    targets: Mapping[str, Target],
+    passes: Sequence[Pass],
+    where: torch.device,
+    ranks: Ranks,
+) -> dict[str, Gram | InputNorm]:
     def make(size: int) -> Gram | InputNorm:
         made = statistic(size, where)
         assert made is not None
         return made
 
-    found = ranks.attempt(lambda: _observe(make, index, block, targets, inputs, where))
+    found = ranks.attempt(lambda: _observe(make, block, targets, passes, where))
     return _reduce(make, found, ranks)
 
 
 def _observe(
     make: Callable[[int], Gram | InputNorm],
-    index: int,
     block: nn.Module,
     targets: Mapping[str, Target],
-    inputs: list[BlockInputs],
+    passes: Sequence[Pass],
     where: torch.device,
 ) -> dict[str, tuple[str, Gram | InputNorm]]:
     """Returns, for every layer, its leader (the first layer with the same input tensor) and the leader's statistic."""
+    alone: set[str] = set()
+    while True:
+        try:
+            return _observed(make, block, targets, passes, where, alone)
+        except SometimesSharedError as error:  # as where a layer is called twice, once with an input of its own
+            alone.add(error.name)
+
+
+def _observed(
+    make: Callable[[int], Gram | InputNorm],
+    block: nn.Module,
+    targets: Mapping[str, Target],
+    passes: Sequence[Pass],
+    where: torch.device,
+    alone: Set[str],
+) -> dict[str, tuple[str, Gram | InputNorm]]:
+    """Returns what `_observe` does; the layers in `alone` share no statistic."""
     called = {name: target for name, target in targets.items() if not target.shares_parameter}
     experts = {name: target for name, target in targets.items() if target.shares_parameter}
-    observer = _Observer(make, sorted(targets))
+    observer = Observer(make, sorted(targets), alone)
     with ExitStack() as stack:
         for name, target in called.items():
-            hook = target.module.register_forward_pre_hook(lambda _, args, name=name: observer.observe(name, args[0]))
+            hook = target.module.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: observer.observe(name, [*args, *kwargs.values()][0]),
+                with_kwargs=True,
+            )
             stack.callback(hook.remove)
         for owner, weights in _by_owner(experts):
             label = next(iter(weights)).rsplit(".", 2)[0]
             stack.enter_context(watched_experts(label, owner, weights, observer.count, lambda: observer.tokens))
-        observer.run(index, block, inputs, where)
+        reached = observer.run(block, passes, where)
     uncalled = {name: target for name, target in called.items() if name not in observer.leaders}
-    if uncalled:  # Mamba's mixer, for example, multiplies with dt_proj.weight without calling the layer
+    if uncalled and reached:  # Mamba's mixer, for example, multiplies with dt_proj.weight without calling the layer
         with ExitStack() as stack:
             for parent, weights in _by_parent(block, uncalled):
                 stack.enter_context(watched(parent, weights, observer.count_real))
-            observer.run(index, block, inputs, where)
+            observer.run(block, passes, where)
     return {name: (leader, observer.statistics[leader]) for name, leader in observer.leaders.items()}
-
-
-class _Observer:
-    """
-    Adds the inputs of a block's layers to statistics, one batch after another.
-
-    Attributes:
-        statistics: the statistic of every leader: the first of the layers with the same input tensor.
-        leaders: the leader of every layer observed so far.
-        tokens: True for the real tokens of the running batch, (batch, tokens); None: all are real.
-    """
-
-    def __init__(self, make: Callable[[int], Gram | InputNorm], names: list[str]) -> None:
-        self.statistics: dict[str, Gram | InputNorm] = {}
-        self.leaders: dict[str, str] = {}
-        self.tokens: Tensor | None = None
-        self._make = make
-        self._names = names
-        self._seen: dict[int, tuple[Tensor, str]] = {}
-        self._calls: list[tuple[str, torch.Size]] = []
-        # The calls of a complete pass, if later passes may end at the last of them.
-        self._whole: list[tuple[str, torch.Size]] | None = None
-        self._untold: set[str] = set()
-
-    def run(self, index: int, block: nn.Module, inputs: list[BlockInputs], where: torch.device) -> None:
-        """Runs the block on every batch: completely on the first, on others until the last layer is observed."""
-        for number, batch in enumerate(inputs):
-            self._seen.clear()
-            self._calls.clear()
-            self.tokens = None if batch.tokens is None else batch.tokens.to(where)
-            with suppress(_AllSeenError):
-                run_block(index, block, batch, where)
-            if number == 0 and sorted(name for name, _ in self._calls) == self._names:  # experts are never called
-                self._whole = self._calls.copy()
-        self._seen.clear()
-
-    def observe(self, name: str, x: Tensor) -> None:
-        """Records a call of layer `name` with `x`."""
-        # The tensor is kept alive during one pass, so that its id stays unique.
-        leader = self._seen.setdefault(id(x), (x, name))[1]
-        if self.leaders.setdefault(name, leader) != leader:
-            raise ValueError(f"{name} shares its input with {self.leaders[name]} in one batch and not in another")
-        if leader == name:
-            self.count_real(name, x)
-        self._calls.append((name, x.shape))
-        if self._calls == self._whole:
-            raise _AllSeenError
-
-    def count_real(self, name: str, x: Tensor) -> None:
-        """Adds the inputs of real tokens; if they cannot be identified, warns once and adds all inputs."""
-        real = x if self.tokens is None else _real(x, self.tokens)
-        if real is None and name not in self._untold:
-            self._untold.add(name)
-            warnings.warn(
-                f"{name} gets inputs of shape {tuple(x.shape)}, in which padding cannot be identified: all count. "
-                "Give calibration windows without padding",
-                stacklevel=3,
-            )
-        self.count(name, x if real is None else real)
-
-    def count(self, name: str, x: Tensor) -> None:
-        """Adds all inputs `x`, (..., in)."""
-        self.leaders[name] = name
-        if name not in self.statistics:
-            self.statistics[name] = self._make(x.shape[-1])
-        self.statistics[name].update(x)
-
-
-def _real(x: Tensor, tokens: Tensor) -> Tensor | None:
-    """Returns the inputs of real tokens, given the mask (batch, tokens); None if the shapes do not identify them."""
-    if x.shape[:2] == tokens.shape:
-        return x[tokens]
-    if x.ndim == 2 and len(x) == tokens.numel():  # OPT's MLP sees flat tokens
-        return x[tokens.flatten()]
-    if x.ndim == 4 and (len(x), x.shape[2]) == tokens.shape:  # (batch, heads, tokens, in): DeepSeek's kv_b_proj
-        return x.transpose(1, 2)[tokens]
-    return None
 
 
 def _by_owner(experts: Mapping[str, Target]) -> list[tuple[nn.Module, dict[str, Tensor]]]:

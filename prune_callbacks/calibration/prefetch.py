@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from prune_callbacks.ranks import Ranks
 
 Tensors = Mapping[str, Tensor]
+Visit = tuple[int, str, nn.Module, torch.device]
+"""A block at its turn: index, name, module, and the device it is on."""
 
 
 class Ahead:
@@ -81,9 +83,7 @@ def loading_ahead(where: torch.device) -> Iterator[Ahead | None]:
         ahead.close()
 
 
-def visited(
-    blocks: Sequence[tuple[str, nn.Module]], device: torch.device | None, ranks: Ranks
-) -> Generator[tuple[int, str, nn.Module, torch.device]]:
+def visited(blocks: Sequence[tuple[str, nn.Module]], device: torch.device | None, ranks: Ranks) -> Generator[Visit]:
     """
     Yields every block as (index, name, block, device), on that device; moves it back to its own device afterwards.
 

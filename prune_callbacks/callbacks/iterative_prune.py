@@ -20,6 +20,7 @@ from prune_callbacks.callbacks.kinds import PrunesInRounds
 from prune_callbacks.callbacks.lightning_internals import random_state, restore_random_state
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
+from prune_callbacks.callbacks.model_in_setup import model_in_setup
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
 from prune_callbacks.engine.iterative import Scope, check_shrinkable, shrink_masks
 from prune_callbacks.parallel.shapes import whole_shape
@@ -97,16 +98,16 @@ class IterativePrune(PrunesInRounds):
             return
         Lineup(trainer).check(self)
         self._begin()
-        layers, blocks = self._layers(pl_module), find_blocks(find_language_model(pl_module), self.blocks)
+        blocks = find_blocks(model_in_setup("IterativePrune", pl_module, self.blocks), self.blocks)
+        layers = self._layers(pl_module)
         if self.targets is None:
             for text in describe_dense(*dense_in_mixtures(blocks, layers)):
                 rank_zero_warn(f"IterativePrune: {text}")
         for name, target in layers.items():
             with naming(name):
                 self.pruner.pattern.check_shape(target.shape)
-        shapes = {name: parameter.shape for name, parameter in parameters_of(layers.values()).items()}
-        self._names = list(shapes)
-        self.masks = MaskSet.all_kept(shapes)
+        self.masks = MaskSet.all_kept({name: p.shape for name, p in parameters_of(layers.values()).items()})
+        self._names = list(self.masks)
         self._input_first = [target.parameter_name for target in layers.values() if target.input_first]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,8 +116,8 @@ class IterativePrune(PrunesInRounds):
         steps, unit = trainer.estimated_stepping_batches, 1
         if self._epochs:
             trainer.fit_loop.setup_data()
-            if math.isinf(trainer.num_training_batches):
-                return  # the length of an epoch is not known
+            if math.isinf(trainer.num_training_batches):  # the length of an epoch is not known
+                return
             unit = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         check_length(self.schedule, self.rewind, steps, unit)
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 
 def resumed_checkpoint(trainer: Trainer) -> Any:
@@ -32,6 +33,23 @@ def resumed_checkpoint(trainer: Trainer) -> Any:
             "checkpoint; use one that prune-callbacks allows (lightning>=2.6.6,<2.7)"
         )
     return None
+
+
+def training_data_source(trainer: Trainer) -> Any:
+    """Returns the module or data module that makes the training data; None if `fit` was given a loader."""
+    source = trainer.fit_loop._data_source
+    return source.instance if source.is_module() else None
+
+
+def makes_in_setup(module: Any) -> bool:
+    """
+    Returns whether a module makes more in hooks that Lightning calls after the callbacks' `setup`.
+
+    A data module does not: its `setup` comes before.
+    """
+    if not isinstance(module, LightningModule):
+        return False
+    return any(is_overridden(hook, module, LightningModule) for hook in ("setup", "configure_model"))
 
 
 def random_state(device: torch.device | None = None) -> dict[str, Any]:

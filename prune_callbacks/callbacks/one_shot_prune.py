@@ -11,12 +11,12 @@ from torch import nn
 
 from prune_callbacks.allocation.measuring import check_allocation
 from prune_callbacks.allocation.protocol import Allocation
-from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
 from prune_callbacks.callbacks.kinds import PrunesOnce, renamed
 from prune_callbacks.callbacks.lightning_internals import logs_now, resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
+from prune_callbacks.callbacks.model_in_setup import model_in_setup
 from prune_callbacks.engine.report import PruneReport
 from prune_callbacks.engine.sequential import prune_sequentially
 from prune_callbacks.pruners import Pruner, check_pruner
@@ -37,8 +37,9 @@ class OneShotPrune(PrunesOnce):
 
     Args:
         pruner: the pruner, with its pattern, e.g. `SparseGPT(Unstructured(0.5))`.
-        batches: calibration batches: token ids, or mappings with `input_ids` and maybe `attention_mask`. None:
-            the data module's `calibration_dataloader()`, else its training data.
+        batches: calibration batches: token ids, or mappings of arguments of the model's forward, such as `input_ids`,
+            `attention_mask` or `pixel_values`; keys that it does not accept are named in a warning. None: the data
+            module's `calibration_dataloader()`, else the training data.
         num_batches: how many batches to use; an error if there are fewer. None: all of `batches` or
             `calibration_dataloader()`, or the first 128 batches of the training data.
         targets: patterns of layer names, e.g. `["*.mlp.*"]`; None for all linear layers of the decoder blocks.
@@ -103,17 +104,17 @@ class OneShotPrune(PrunesOnce):
             )
         if next(pl_module.parameters(), None) is None:
             raise ValueError(
-                f"{type(pl_module).__name__} has no parameters in setup: OneShotPrune prunes before configure_model is "
-                "called, so build the model in __init__"
+                f"{type(pl_module).__name__} has no parameters in setup: OneShotPrune prunes before the module's own "
+                "setup and configure_model are called, so build the model in __init__"
             )
-        model = find_language_model(pl_module)
+        model = model_in_setup("OneShotPrune", pl_module, self.blocks)
         if self.dirpath is not None:
             savable(model)
         with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:
             needed = self._needs_batches()
             self.report = prune_sequentially(
                 model,
-                calibration_batches(trainer, ranks, self.batches, self.num_batches) if needed else None,
+                calibration_batches(trainer, ranks, model, self.batches, self.num_batches) if needed else None,
                 self.pruner,
                 targets=self.targets,
                 blocks=self.blocks,

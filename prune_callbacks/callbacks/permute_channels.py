@@ -7,11 +7,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
 from prune_callbacks.callbacks.kinds import PrunesOnce, PruningCallback
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
+from prune_callbacks.callbacks.model_in_setup import model_in_setup
 from prune_callbacks.engine.permuting import Permuted, improvement, permute_channels_
 from prune_callbacks.ranks import patient_ranks
 from prune_callbacks.sparsity import NM
@@ -67,10 +67,11 @@ class PermuteChannels(PruningCallback):
         pruned = one_shot.pruner.pattern
         if pruned != self.pattern:
             raise ValueError(f"PermuteChannels orders channels for {self.pattern}, and OneShotPrune prunes to {pruned}")
+        model = model_in_setup("PermuteChannels", pl_module, self.blocks)
         with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:
             self.permuted = permute_channels_(
-                find_language_model(pl_module),
-                calibration_batches(trainer, ranks, self.batches, self.num_batches),
+                model,
+                calibration_batches(trainer, ranks, model, self.batches, self.num_batches),
                 self.pattern,
                 blocks=self.blocks,
                 device=trainer.strategy.root_device,

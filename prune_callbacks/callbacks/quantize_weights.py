@@ -15,6 +15,7 @@ from prune_callbacks.callbacks.calibration_batches import calibration_batches
 from prune_callbacks.callbacks.kinds import PrunesOnce, PruningCallback
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.lora_recovery import LoRARecovery
+from prune_callbacks.callbacks.model_in_setup import model_in_setup
 from prune_callbacks.deploy.compression import save_compressed
 from prune_callbacks.deploy.compression_size import Compression
 from prune_callbacks.engine.report import PruneReport
@@ -88,11 +89,11 @@ class QuantizeWeights(PruningCallback):
         Lineup(trainer).check(self)
         self._check_adapters(trainer)
         self.rounding = self.compression = self.perplexity = None
-        model = find_language_model(pl_module)
+        model = model_in_setup("QuantizeWeights", pl_module, self.blocks)
         savable(model)
         find_targets(find_blocks(model, self.blocks), self.targets)  # reports wrong names now, not after training
         with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:
-            self._inputs = calibration_batches(trainer, ranks, self.batches, self.num_batches)
+            self._inputs = calibration_batches(trainer, ranks, model, self.batches, self.num_batches)
 
     @staticmethod
     def _check_adapters(trainer: Trainer) -> None:

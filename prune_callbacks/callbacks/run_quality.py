@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.anatomy.blocks import find_language_model
+from prune_callbacks.calibration.checks import check_window_length
 from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.measure.zero_shot import ZeroShot
 from prune_callbacks.memory import free_memory, model_bytes
@@ -37,10 +38,14 @@ class RunQuality:
     zero_shot: ZeroShot | None
     progress: bool
 
-    def check(self, trainer: Trainer) -> None:
-        """Raises ValueError without evaluation windows, or for tasks that cannot be measured in this fit."""
-        if getattr(trainer.datamodule, "evaluation_windows", None) is None:
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raises ValueError for windows that the model cannot take, or tasks that cannot be measured in this fit."""
+        windows = getattr(trainer.datamodule, "evaluation_windows", None)
+        if windows is None:
             raise ValueError("RunReport needs a data module with evaluation_windows, such as TokenDataModule")
+        further = getattr(trainer.datamodule, "further_evaluation", {})
+        for text in (windows, *(others for _, others in further.values())):
+            check_window_length(find_language_model(pl_module), text.shape[1], "the evaluation windows")
         if self.zero_shot is None:
             return
         if trainer.world_size > 1:

@@ -107,7 +107,7 @@ class RunReport(PruningCallback):
         self._finished = False
         self._warnings.start()
         self._find_pruning(trainer)
-        self._quality.check(trainer)
+        self._quality.check(trainer, pl_module)
         if resumed_checkpoint(trainer) is None:
             # Only rank 0 looks: other ranks could see files that rank 0 has just written.
             world(trainer).attempt(lambda: refuse_existing_run(self.dirpath) if trainer.is_global_zero else None)

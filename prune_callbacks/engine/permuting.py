@@ -13,10 +13,8 @@ from prune_callbacks.anatomy.blocks import find_blocks
 from prune_callbacks.anatomy.coupling import Coupled, find_coupled
 from prune_callbacks.anatomy.names import naming
 from prune_callbacks.anatomy.target import LayerTarget
-from prune_callbacks.calibration.capture import Batch, run_block, run_model
-from prune_callbacks.calibration.collect import collect
-from prune_callbacks.calibration.inputs import calibration_inputs, evaluating, next_inputs
-from prune_callbacks.calibration.prefetch import visited
+from prune_callbacks.calibration.batches import Batch, run_model
+from prune_callbacks.calibration.sources import calibration_source, evaluating
 from prune_callbacks.engine.plan import check_prunable, parsed_device, refuse_compiled
 from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.engine.sharing import share_weights
@@ -94,31 +92,29 @@ def permute_channels_(
     done: dict[str, Permuted] = {}
     batches = batches if isinstance(batches, Tensor) else list(batches)
     share_weights(model, ranks)
-    with (
-        evaluating(model),
-        layer_progress(len(coupled), progress and ranks.rank == 0) as (bar, task),
-        closing(visited(found, forced, ranks)) as visits,
-    ):
-        dense = [] if isinstance(batches, Tensor) else [_output_of(model, found[-1][1], b) for b in batches[:1]]
-        inputs = calibration_inputs(model, [block for _, block in found], batches, ranks)
-        for index, block_name, block, where in visits:
-            groups = [group for group in coupled if group.reader.startswith(f"{block_name}.")]
-            bar.update(task, description=f"permuting {block_name}")
-            readers = {group.reader: _target(model, group.reader) for group in groups}
-            before = [run_block(index, block, batch, where) for batch in inputs[:1]]
-            statistics = collect(Wanda(pattern).statistic, index, block, readers, inputs, where, ranks)
-            for group in groups:
-                if group.reader in statistics:
-                    done[group.reader] = _permute(model, group, statistics[group.reader], pattern, ranks)
-                else:
-                    warnings.warn(f"{group.reader} is not permuted: its forward was never called", stacklevel=2)
-                bar.advance(task)
-            with naming(block_name):
-                _check_unchanged(before, [run_block(index, block, batch, where) for batch in inputs[:1]])
-            if index < len(found) - 1:
-                next_inputs(index, block, inputs, where, ranks)
+    with evaluating(model), layer_progress(len(coupled), progress and ranks.rank == 0) as (bar, task):
+        source = calibration_source(model, [block for _, block in found], batches, ranks)
+        dense = [_output_of(model, found[-1][1], batch) for batch in batches[:1]]
+        with closing(source.visits(found, forced)) as visits:
+            for index, block_name, block, where in visits:
+                groups = [group for group in coupled if group.reader.startswith(f"{block_name}.")]
+                bar.update(task, description=f"permuting {block_name}")
+                readers = {group.reader: _target(model, group.reader) for group in groups}
+                before = source.output(index, block, where)
+                statistics = source.collect(Wanda(pattern).statistic, index, block, readers, where)
+                for group in groups:
+                    if group.reader in statistics:
+                        done[group.reader] = _permute(model, group, statistics[group.reader], pattern, ranks)
+                    else:
+                        warnings.warn(f"{group.reader} is not permuted: its forward was never called", stacklevel=2)
+                    bar.advance(task)
+                with naming(block_name):
+                    _check_unchanged(before, source.output(index, block, where))
+                if index < len(found) - 1:
+                    source.advance(index, block, where)
         # Blocks may be coupled with each other, which the checks of single blocks do not find.
-        _check_unchanged(dense, [_output_of(model, found[-1][1], batch) for batch in batches[: len(dense)]])
+        for batch, output in zip(batches, dense, strict=False):
+            _check_unchanged(output, _output_of(model, found[-1][1], batch))
     return done
 
 
@@ -135,16 +131,17 @@ def _output_of(model: nn.Module, block: nn.Module, batch: Batch) -> Tensor:
     return hidden
 
 
-def _check_unchanged(before: list[Tensor], after: list[Tensor]) -> None:
-    """Raises ValueError if an output differs from before by more than rounding."""
-    for old, new in zip(before, after, strict=True):
-        change = float((new - old).float().norm() / old.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
-        allowed = max(1e-3, 8 * torch.finfo(old.dtype).eps)
-        if not change <= allowed:
-            raise ValueError(
-                f"permuting changed the output, by {change:.1e} of its norm: some module depends on the order of "
-                "the channels. The model cannot be permuted; load it again"
-            )
+def _check_unchanged(old: Tensor | None, new: Tensor | None) -> None:
+    """Raises ValueError if an output differs from before by more than rounding; None: there is none on this rank."""
+    if old is None or new is None:
+        return
+    change = float((new - old).float().norm() / old.float().norm().clamp_min(torch.finfo(torch.float32).tiny))
+    allowed = max(1e-3, 8 * torch.finfo(old.dtype).eps)
+    if not change <= allowed:
+        raise ValueError(
+            f"permuting changed the output, by {change:.1e} of its norm: some module depends on the order of "
+            "the channels. The model cannot be permuted; load it again"
+        )
 
 
 def _width(model: nn.Module, group: Coupled) -> int:

@@ -14,10 +14,11 @@ from prune_callbacks.anatomy.blocks import find_blocks
 from prune_callbacks.anatomy.coupling import Coupled, coupled_targets
 from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
 from prune_callbacks.anatomy.names import naming
+from prune_callbacks.anatomy.products import other_matrices
 from prune_callbacks.anatomy.resized import planned_removal
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.anatomy.targets import find_targets
-from prune_callbacks.calibration.capture import Batch
+from prune_callbacks.calibration.batches import Batch
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import coupled, needs_calibration, rounds
 from prune_callbacks.ranks import ALONE, Ranks
@@ -151,15 +152,16 @@ def takes_experts(pruner: Pruner) -> bool:
 
 def stays_dense(blocks: Sequence[tuple[str, nn.Module]], chosen: Mapping[str, Target]) -> dict[str, str]:
     """
-    Returns the reason for every expert tensor and router that stays dense, by name, and warns of them.
+    Returns the reason for every expert tensor, router and other matrix that stays dense, by name, and warns of them.
 
     Raises:
         ValueError: experts are packed in integers.
     """
     fused, routers = dense_in_mixtures(blocks, chosen)
-    for text in describe_dense(fused, routers):
+    others = other_matrices(blocks)
+    for text in describe_dense(fused, routers, others):
         warnings.warn(text, stacklevel=4)
-    return fused | routers
+    return fused | routers | others
 
 
 def parsed_device(device: torch.device | str) -> torch.device:

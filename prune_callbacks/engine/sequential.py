@@ -9,10 +9,8 @@ from torch import nn
 
 from prune_callbacks.allocation.measuring import allocate
 from prune_callbacks.allocation.protocol import Allocation
-from prune_callbacks.calibration.capture import Batch, BlockInputs
-from prune_callbacks.calibration.collect import collect
-from prune_callbacks.calibration.inputs import calibration_inputs, evaluating, next_inputs
-from prune_callbacks.calibration.prefetch import visited
+from prune_callbacks.calibration.batches import Batch
+from prune_callbacks.calibration.sources import Chain, Source, calibration_source, evaluating
 from prune_callbacks.engine.plan import Plan, make_plan
 from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.engine.report import PruneReport, warn_of_missed_counts
@@ -42,12 +40,14 @@ def prune_sequentially(
     Prunes a causal language model in place, block by block.
 
     Equivalent to running the whole model again for every block, with all earlier blocks pruned, to collect the block's
-    inputs. Instead each block's inputs are computed once, from the outputs of the block before it.
+    inputs. Where the blocks form a chain, each block's inputs are computed once instead, from the outputs of the block
+    before it. Where they do not (see `capture_inputs`), the whole model does run again, and a warning says so.
 
     Args:
         model: a `transformers` causal LM, or any module with an `nn.ModuleList` of blocks.
-        batches: token ids (batch, tokens), or mappings with `input_ids` and maybe `attention_mask` (padding
-            does not count toward the statistics). May be None for a pruner that needs no calibration.
+        batches: token ids (batch, tokens), or mappings of arguments of the model's forward, such as `input_ids`,
+            `attention_mask` (padding does not count toward the statistics), `inputs_embeds` or `pixel_values`. Keys
+            that the forward does not accept are named in a warning. May be None for a pruner that needs no calibration.
         pruner: chooses the masks and the values of survivors.
         targets: patterns of layer names; None for every Linear, Conv1D and fused expert inside the blocks, except
             routers.
@@ -110,26 +110,26 @@ def _prune_blocks(
 ) -> int:
     """Prunes block after block on the outputs of the pruned blocks before it; returns the peak memory, in bytes."""
     reached = plan.blocks[: plan.last + 1]
-    with (
-        evaluating(model),
-        layer_progress(len(plan.targets), show) as (bar, task),
-        closing(visited(reached, plan.device, ranks)) as visits,
-    ):
-        inputs: list[BlockInputs] = []
+    with evaluating(model), layer_progress(len(plan.targets), show) as (bar, task):
+        source: Source = Chain([], ranks)  # of a pruner that needs no inputs
         if plan.observed and batches is not None:
             bar.update(task, description="embedding the calibration windows")
-            inputs = calibration_inputs(model, [block for _, block in plan.blocks], batches, ranks)
+            source = calibration_source(model, [block for _, block in plan.blocks], batches, ranks)
         if plan.allocation is not None:
             bar.update(task, description=f"{type(plan.allocation).__name__}: measuring the dense model")
-            run.pruners = allocate(plan.allocation, plan.pruner, reached, plan.targets, inputs, plan.device, ranks)
-        for index, block_name, block, where in visits:
-            here = plan.in_block(index)
-            bar.update(task, description=f"pruning {block_name}")
-            if here:
-                seen = plan.calibrated_in_block(index) if plan.calibrated else {}
-                statistics = collect(plan.pruner.statistic, index, block, seen, inputs, where, ranks) if seen else {}
-                run.prune(here, statistics, lambda count: bar.advance(task, count))
-                del statistics
-            if index < plan.last and plan.calibrated:
-                next_inputs(index, block, inputs, where, ranks)
+            run.pruners = allocate(plan.allocation, plan.pruner, reached, plan.targets, source, plan.device, ranks)
+        with closing(source.visits(reached, plan.device)) as visits:
+            for index, block_name, block, where in visits:
+                here = plan.in_block(index)
+                bar.update(task, description=f"pruning {block_name}")
+                if here:
+                    seen = plan.calibrated_in_block(index) if plan.calibrated else {}
+                    statistics = source.collect(plan.pruner.statistic, index, block, seen, where) if seen else {}
+                    if seen and not statistics and not source.calls(index):
+                        run.leave_dense(block_name, here, lambda count: bar.advance(task, count))
+                    else:
+                        run.prune(here, statistics, lambda count: bar.advance(task, count))
+                    del statistics
+                if index < plan.last and plan.calibrated:
+                    source.advance(index, block, where)
     return peak_memory(where)

@@ -75,6 +75,14 @@ class BlockPruning:
                 self.ranks.broadcast(targets[name].stored, owner)
         self._note(targets, {name: outcome for part in parts for name, outcome in part.items()})
 
+    def leave_dense(self, block: str, targets: Mapping[str, Target], advance: Callable[[int], None]) -> None:
+        """Records that no target of a block is pruned because the model never calls the block, and warns once."""
+        reason = "its forward was never called during calibration, so nothing is known about its inputs"
+        self.skipped |= {target.stored_name: f"{block}: {reason}" for target in targets.values()}
+        if self.ranks.rank == 0:
+            warnings.warn(f"{block} stays dense: {reason}", stacklevel=3)
+        advance(len(targets))
+
     def _without_few(self, targets: dict[str, Target], statistics: Statistics) -> Statistics:
         """
         Assigns Magnitude to experts that too few tokens reached, and warns with their names.

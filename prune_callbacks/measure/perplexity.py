@@ -8,6 +8,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from prune_callbacks.calibration.checks import check_window_length
 from prune_callbacks.ranks import ALONE, Ranks
 
 
@@ -67,10 +68,11 @@ def perplexity(
         ranks: processes that share the windows; each has the model, or its shard of it.
 
     Raises:
-        ValueError: there are no windows, or they have fewer than two tokens.
+        ValueError: there are no windows, they have fewer than two tokens, or more than the model has positions.
     """
     if windows.shape[0] == 0 or windows.shape[1] < 2:
         raise ValueError(f"perplexity needs windows of two or more tokens, got {tuple(windows.shape)}")
+    check_window_length(model, windows.shape[1], "the evaluation windows")
     device = next(model.parameters()).device
     metric = Perplexity(sync_on_compute=False).to(device)
     training = model.training

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prune_callbacks.calibration.capture import Batch
+from prune_callbacks.calibration.batches import Batch
 from prune_callbacks.storage.model_card import write_model_card
 from prune_callbacks.storage.run_record import RunRecord, Seconds, Zeros
 from prune_callbacks.streaming.files import copy_file, size_of, sizes, write_json

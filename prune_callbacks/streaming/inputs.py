@@ -4,13 +4,14 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prune_callbacks.calibration.capture import Batch, BlockInputs, capture_one_by_one, change_tensors, run_block
+from prune_callbacks.calibration.batches import Batch, change_tensors
+from prune_callbacks.calibration.capture import capture_one_by_one, run_block
+from prune_callbacks.calibration.stand_ins import BlockInputs, Call
 from prune_callbacks.streaming.files import remove_folder, whole, write_tensors
 from prune_callbacks.writing import PARTIAL, rename
 
@@ -26,12 +27,14 @@ class StoredInputs(BlockInputs):
         path: the safetensors file with the hidden states.
         calls: see `BlockInputs`.
         tokens: see `BlockInputs`.
+        place: see `BlockInputs`.
     """
 
-    def __init__(self, path: Path, calls: list[tuple[tuple[Any, ...], dict[str, Any]]], tokens: Tensor | None) -> None:
+    def __init__(self, path: Path, calls: list[Call | None], tokens: Tensor | None, place: int | str) -> None:
         self.path = path
         self.calls = calls
         self.tokens = tokens
+        self.place = place
 
     @property
     def hidden(self) -> Tensor:  # type: ignore[override]
@@ -68,7 +71,8 @@ def store_inputs(
         for number, batch in enumerate(capture_one_by_one(model, blocks, batches)):
             if partial is not None:
                 write_tensors(partial / _name(number), {HIDDEN: whole(batch.hidden)})
-            stored.append(StoredInputs(folder / _name(number), _once(batch.calls, shared), batch.tokens))
+            calls = _once(batch.calls, shared)
+            stored.append(StoredInputs(folder / _name(number), calls, batch.tokens, batch.place))
     return stored
 
 
@@ -99,7 +103,7 @@ def _name(number: int) -> str:
     return f"{number:05d}.safetensors"
 
 
-def _once(calls: list[tuple[tuple[Any, ...], dict[str, Any]]], shared: dict[bytes, Tensor]) -> list[Any]:
+def _once(calls: list[Call | None], shared: dict[bytes, Tensor]) -> list[Call | None]:
     """Returns the arguments of the blocks, with equal tensors replaced by the one that is in `shared`."""
     known: dict[int, Tensor] = {}
 

@@ -106,6 +106,14 @@ class Journal:
         write_json(self.target / REPORT, self.report)
         remove_folder(self.work)
 
+    def discard(self) -> None:
+        """Removes the working files of a pruning without a finished block, and the target if it holds nothing else."""
+        assert not self.records
+        remove_folder(self.work)
+        remove_folder(self.model)
+        with suppress(OSError):
+            self.target.rmdir()
+
     def hidden(self, index: int) -> Path:
         """Returns the folder of the hidden states that enter a block."""
         return self.work / f"hidden_{index:05d}"

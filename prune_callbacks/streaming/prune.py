@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune_callbacks.calibration.capture import Batch
+from prune_callbacks.calibration.batches import Batch, named_inputs
 from prune_callbacks.engine.plan import make_plan
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import coupled, needs_calibration
@@ -120,7 +120,7 @@ def _given_batches(pruner: Pruner, batches: Iterable[Batch] | None) -> list[Batc
         return []
     if batches is None:
         raise ValueError(f"{type(pruner).__name__} needs calibration batches, got None")
-    given = list(batches)
+    given = [named_inputs(batch) for batch in batches]
     if not given:
         raise ValueError("there is no calibration batch; give at least one batch of token ids")
     return given

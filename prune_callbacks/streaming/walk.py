@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.anatomy.targets import parameters_of
-from prune_callbacks.calibration.capture import Batch, check_batch
+from prune_callbacks.calibration.batches import Batch
+from prune_callbacks.calibration.chain import needing_a_chain
+from prune_callbacks.calibration.checks import check_batches
 from prune_callbacks.calibration.collect import collect
 from prune_callbacks.calibration.prefetch import Ahead, loading_ahead
 from prune_callbacks.engine.plan import Plan
@@ -66,8 +68,7 @@ class BlockWalk:
         self.blocks = plan.blocks
         refuse_shared(model, self.blocks)
         self.shards = Shards(model, [name for name, _ in self.blocks], find_places(model, checkpoint))
-        for batch in batches:
-            check_batch(model, batch)
+        check_batches(model, batches)
         self.few_tokens = False
 
     def run(self, journal: Journal, progress: bool, heard: RecordedWarnings) -> None:
@@ -113,10 +114,20 @@ class BlockWalk:
         self._load(0)
         blocks = [block for _, block in self.blocks]
         with nullcontext() if table is None else self._rows_only(embedding, outside[table]):
-            inputs = store_inputs(self.model, blocks, self.batches, journal.hidden(index))
+            inputs = self._stored(blocks, journal, index)
         self._unload(0)
         drop(self.model, outside)
         return inputs
+
+    def _stored(self, blocks: Sequence[nn.Module], journal: Journal, index: int) -> list[StoredInputs]:
+        """Captures and stores the inputs of the blocks; removes a target only begun if they are no chain."""
+        try:
+            with needing_a_chain("prune_checkpoint", self.model):
+                return store_inputs(self.model, blocks, self.batches, journal.hidden(index))
+        except ValueError:
+            if index == 0:
+                journal.discard()
+            raise
 
     def _is(self, name: str, embedding: nn.Module) -> bool:
         owner, _, last = name.rpartition(".")

@@ -13,16 +13,11 @@ from torch import Tensor, nn
 
 from prune_callbacks.anatomy.names import naming
 from prune_callbacks.anatomy.target import Target
-from prune_callbacks.calibration.capture import (
-    Batch,
-    BlockInputs,
-    capture_inputs,
-    forwards_replaced,
-    run_block,
-    to_device,
-)
-from prune_callbacks.calibration.collect import collect
-from prune_callbacks.calibration.inputs import evaluating, next_inputs
+from prune_callbacks.calibration.batches import Batch, named_inputs
+from prune_callbacks.calibration.capture import block_output, capture_inputs, forwards_replaced, hidden_of, run_block
+from prune_callbacks.calibration.chain import chain_inputs, needing_a_chain
+from prune_callbacks.calibration.sources import Chain, evaluating
+from prune_callbacks.calibration.stand_ins import BlockInputs, dress_like
 from prune_callbacks.engine.plan import make_plan
 from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.measure.perplexity import perplexity
@@ -134,17 +129,18 @@ def sensitivity(
     results: dict[str, Any] = {"setting": described, "cells": {}} if path is None else open_results(path, described)
     modules = [block for _, block in plan.blocks]
     with evaluating(model), layer_progress(len(plan.targets), progress) as (bar, task):
+        with needing_a_chain("sensitivity", model):
+            inputs = chain_inputs(model, modules, [named_inputs(batch) for batch in batches])
+            shown = capture_inputs(model, modules, windows.split(batch_size))
         if "dense" not in results:
             results["dense"] = perplexity(model, windows, batch_size=batch_size, progress=False)
-        inputs = capture_inputs(model, modules, batches)
-        shown = capture_inputs(model, modules, windows.split(batch_size))
         for index, (block_name, block) in enumerate(plan.blocks):
             layers = plan.in_block(index)
             units = {block_name: layers} if unit == "block" and layers else _units(layers)
             left = {name: members for name, members in units.items() if not _complete(results["cells"].get(name, {}))}
             bar.update(task, description=f"sensitivity of {block_name}", advance=len(layers) if not left else 0)
             where = next(block.parameters()).device
-            statistics = collect(Gram, index, block, layers, inputs, where) if left else {}
+            statistics = Chain(inputs, ALONE).collect(Gram, index, block, layers, where) if left else {}
             outputs = [run_block(index, block, batch, where) for batch in inputs] if left else []
             for name, members in left.items():
                 with _pruned(members, statistics, pruner, min_expert_tokens) as proxy:
@@ -156,7 +152,7 @@ def sensitivity(
                     write_json(path, results)
                 bar.advance(task, len(members))
             for batches_here in (inputs, shown) if index < len(modules) - 1 else ():
-                next_inputs(index, block, batches_here, where, ALONE)
+                Chain(batches_here, ALONE).advance(index, block, where)
     cells = {name: cell for name, cell in results["cells"].items() if _complete(cell)}
     columns = ({name: cell[key] for name, cell in cells.items()} for key in MEASURED)
     return Sensitivity(unit, results["dense"], *columns)
@@ -226,16 +222,16 @@ def _relative_loss(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
 @contextmanager
 def _entering(blocks: Sequence[nn.Module], index: int, batches: Sequence[BlockInputs]) -> Iterator[None]:
     """Temporarily feeds the hidden states in `batches` to block `index`; the blocks before it do not run."""
-    first = batches[0]
-    args, kwargs = to_device(first.calls[0], first.hidden.device)
-    as_tuple = isinstance(blocks[0](first.hidden, *args, **kwargs), tuple)  # in transformers 4
+    place = batches[0].place
+    output = block_output(0, blocks[0], batches[0], batches[0].hidden.device)
+    returned = dress_like(output, hidden_of(output))
     stored = iter(batches)
 
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden,) if as_tuple else hidden
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return returned(args[place] if isinstance(place, int) else kwargs[place])
 
     def last(*args: Any, **kwargs: Any) -> Any:
-        return forward(next(stored).hidden)
+        return returned(next(stored).hidden)
 
     with forwards_replaced(blocks[:index], [*[forward] * (index - 1), last][:index]):
         yield

@@ -1,0 +1,147 @@
+"""Passes a calibration batch to a model's forward: all that the forward accepts, and nothing else."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Batch = Tensor | Mapping[str, Any]
+
+TARGETS = ("labels", "decoder_labels")
+"""Keys that a loss needs and the layers do not."""
+
+
+def named_inputs(batch: Any) -> Batch:
+    """
+    Returns a batch as a tensor or a mapping: the only element of a tuple or list; a named tuple by its names.
+
+    Raises:
+        ValueError: the batch is a tuple or list of several values, which have no names, or something else.
+    """
+    if isinstance(batch, tuple) and hasattr(batch, "_asdict"):
+        batch = batch._asdict()
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        batch = batch[0]
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Mapping):  # transformers' BatchEncoding is a Mapping, but no dict
+        return dict(batch)
+    if isinstance(batch, tuple | list):
+        found = ", ".join(type(value).__name__ for value in batch)
+        raise ValueError(
+            f"a calibration batch is a {type(batch).__name__} of {len(batch)} values ({found}), which have no names: "
+            "one may be the attention mask, without which padding would count as text. Give mappings, such as "
+            '{"input_ids": ..., "attention_mask": ...}, from the data set or as batches='
+        )
+    raise ValueError(
+        "a calibration batch must be token ids, or a mapping with the arguments of the model's forward, such as "
+        f"input_ids; got {type(batch).__name__}"
+    )
+
+
+def accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """
+    Returns what a model's forward gets of a batch, by argument name, still on its device.
+
+    Token ids alone are `input_ids`. Of a mapping, everything that the forward names is passed. Labels are left out
+    unless the model makes its inputs from them (a sequence-to-sequence model does), or its forward demands them.
+    """
+    if not isinstance(batch, Mapping):
+        return {"input_ids": batch}
+    parameters = _parameters(model)
+    known = _known(model)
+    config = getattr(model, "config", None)
+    shifts = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in batch
+    wanted = {
+        key for key in TARGETS if shifts or (key in parameters and parameters[key].default is inspect.Parameter.empty)
+    }
+    return {
+        key: value
+        for key, value in batch.items()
+        if (known is None or key in known) and (key not in TARGETS or key in wanted)
+    }
+
+
+def dropped_keys(model: nn.Module, batches: Iterable[Batch]) -> list[str]:
+    """Returns the keys in the batches that the model's forward does not accept, except labels."""
+    known = _known(model)
+    if known is None:
+        return []
+    keys = {key: None for batch in batches if isinstance(batch, Mapping) for key in batch}
+    return [key for key in keys if key not in known and key not in TARGETS]
+
+
+def warn_of_dropped_keys(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Names once what the model does not get of the batches."""
+    dropped = dropped_keys(model, batches)
+    if dropped:
+        warnings.warn(
+            f"the calibration batches hold {', '.join(map(repr, dropped))}, which the forward of "
+            f"{type(model).__name__} does not accept: left out",
+            stacklevel=3,
+        )
+
+
+def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Returns whether a forward can be called with an argument of that name."""
+    parameters = _parameters(model)
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _known(model: nn.Module) -> set[str] | None:
+    """Returns the arguments that a forward names; None if it takes any."""
+    known: set[str] = set()
+    for name, parameter in _parameters(model).items():
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            known.add(name)
+        elif not isinstance(model, PreTrainedModel):
+            return None
+        else:  # transformers annotates what else its models take, such as the lengths of packed sequences
+            for described in get_args(parameter.annotation):
+                known |= set(getattr(described, "__annotations__", {}))
+    return known
+
+
+@torch.no_grad()
+def run_model(model: nn.Module, batch: Batch) -> None:
+    """Runs a whole forward pass on a batch, on the device of the model's parameters, for the hooks to observe."""
+    device = next(model.parameters()).device
+    if not isinstance(model, PreTrainedModel) and isinstance(batch, Tensor):
+        model(batch.to(device))
+        return
+    inputs = to_device(accepted_inputs(model, batch), device)
+    if isinstance(model, PreTrainedModel) and _takes(model, "use_cache"):
+        inputs["use_cache"] = False
+    model(**inputs)
+
+
+def real_tokens(batch: Batch) -> Tensor | None:
+    """Returns the attention mask as bools, (batch, tokens); None if all tokens are real."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return None if mask is None or mask.ndim != 2 or bool(mask.all()) else mask.bool()
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Returns `value` with every tensor in its tuples, lists and dicts moved to `device`."""
+    return change_tensors(value, lambda tensor: tensor.to(device))
+
+
+def change_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Returns `value` with `change` applied to every tensor in its tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(change_tensors(item, change) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(change_tensors(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: change_tensors(item, change) for key, item in value.items()}
+    return value

@@ -1,0 +1,130 @@
+"""Checks calibration batches and windows against a model, before anything runs."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prune_callbacks.calibration.batches import TARGETS, Batch, accepted_inputs
+
+
+def check_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Raises ValueError for one tensor, or for a batch that a model of transformers cannot take."""
+    if isinstance(batches, Tensor):
+        raise ValueError(f"batches must be several batches, got one tensor of shape {tuple(batches.shape)}; split it")
+    if isinstance(model, PreTrainedModel):
+        for batch in batches:
+            check_batch(model, batch)
+
+
+def check_batch(model: PreTrainedModel, batch: Batch) -> None:
+    """
+    Raises ValueError for a batch that a model of transformers cannot take.
+
+    That is a batch without any input of the model, token ids of a wrong kind or outside of its embeddings, or windows
+    longer than its table of positions.
+    """
+    inputs = accepted_inputs(model, batch)
+    main = model.main_input_name
+    ids = inputs.get("input_ids")
+    embedded = inputs.get("inputs_embeds")
+    first = next((inputs[key] for key in ("input_ids", "inputs_embeds", main) if key in inputs), None)
+    if "input_ids" in inputs or main == "input_ids":
+        wrong = not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point()
+        if wrong and not (ids is None and _is_embedded(embedded)):
+            keys = sorted(batch) if isinstance(batch, Mapping) else []
+            found = keys if ids is None else f"{type(ids).__name__} {tuple(getattr(ids, 'shape', ()))}"
+            raise ValueError(
+                "a calibration batch must hold input_ids, integers of shape (batch, tokens), or inputs_embeds, "
+                f"(batch, tokens, hidden); got {found}"
+            )
+    if first is None:
+        raise ValueError(
+            f"a calibration batch must hold {main}, the input of {type(model).__name__}; got "
+            f"{sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__}"
+        )
+    _refuse_padded_pairs(model, inputs)
+    for key in ("input_ids", "inputs_embeds", "decoder_input_ids"):
+        if isinstance(inputs.get(key), Tensor) and inputs[key].ndim > 1:
+            check_window_length(model, inputs[key].shape[1], "the calibration windows")
+    for key in ("input_ids", "decoder_input_ids"):
+        if isinstance(inputs.get(key), Tensor) and inputs[key].ndim == 2:
+            _check_ids(model, inputs[key])
+
+
+def _refuse_padded_pairs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Raises ValueError for padding in a batch of a sequence-to-sequence model, whose two sequences have two masks."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return
+    masks = [inputs[key] != 0 for key in ("attention_mask", "decoder_attention_mask") if key in inputs]
+    masks += [inputs[key] != -100 for key in TARGETS if isinstance(inputs.get(key), Tensor)]
+    if not all(bool(mask.all()) for mask in masks):
+        raise ValueError(
+            f"a calibration batch of {type(model).__name__} has padding, and of a sequence-to-sequence model it cannot "
+            "be told to which layers it belongs. Give windows without padding, in attention_mask and labels"
+        )
+
+
+def _is_embedded(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
+
+
+def _check_ids(model: PreTrainedModel, ids: Tensor) -> None:
+    """Raises ValueError for token ids outside of the model's embeddings, if these are known."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # a custom model whose embeddings transformers cannot find
+        return
+    if not isinstance(embedding, nn.Embedding) or not ids.numel():
+        return
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0 or highest >= embedding.num_embeddings:
+        raise ValueError(
+            f"the calibration batches have token ids from {lowest} to {highest}, and {type(model).__name__} has "
+            f"embeddings for 0 to {embedding.num_embeddings - 1}: they were made by the tokenizer of another model"
+        )
+
+
+def check_window_length(model: nn.Module, tokens: int, what: str) -> None:
+    """
+    Raises ValueError if windows are longer than a model's table of positions.
+
+    Rotary and relative positions have no table: such models take longer windows than the configuration names.
+
+    Args:
+        model: the model that the windows are for.
+        tokens: the length of a window.
+        what: names the windows in the error.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    positions = getattr(text, "max_position_embeddings", None)
+    if not isinstance(positions, int) or tokens <= positions or not _has_table(model, positions):
+        return
+    raise ValueError(
+        f"{what} have {tokens} tokens, and {type(model).__name__} has a table of {positions} positions "
+        f"(max_position_embeddings): cut the text into windows of at most {positions} tokens (seq_len)"
+    )
+
+
+MARGIN = 2
+"""Rows that a table of positions may have in front of the first: OPT and RoBERTa count from 2."""
+
+
+def _has_table(model: nn.Module, positions: int) -> bool:
+    """Returns whether a model looks its positions up in a table, by an embedding or a tensor of that length."""
+    try:
+        words = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    except NotImplementedError:
+        words = None
+    lengths = range(positions, positions + MARGIN + 1)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not words and module.num_embeddings in lengths:
+            return True
+        tables = [
+            value for value in (*module.buffers(recurse=False), *vars(module).values()) if isinstance(value, Tensor)
+        ]
+        if any(t.ndim > 1 and t.shape[0] in lengths and t.is_floating_point() for t in tables):
+            return True
+    return False

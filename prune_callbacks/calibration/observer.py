@@ -1,0 +1,114 @@
+"""Adds what enters the layers of a block to statistics, pass by pass."""
+
+import warnings
+from collections.abc import Callable, Sequence, Set
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+
+from prune_callbacks.solvers import Gram, InputNorm
+
+Pass = tuple[Tensor | None, Callable[[], object]]
+"""A forward pass on one batch: the mask of its real tokens, (batch, tokens) or None, and the function that runs it."""
+
+
+class _AllSeenError(Exception):
+    """Ends a pass when all layers have been observed."""
+
+
+class SometimesSharedError(Exception):
+    """A layer shares its input with another one in one call, and not in another."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class Observer:
+    """
+    Adds the inputs of a block's layers to statistics, one batch after another.
+
+    Attributes:
+        statistics: the statistic of every leader: the first of the layers with the same input tensor.
+        leaders: the leader of every layer observed so far.
+        tokens: True for the real tokens of the running batch, (batch, tokens); None: all are real.
+    """
+
+    def __init__(self, make: Callable[[int], Gram | InputNorm], names: list[str], alone: Set[str]) -> None:
+        self.statistics: dict[str, Gram | InputNorm] = {}
+        self.leaders: dict[str, str] = {}
+        self.tokens: Tensor | None = None
+        self._make = make
+        self._names = names
+        self._alone = alone
+        self._seen: dict[int, tuple[Tensor, str]] = {}
+        self._calls: list[tuple[str, torch.Size]] = []
+        # The calls of a complete pass, if later passes may end at the last of them.
+        self._whole: list[tuple[str, torch.Size]] | None = None
+        self._untold: set[str] = set()
+
+    def run(self, block: nn.Module, passes: Sequence[Pass], where: torch.device) -> bool:
+        """
+        Makes all passes: the first completely, others until the last layer is observed.
+
+        Returns:
+            whether the block was called in any of them.
+        """
+        called: list[bool] = []
+        hook = block.register_forward_pre_hook(lambda *_: called.append(True))
+        try:
+            for number, (tokens, run) in enumerate(passes):
+                self._seen.clear()
+                self._calls.clear()
+                self.tokens = None if tokens is None else tokens.to(where)
+                with suppress(_AllSeenError):
+                    run()
+                if number == 0 and sorted(name for name, _ in self._calls) == self._names:  # experts are never called
+                    self._whole = self._calls.copy()
+        finally:
+            hook.remove()
+        self._seen.clear()
+        return bool(called or self.leaders)
+
+    def observe(self, name: str, x: Tensor) -> None:
+        """Records a call of layer `name` with `x`."""
+        # The tensor is kept alive during one pass, so that its id stays unique.
+        leader = name if name in self._alone else self._seen.setdefault(id(x), (x, name))[1]
+        if self.leaders.setdefault(name, leader) != leader:
+            raise SometimesSharedError(name)
+        if leader == name:
+            self.count_real(name, x)
+        self._calls.append((name, x.shape))
+        if self._calls == self._whole:
+            raise _AllSeenError
+
+    def count_real(self, name: str, x: Tensor) -> None:
+        """Adds the inputs of real tokens; if they cannot be identified, warns once and adds all inputs."""
+        real = x if self.tokens is None else _real(x, self.tokens)
+        if real is None and name not in self._untold:
+            self._untold.add(name)
+            warnings.warn(
+                f"{name} gets inputs of shape {tuple(x.shape)}, in which padding cannot be identified: all count. "
+                "Give calibration windows without padding",
+                stacklevel=3,
+            )
+        self.count(name, x if real is None else real)
+
+    def count(self, name: str, x: Tensor) -> None:
+        """Adds all inputs `x`, (..., in)."""
+        self.leaders[name] = name
+        if name not in self.statistics:
+            self.statistics[name] = self._make(x.shape[-1])
+        self.statistics[name].update(x)
+
+
+def _real(x: Tensor, tokens: Tensor) -> Tensor | None:
+    """Returns the inputs of real tokens, given the mask (batch, tokens); None if the shapes do not identify them."""
+    if x.shape[:2] == tokens.shape:
+        return x[tokens]
+    if x.ndim == 2 and len(x) == tokens.numel():  # OPT's MLP sees flat tokens
+        return x[tokens.flatten()]
+    if x.ndim == 4 and (len(x), x.shape[2]) == tokens.shape:  # (batch, heads, tokens, in): DeepSeek's kv_b_proj
+        return x.transpose(1, 2)[tokens]
+    return None

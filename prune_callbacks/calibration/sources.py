@@ -1,0 +1,199 @@
+"""Sources of a block's inputs: a chain of blocks, or the whole model, which runs again for every block."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_callbacks.anatomy.target import Target
+from prune_callbacks.calibration.batches import Batch, named_inputs
+from prune_callbacks.calibration.capture import run_block
+from prune_callbacks.calibration.chain import chain_inputs, hidden_states, order_of_execution
+from prune_callbacks.calibration.checks import check_batches
+from prune_callbacks.calibration.collect import collect, collect_by_running
+from prune_callbacks.calibration.prefetch import Visit, visited
+from prune_callbacks.calibration.stand_ins import BlockInputs, NotAChainError
+from prune_callbacks.ranks import Ranks
+from prune_callbacks.solvers import Gram, InputNorm
+
+Statistics = dict[str, Gram | InputNorm]
+Make = Callable[[int, torch.device], Gram | InputNorm | None]
+
+
+class Source(ABC):
+    """
+    The inputs of every block, over the calibration batches of all ranks.
+
+    The blocks are visited in the order of their execution, and a block is pruned before the next one is visited.
+    """
+
+    @abstractmethod
+    def visits(self, blocks: Sequence[tuple[str, nn.Module]], device: torch.device | None) -> Generator[Visit]:
+        """Yields the blocks in order, each on the device that it runs on; see `visited`."""
+
+    @abstractmethod
+    def collect(
+        self, statistic: Make, index: int, block: nn.Module, targets: Mapping[str, Target], where: torch.device
+    ) -> Statistics:
+        """Streams the inputs of a block's targets into statistics; see `collect` in collect.py."""
+
+    @abstractmethod
+    def calls(self, index: int) -> bool:
+        """Returns whether the model calls a block in any batch; ask after `collect`."""
+
+    @abstractmethod
+    def advance(self, index: int, block: nn.Module, where: torch.device) -> None:
+        """Moves on from a block, once it is pruned, to the inputs of the next."""
+
+    @abstractmethod
+    def output(self, index: int, block: nn.Module, where: torch.device) -> Tensor | None:
+        """Returns the output of a block for the first batch of this rank; None if it has no batches."""
+
+    @abstractmethod
+    def copy(self) -> "Source":
+        """Returns a source that stands at the same block and moves on by itself."""
+
+
+class Chain(Source):
+    """
+    The hidden states of every batch, which one block after another computes.
+
+    Args:
+        inputs: the inputs of the first block.
+        ranks: the processes, each with its own inputs.
+    """
+
+    def __init__(self, inputs: list[BlockInputs], ranks: Ranks) -> None:
+        self.inputs = inputs
+        self.ranks = ranks
+
+    def visits(self, blocks: Sequence[tuple[str, nn.Module]], device: torch.device | None) -> Generator[Visit]:
+        return visited(blocks, device, self.ranks)
+
+    def collect(
+        self, statistic: Make, index: int, block: nn.Module, targets: Mapping[str, Target], where: torch.device
+    ) -> Statistics:
+        return collect(statistic, index, block, targets, self.inputs, where, self.ranks)
+
+    def calls(self, index: int) -> bool:
+        return any(self.ranks.gather(any(batch.calls[index] is not None for batch in self.inputs)))
+
+    def advance(self, index: int, block: nn.Module, where: torch.device) -> None:
+        def run() -> None:
+            for batch in self.inputs:
+                batch.hidden = run_block(index, block, batch, where)
+
+        self.ranks.attempt(run)
+
+    def output(self, index: int, block: nn.Module, where: torch.device) -> Tensor | None:
+        return run_block(index, block, self.inputs[0], where) if self.inputs else None
+
+    def copy(self) -> "Chain":
+        return Chain([replace(batch) for batch in self.inputs], self.ranks)
+
+
+class Rerun(Source):
+    """
+    Forward passes of the whole model, pruned so far, for every block; right for any order of blocks.
+
+    Args:
+        model: the model.
+        order: the indices of the blocks, in the order of their execution.
+        batches: the batches of this rank.
+        ranks: the processes, each with its own batches.
+    """
+
+    def __init__(self, model: nn.Module, order: Sequence[int], batches: Sequence[Batch], ranks: Ranks) -> None:
+        self.model = model
+        self.order = order
+        self.batches = batches
+        self.ranks = ranks
+        self._called: set[int] = set()
+
+    def visits(self, blocks: Sequence[tuple[str, nn.Module]], device: torch.device | None) -> Generator[Visit]:
+        home = next(self.model.parameters()).device
+        where = device or home
+        try:
+            self.ranks.attempt(lambda: self.model.to(where))
+            for index in self.order:
+                if index < len(blocks):
+                    yield index, *blocks[index], where
+        finally:
+            self.model.to(home)
+
+    def collect(
+        self, statistic: Make, index: int, block: nn.Module, targets: Mapping[str, Target], where: torch.device
+    ) -> Statistics:
+        hook = block.register_forward_pre_hook(lambda *_: self._called.add(index))
+        try:
+            return collect_by_running(statistic, self.model, block, targets, self.batches, where, self.ranks)
+        finally:
+            hook.remove()
+
+    def calls(self, index: int) -> bool:
+        return any(self.ranks.gather(index in self._called))
+
+    def advance(self, index: int, block: nn.Module, where: torch.device) -> None:
+        """Does nothing: the next pass runs the pruned block."""
+
+    def output(self, index: int, block: nn.Module, where: torch.device) -> Tensor | None:
+        return hidden_states(self.model, {index: block}, self.batches[0]).get(index) if self.batches else None
+
+    def copy(self) -> "Rerun":
+        return self
+
+
+def calibration_source(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Batch], ranks: Ranks) -> Source:
+    """
+    Returns the source of the blocks' inputs: a chain, or with a warning the whole model if its blocks are none.
+
+    A rank may have no batches if another has some. A collective of the ranks.
+
+    Raises:
+        ValueError: there is no batch, or one does not fit the model; on every rank, if it is so on one.
+    """
+    mine: Any = batches if isinstance(batches, Tensor) else [named_inputs(batch) for batch in batches]
+    idle = len(mine) == 0 and not all(ranks.gather(len(mine) == 0))
+
+    def captured() -> tuple[list[BlockInputs], str | None]:
+        try:
+            return ([] if idle else chain_inputs(model, blocks, mine)), None
+        except NotAChainError as error:
+            return [], str(error)
+
+    inputs, problem = ranks.attempt(captured)
+    problem = next((found for found in ranks.gather(problem) if found is not None), None)
+    if problem is None:
+        return Chain(inputs, ranks)
+    if ranks.rank == 0:
+        warnings.warn(
+            f"{type(model).__name__}: {problem}. So the whole model runs again for every block, which is slower",
+            stacklevel=4,
+        )
+    ranks.attempt(lambda: check_batches(model, mine))
+    order = ranks.attempt(lambda: [] if idle else order_of_execution(model, blocks, mine[0]))
+    return Rerun(model, next(filter(None, ranks.gather(order))), mine, ranks)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """
+    Puts the model into evaluation mode; restores the mode of every module on exit.
+
+    Turns off torch's fused path of `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`, which calls no layer.
+    """
+    training = {module: module.training for module in model.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, was in training.items():
+            module.training = was
