@@ -52,6 +52,13 @@ def test_local_files_give_the_text_of_the_hubs_rows(root, monkeypatch):
     assert texts("ptb") == ["no it was n't black <unk> but N years ago"]
     assert texts("ptb", "train") == texts("ptb", "calibration") == ["a sentence"]
     assert texts("c4", "calibration") == ["document 0", "document 1", "document 2"]
+    crlf = root / "wikitext2-raw/wiki.test.raw"
+    before = texts("wikitext2")
+    crlf.write_bytes(b"\xef\xbb\xbf" + crlf.read_bytes().replace(b"\n", b"\r\n"))
+    assert texts("wikitext2") == before
+    crlf.write_bytes(b"a\n\xe9\n")
+    with pytest.raises(ValueError, match=r"wiki\.test\.raw is no text in UTF-8: line 2 has the byte 0xe9"):
+        texts("wikitext2")
     assert texts("c4") == [" ".join(f"valid {i}" for i in range(1100))]
     assert texts("lambada") == [f"passage {i}" for i in range(20)]
     with pytest.raises(ValueError, match="lambada has test passages only.*was given for calibration"):
@@ -112,7 +119,10 @@ def test_a_run_measures_every_text(tmp_path, tiny, tokenizer, root):
     Trainer(accelerator="cpu", max_epochs=1, callbacks=[report, one_shot, MaskEnforcer()], **quiet).fit(
         module, datamodule=data
     )
-    corpora = json.loads((tmp_path / "run/report.json").read_text())["corpora"]
+    written = json.loads((tmp_path / "run/report.json").read_text())
+    assert written["text"] == {"bos": False, "calibration_rows": "separate"}
+    assert "bos: no, calibration rows: separate" in (tmp_path / "run/report.html").read_text()
+    corpora = written["corpora"]
     assert list(corpora) == ["lambada", "again.txt", "c4"]
     pruned = type(tiny).from_pretrained(tmp_path / "pruned/model")
     for name, found in corpora.items():

@@ -59,6 +59,12 @@ def test_experts_that_were_left_to_magnitude_are_named(make):
     assert "expert tokens model.layers.0.mlp.experts.down_proj.7 31" in text
 
 
+def test_how_windows_were_made_is_told_in_one_line(make):
+    assert "windows of text" not in words(html(make()))
+    text = words(html(make("told", text={"bos": True, "calibration_rows": "joined"})))
+    assert "windows of text bos: yes, calibration rows: joined" in text
+
+
 def test_the_page_refers_to_nothing_outside(make):
     page = html(make()) + render("compare.html", title="none", groups=[])
     references = re.findall(r'(?:src|href|action|data|srcset)\s*=\s*"([^"]*)"', page)

@@ -34,9 +34,10 @@ def random_windows(
         ValueError: the documents hold fewer than `count` windows.
     """
     generator = torch.Generator().manual_seed(seed)
-    first, further = [], []
+    first, further, lengths = [], [], []
     for index in torch.randperm(len(documents), generator=generator).tolist():
         ids = torch.tensor(encode(documents[index]), dtype=torch.long)
+        lengths.append(len(ids))
         if len(ids) < length:
             continue
         start = int(torch.randint(len(ids) % length + 1, (), generator=generator))
@@ -48,12 +49,37 @@ def random_windows(
     order = torch.randperm(len(further), generator=generator).tolist()
     chosen = first + [further[i] for i in order[: count - len(first)]]
     if len(chosen) < count:
-        longest = len(encode(max(documents, key=len)))
+        joined = (sum(lengths) + (len(lengths) - 1) * len(encode("\n\n"))) // length
+        rows = f", or join the rows: with join_rows=True they fill about {joined}" if joined > len(chosen) else ""
         raise ValueError(
             f"asked for {count} calibration windows of {length} tokens; the corpus ({len(documents)} documents, the "
-            f"longest of {longest} tokens) holds {len(chosen)}. Ask for fewer or shorter windows, or give more text"
+            f"longest of {max(lengths, default=0)} tokens) holds {len(chosen)}. Ask for fewer or shorter windows, or "
+            f"give more text{rows}"
         )
     return torch.stack(chosen)
+
+
+def joined_windows(
+    documents: Sequence[str], encode: Encode, count: int, length: int, seed: int = 0
+) -> Int[Tensor, "count length"]:
+    """
+    Draws `count` windows from documents that are too short to fill one each.
+
+    Equivalent to `contiguous_windows` of the documents in a random order: they are joined with blank lines, and the
+    windows do not overlap.
+
+    Args:
+        documents: texts.
+        encode: tokenizes one text, without special tokens.
+        count: the number of windows.
+        length: tokens per window.
+        seed: seed of the order.
+
+    Raises:
+        ValueError: the documents together do not fill `count` windows.
+    """
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    return contiguous_windows([documents[index] for index in order], encode, length, limit=count)
 
 
 def contiguous_windows(

@@ -82,6 +82,7 @@ class RunQuality:
             record.perplexity = replace(record.perplexity, dataset=title, seq_len=windows.shape[1])
             setattr(record.perplexity, stage, finite(value))
             _say(stage, value, windows)
+            record.text = dict(getattr(data, "text_setting", {}))
             corpora = record.corpora
             for name, (further, others) in getattr(data, "further_evaluation", {}).items():
                 same = torch.equal(others, windows)

@@ -40,10 +40,10 @@ class RunReport(PruningCallback):
     after pruning), and the recovered model when the fit ends.
 
     Perplexity is measured on the data module's `evaluation_windows`, (windows, tokens) of token ids, and reported
-    under its `evaluation_title`. Texts in its `further_evaluation`, if any, are reported by name. With `IterativePrune`
-    "dense" is the model before the first change and "pruned" the model right after the last change (and its rewinding);
-    `rounds` has the trained model before every change. `zero_shot` adds the accuracy of the dense, the pruned and the
-    recovered model on tasks, in fits of one process.
+    under its `evaluation_title`, with its `text_setting` if it has one. Texts in its `further_evaluation`, if any, are
+    reported by name. With `IterativePrune` "dense" is the model before the first change and "pruned" the model right
+    after the last change (and its rewinding); `rounds` has the trained model before every change. `zero_shot` adds the
+    accuracy of the dense, the pruned and the recovered model on tasks, in fits of one process.
 
     `report.json` is written after every stage and round. The page and the picture are drawn at the end of the fit, and
     at most every 30 seconds during training; `prune_callbacks.reporting.page.write_page` draws the page again.

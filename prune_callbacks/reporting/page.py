@@ -56,6 +56,7 @@ def render_page(run: Run) -> str:
         title=f"{record.recipe or 'Run'}: {record.model or 'a model'}",
         verdict=verdict(record),
         stages=stage_names(record),
+        text=", ".join(f"{name.replace('_', ' ')}: {_word(value)}" for name, value in record.text.items()) or None,
         violations=sum(record.violations.values()) if record.violations is not None else None,
         sparsity_map=heat_map(record.sparsity.layers, "zeros", percent=True) if record.sparsity.layers else None,
         loss_map=heat_map(losses, "relative squared error", percent=False) if losses else None,
@@ -155,6 +156,10 @@ def verdict(record: Record) -> list[str]:
     else:
         sentences.append(f"Training after pruning took back {percent(share, 0)} of what pruning cost in perplexity.")
     return sentences
+
+
+def _word(value: Any) -> str:
+    return str(value) if not isinstance(value, bool) else "yes" if value else "no"
 
 
 def _before(record: Record) -> str:

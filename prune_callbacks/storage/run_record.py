@@ -100,6 +100,8 @@ class RunRecord:
         files: the bytes of the files that were streamed.
         setting: the settings of a streamed pruning.
         checkpoint: the checkpoint that was consolidated.
+        text: how text became windows; of `TokenDataModule`: `bos`, whether every window begins with BOS, and
+            `calibration_rows`, "joined" or "separate".
     """
 
     schema: int = SCHEMA
@@ -134,6 +136,7 @@ class RunRecord:
     files: dict[str, int] | None = None
     setting: dict[str, Any] | None = None
     checkpoint: str | None = None
+    text: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the record as plain values."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.blocks import find_blocks
 from prune_callbacks.measure.perplexity import Perplexity
+from prune_callbacks.tasks.batches import model_inputs, predicted, taken
 from prune_callbacks.tasks.objectives import LanguageModeling, Objective
 
 
@@ -21,9 +23,13 @@ class CausalLM(LightningModule):
     """
     A LightningModule that trains a language model on text, or on text and a teacher, and validates by perplexity.
 
-    Batches are token ids (batch, tokens), or mappings with `input_ids` and optionally `attention_mask` (padding is not
-    predicted) and `labels` (-100 is ignored). Logs `train_loss`, its terms as `train_loss_NAME` if there are several,
-    `val_loss` and `val_perplexity`.
+    Batches are token ids (batch, tokens), or mappings or named tuples with `input_ids` or `inputs_embeds` and
+    optionally `attention_mask` (padding is not predicted) and `labels` (-100 is ignored). Other keys that the model's
+    forward pass takes are passed on; the rest are left out, with a warning. A batch in which nothing is predicted
+    counts nothing: its losses and gradients are zero.
+
+    Logs `train_loss`, its terms as `train_loss_NAME` if there are several, `val_loss`, which is the mean over all
+    predicted tokens, and `val_perplexity`.
 
     Args:
         model: e.g. `AutoModelForCausalLM.from_pretrained(...)`. The same object becomes `self.model`.
@@ -59,6 +65,7 @@ class CausalLM(LightningModule):
         self._scheduler = scheduler
         self._scheduler_steps = scheduler_steps
         self.val_perplexity = Perplexity()
+        self._left_out: set[str] = set()
 
     def configure_model(self) -> None:
         """Shards the parameters under `ModelParallelStrategy` (FSDP2), with one group per decoder block."""
@@ -75,7 +82,7 @@ class CausalLM(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Returns and logs the loss of the objective."""
-        terms = self.objective(self.model, _with_labels(batch))
+        terms = self.objective(self.model, self._inputs(batch))
         loss = torch.stack(list(terms.values())).sum()
         self.log("train_loss", loss, prog_bar=True)
         if len(terms) > 1:
@@ -84,12 +91,26 @@ class CausalLM(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Adds the batch to the perplexity, and logs it and the loss."""
-        inputs = _with_labels(batch)
-        labels = inputs["labels"]
+        inputs = self._inputs(batch)
         output = self.model(**inputs, use_cache=False)
-        self.val_perplexity.update(output.logits, labels)
-        self.log("val_loss", output.loss, batch_size=len(labels))
+        self.val_perplexity.update(output.logits, inputs["labels"])
+        count = int(predicted(inputs).sum())
+        if count:
+            self.log("val_loss", output.loss, batch_size=count)
         self.log("val_perplexity", self.val_perplexity, prog_bar=True)
+
+    def _inputs(self, batch: Any) -> dict[str, Any]:
+        """Returns the arguments of the model in a batch; warns, once per name, of what the model does not take."""
+        inputs = model_inputs(batch)
+        known = taken(self.model, inputs) | {"labels": inputs["labels"]}
+        unknown = [str(name) for name in inputs if name not in known]
+        if not self._left_out.issuperset(unknown):
+            self._left_out.update(unknown)
+            rank_zero_warn(
+                f"batches have {', '.join(unknown)}, which the forward pass of {type(self.model).__name__} does not "
+                "take: left out"
+            )
+        return known
 
     def configure_optimizers(self) -> Any:
         """Returns one optimizer over all trainable parameters, with the scheduler if one is given."""
@@ -99,14 +120,3 @@ class CausalLM(LightningModule):
         steps = self._scheduler_steps or int(self.trainer.estimated_stepping_batches)
         scheduler = self._scheduler(optimizer, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def _with_labels(batch: Any) -> dict[str, Tensor]:
-    if isinstance(batch, tuple | list):  # as a TensorDataset yields
-        batch = batch[0]
-    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-    if "labels" not in inputs:
-        labels = inputs["input_ids"]
-        padding = inputs.get("attention_mask")
-        inputs["labels"] = labels if padding is None else labels.masked_fill(padding == 0, -100)
-    return inputs

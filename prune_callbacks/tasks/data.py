@@ -1,6 +1,6 @@
 """TokenDataModule: windows of tokens for training, calibration and evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from prune_callbacks.calibration.windows import contiguous_windows, random_windows
+from prune_callbacks.calibration.windows import contiguous_windows, joined_windows, random_windows
 from prune_callbacks.tasks.corpora import SHARES, Corpus, Part, TextFile
 from prune_callbacks.tasks.loader import ResumableLoader, Shuffled, Windows
 from prune_callbacks.tasks.named_corpora import corpus
+from prune_callbacks.tasks.rows import as_text
+from prune_callbacks.tasks.tokens import begins_with_bos, encode, name_of
 
 
 class TokenDataModule(LightningDataModule):
@@ -22,7 +24,11 @@ class TokenDataModule(LightningDataModule):
     A data module that cuts corpora into windows of `seq_len` tokens; batches are `{"input_ids": (batch, seq_len)}`.
 
     Training and evaluation windows are contiguous; evaluation windows keep the order of the text. Calibration windows
-    are drawn at random. Both follow the protocols of the pruning papers. No special tokens are added.
+    are drawn at random. Both follow the protocols of the pruning papers.
+
+    No special token is added but BOS, where the tokenizer begins a text with it (Gemma, Llama): models that were
+    trained so are far worse without. Every window, for training, calibration and evaluation, is then BOS and
+    `seq_len - 1` tokens of text. Chats are written by the tokenizer's chat template, with its special tokens.
 
     With several ranks, `batch_size` is the batch size of each rank, and the ranks share the windows. Some windows are
     used twice if their number is not a multiple of the number of ranks.
@@ -45,16 +51,23 @@ class TokenDataModule(LightningDataModule):
         calibration_batch_size: windows per calibration and evaluation batch.
         evaluation_windows: number of windows from the start of every evaluation corpus; None for all.
         seed: seed that draws the calibration windows and shuffles the training windows.
+        bos: whether windows begin with BOS; None: if the tokenizer begins a text with it.
+        join_rows: whether documents are joined with blank lines, in a random order, to cut calibration windows; None:
+            if there are several and none fills a window.
 
     Attributes:
         evaluation_windows: token ids (windows, seq_len) of the evaluation corpus, after `setup`; `train_windows` and
             `calibration_windows` likewise.
-        evaluation_title: title of the evaluation corpus.
+        evaluation_title: title of the evaluation corpus; it says so if windows begin with BOS.
         further_evaluation: title and windows of every corpus in `evaluate`, by its name or the name of its file, after
             `setup`.
+        bos: whether windows begin with BOS.
+        text_setting: how text became windows, for reports: `bos`, and after `setup` `calibration_rows`, "joined" or
+            "separate".
 
     Raises:
-        ValueError: a corpus is unknown, its file is missing, or two corpora in `evaluate` have the same name.
+        ValueError: a corpus is unknown, its file is missing, two corpora in `evaluate` have the same name, or `bos` is
+            True and the tokenizer has no BOS.
     """
 
     def __init__(
@@ -73,6 +86,8 @@ class TokenDataModule(LightningDataModule):
         calibration_batch_size: int = 4,
         evaluation_windows: int | None = None,
         seed: int = 0,
+        bos: bool | None = None,
+        join_rows: bool | None = None,
     ) -> None:
         super().__init__()
         if seq_len < 2 or calibration_windows < 1:
@@ -81,12 +96,17 @@ class TokenDataModule(LightningDataModule):
                 f"got {seq_len} and {calibration_windows}"
             )
         self.tokenizer = tokenizer
+        self.bos = begins_with_bos(tokenizer) if bos is None else bos
+        if self.bos and getattr(tokenizer, "bos_token_id", None) is None:
+            raise ValueError(f"bos=True, and the tokenizer of {name_of(tokenizer)} has no BOS token: leave bos out")
+        self.join_rows = join_rows
+        self.text_setting: dict[str, Any] = {"bos": self.bos}
         parts: tuple[tuple[Part, Corpus | str], ...]
         parts = (("train", train), ("calibration", calibration), ("evaluation", evaluation))
         self.corpora: dict[str, Corpus] = {
             part: corpus(given, part, root) if isinstance(given, str) else given for part, given in parts
         }
-        self.evaluation_title = self.corpora["evaluation"].title
+        self.evaluation_title = self._evaluation_title(self.corpora["evaluation"])
         evaluate = [evaluate] if isinstance(evaluate, str) else evaluate
         self._further = {Path(name).name: corpus(name, "evaluation", root) for name in evaluate}
         if len(self._further) < len(evaluate):
@@ -113,26 +133,29 @@ class TokenDataModule(LightningDataModule):
 
     @property
     def setting(self) -> dict[str, str | int | None]:
-        """Returns the settings, besides the tokenizer, that determine the calibration and evaluation windows."""
+        """
+        Returns the settings, besides the tokenizer, that determine the calibration and evaluation windows.
+
+        What has no effect is left out, so that files from before there was such a setting still fit.
+        """
         parts: tuple[Part, ...] = ("calibration", "evaluation")
         texts: dict[str, str] = {part: self.corpora[part].title for part in parts}
         texts |= {f"{part}_source": repr(self.corpora[part]) for part in parts}
+        if self.join_rows:
+            texts["calibration_source"] += ", rows joined"
         counts = {f"{part}_windows": self._limits[part] for part in parts}
-        return texts | counts | {"seq_len": self.seq_len, "seed": self.seed}
+        first = {"bos": True} if self.bos else {}
+        return texts | counts | {"seq_len": self.seq_len, "seed": self.seed} | first
 
     def setup(self, stage: str) -> None:
         """Reads and tokenizes the corpora once; raises ValueError, naming the corpus, if its text is too short."""
         if self.train_windows is None:
-            self.train_windows = self._contiguous("train")
-            self.evaluation_windows = self._contiguous("evaluation")
+            self.train_windows = self._contiguous("train", self.corpora["train"])
+            self.evaluation_windows = self._contiguous("evaluation", self.corpora["evaluation"])
             for name, further in self._further.items():
-                cut = self._cut("evaluation", further, contiguous_windows, self.seq_len, self._limits["evaluation"])
-                self.further_evaluation[name] = further.title, cut
-            count = self._limits["calibration"]
-            assert count is not None
-            self.calibration_windows = self._cut(
-                "calibration", self.corpora["calibration"], random_windows, count, self.seq_len, self.seed
-            )
+                cut = self._contiguous("evaluation", further)
+                self.further_evaluation[name] = self._evaluation_title(further), cut
+            self.calibration_windows = self._drawn(self.corpora["calibration"])
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns a loader of shuffled training windows, which resumes after the batches of a loaded checkpoint."""
@@ -173,25 +196,47 @@ class TokenDataModule(LightningDataModule):
         # Without its own generator, a loader draws a number from the global one, which dropout uses too.
         return DataLoader(Windows(windows), self.calibration_batch_size, generator=torch.Generator())
 
-    def _contiguous(self, part: str) -> Tensor:
-        return self._cut(part, self.corpora[part], contiguous_windows, self.seq_len, self._limits[part])
+    def _evaluation_title(self, source: Corpus) -> str:
+        # Part of the title, because perplexities with and without BOS cannot be compared.
+        return f"{source.title}, BOS first" if self.bos else source.title
 
-    def _cut(self, part: str, source: Corpus, cut: Any, *args: Any) -> Tensor:
-        documents = [text for text in source.documents() if text.strip()]
-        if not documents:
-            raise ValueError(f"the {part} corpus, {source.title}, holds no text")
+    def _contiguous(self, part: str, source: Corpus) -> Tensor:
+        limit = self._limits[part]
+        return self._cut(part, source, lambda texts, length: contiguous_windows(texts, self._encode, length, limit))
+
+    def _drawn(self, source: Corpus) -> Tensor:
+        """Returns the calibration windows, and notes whether rows were joined for them."""
+        count = self._limits["calibration"]
+        assert count is not None
+
+        def draw(texts: Sequence[str], length: int) -> Tensor:
+            join = self.join_rows
+            if join is None:
+                join = len(texts) > 1 and not any(len(self._encode(text)) >= length for text in texts)
+            self.text_setting["calibration_rows"] = "joined" if join else "separate"
+            return (joined_windows if join else random_windows)(texts, self._encode, count, length, self.seed)
+
+        return self._cut("calibration", source, draw)
+
+    def _cut(self, part: str, source: Corpus, cut: Callable[[Sequence[str], int], Tensor]) -> Tensor:
+        """Returns windows of a corpus, which `cut` makes of its texts and a number of tokens."""
+        named = f"the {part} corpus, {source.title}"
+        texts = [self._text(document, f"{named}: document {n}") for n, document in enumerate(source.documents(), 1)]
+        texts = [text for text in texts if text.strip()]
+        if not texts:
+            raise ValueError(f"{named}, holds no text")
         try:
-            windows: Tensor = cut(documents, self._encode, *args)
+            windows = cut(texts, self.seq_len - self.bos)
         except ValueError as error:
-            raise ValueError(f"the {part} corpus, {source.title}: {error}") from error
-        return windows
+            raise ValueError(f"{named}: {error}" + (" (BOS is one more token of each)" if self.bos else "")) from error
+        if not self.bos:
+            return windows
+        return torch.cat([windows.new_full((len(windows), 1), self.tokenizer.bos_token_id), windows], dim=1)
+
+    def _text(self, document: Any, place: str) -> str:
+        text = as_text(document, self.tokenizer, place)
+        # Chat templates write BOS too, and a second one at the beginning of a window is as bad as none.
+        return text.removeprefix(str(self.tokenizer.bos_token)) if self.bos else text
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if not ids and text.strip():
-            raise ValueError(
-                f"the tokenizer of {self.tokenizer.name_or_path or type(self.tokenizer).__name__} makes no token of "
-                "text: its files are missing or do not fit. Name another folder "
-                "(model.tokenizer.pretrained_model_name_or_path= on the command line)"
-            )
-        return ids
+        return encode(self.tokenizer, text)

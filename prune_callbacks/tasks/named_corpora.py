@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prune_callbacks.tasks.corpora import Corpus, HubText, Part, PythonDocs, TextFile
+from prune_callbacks.tasks.corpora import Corpus, HubText, Part, PythonDocs, TextFile, read_lines
 
 NAMES = ("wikitext2", "ptb", "c4", "lambada", "python_docs")
 C4_ROWS = 1100
@@ -118,7 +118,7 @@ class Lines:
     keep_ends: bool
 
     def documents(self) -> list[str]:
-        """Returns one document."""
-        with Path(self.path).open(encoding="utf-8", newline="\n") as file:
-            rows = [(line if line.strip() else "") if self.keep_ends else line.strip() for line in file]
+        """Returns one document; raises ValueError if the file is in no UTF-8."""
+        lines = [line.replace("\r\n", "\n") for line in read_lines(Path(self.path), newline="\n")]
+        rows = [(line if line.strip() else "") if self.keep_ends else line.strip() for line in lines]
         return [self.join.join(rows)]

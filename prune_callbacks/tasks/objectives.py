@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prune_callbacks.tasks.batches import predicted, taken
+
 Losses = dict[str, Tensor]
 
 
@@ -20,10 +22,12 @@ class Objective(Protocol):
         """
         Returns the weighted terms of the loss by name, as scalars; training minimises their sum.
 
+        Where nothing is predicted, all terms are zero, and part of the graph, so that gradients are zeros too.
+
         Args:
             model: the model that is trained.
-            inputs: keyword arguments of the model: `input_ids`, optionally `attention_mask`, and `labels` (-100 is
-                ignored), each (batch, tokens).
+            inputs: keyword arguments of the model: `input_ids` (or `inputs_embeds`, with a further dimension),
+                optionally `attention_mask`, and `labels` (-100 is ignored), each (batch, tokens).
         """
 
 
@@ -34,7 +38,8 @@ class LanguageModeling:
         """Does nothing: every causal LM is supported."""
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
-        return {"task": model(**inputs, use_cache=False).loss}
+        output = model(**inputs, use_cache=False)
+        return {"task": output.loss} if predicted(inputs).any() else _nothing(output, "task")
 
 
 class _Teacher:
@@ -69,9 +74,17 @@ class _Teacher:
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any], **kwargs: Any) -> Any:
-        device = inputs["input_ids"].device
+        device = inputs["labels"].device
         self.model.to(device)
-        given = {key: value for key, value in inputs.items() if key != "labels"}
+        given = taken(self.model, {key: value for key, value in inputs.items() if key != "labels"})
+        if "inputs_embeds" in given:
+            width = given["inputs_embeds"].shape[-1]
+            if width != (own := self.model.config.get_text_config(decoder=True).hidden_size):
+                raise ValueError(
+                    f"a batch has inputs_embeds of width {width}, and the teacher's are {own} wide; give input_ids, or "
+                    "use a teacher of the model's width"
+                )
+            given["inputs_embeds"] = given["inputs_embeds"].to(self.model.dtype)
         with torch.autocast(device.type, enabled=False):  # use the dtype of the teacher, not the precision of training
             return self.model(**given, use_cache=False, **kwargs)
 
@@ -117,9 +130,11 @@ class LogitsDistillation:
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
         output = model(**inputs, use_cache=False)
-        predicted = inputs["labels"][:, 1:] != -100
-        student = output.logits[:, :-1][predicted].float() / self.temperature
-        teacher = self.teacher(inputs).logits[:, :-1][predicted].float() / self.temperature
+        tokens = predicted(inputs)
+        if not tokens.any():
+            return _nothing(output, "task", "logits")
+        student = output.logits[:, :-1][tokens].float() / self.temperature
+        teacher = self.teacher(inputs).logits[:, :-1][tokens].float() / self.temperature
         divergence = nn.functional.kl_div(
             student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True
         ) / len(student)
@@ -134,8 +149,9 @@ class SquareHead:
     A loss with the teacher's hidden states as targets, layer by layer (Kurtic et al. 2023), added to that of the text.
 
     Computes `task_weight * CE + weight * sum over layers of sum (s - t)^2 / sum t^2`. The inner sums run over features
-    and real tokens of the batch. The hidden states `t` of the teacher and `s` of the model are the outputs of the
-    decoder layers; that of the last one is taken after the final norm, as transformers reports it.
+    and the real tokens of rows in which something is predicted. The hidden states `t` of the teacher and `s` of the
+    model are the outputs of the decoder layers; that of the last one is taken after the final norm, as transformers
+    reports it.
 
     Args:
         teacher: the dense model, of the same vocabulary, depth and width; frozen here, kept out of checkpoints, moved
@@ -167,14 +183,28 @@ class SquareHead:
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
         output = model(**inputs, use_cache=False, output_hidden_states=True)
+        rows = predicted(inputs).any(dim=1, keepdim=True)
+        if not rows.any():
+            return _nothing(output, "task", "features")
         targets = self.teacher(inputs, output_hidden_states=True).hidden_states
-        mask = inputs.get("attention_mask")
-        real = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+        mask = inputs.get("attention_mask", rows)
+        if mask.ndim != 2:
+            raise ValueError(
+                f"SquareHead compares real tokens, which an attention_mask {tuple(mask.shape)} does not name; accepted "
+                "is (batch, tokens)"
+            )
+        real = (rows & mask.bool()).expand_as(inputs["labels"])
         features = output.loss.new_zeros(())
         for student, teacher in zip(output.hidden_states[1:], targets[1:], strict=True):
             target = teacher[real].float()
             features = features + (student[real].float() - target).square().sum() / target.square().sum()
         return {"task": self.task_weight * output.loss, "features": self.weight * features}
+
+
+def _nothing(output: Any, *names: str) -> Losses:
+    """Returns terms of zero that depend on all parameters, because DDP waits for the gradient of each."""
+    zero = (output.logits[:, :1].float() * 0).sum()
+    return dict.fromkeys(names, zero)
 
 
 def _check_weights(name: str, weight: float, task_weight: float) -> None:
