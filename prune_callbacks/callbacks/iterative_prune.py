@@ -94,9 +94,8 @@ class IterativePrune(PrunesInRounds):
         self._input_first: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if not Lineup(trainer).begins_fit(self, stage):
             return
-        Lineup(trainer).check(self)
         self._begin()
         blocks = find_blocks(model_in_setup("IterativePrune", pl_module, self.blocks), self.blocks)
         layers = self._layers(pl_module)
@@ -219,7 +218,7 @@ class IterativePrune(PrunesInRounds):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # All processes share one checkpoint, and each has its own random state.
-        state = checkpoint["callbacks"][self.state_key]
+        state = checkpoint["callbacks"].get(self.state_key)
         if state:
             state["random_states"] = world(trainer).gather(random_state(trainer.strategy.root_device))
 

@@ -1,25 +1,51 @@
 """
 The callbacks of a trainer, by kind: finds them, and checks their combination, their order and the strategy.
 
-`order.RULES` is the table of rules, and `Lineup.check` is the only check of it. No other module reads
+`order.RULES` is the table of rules, and `Lineup.begins_fit` is the only check of it. No other module reads
 `trainer.callbacks`.
 """
 
 import copy
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.kinds import HoldsMasks, PrunesInRounds, PrunesOnce, PruningCallback
-from prune_callbacks.callbacks.order import RULES
+from prune_callbacks.callbacks.order import AVERAGES, RULES
+from prune_callbacks.callbacks.trial import keeping_weights
 from prune_callbacks.engine.report import PruneReport
 from prune_callbacks.parallel.access import ParamAccess
 from prune_callbacks.parallel.strategies import check_strategy, param_access
 from prune_callbacks.sparsity import MaskSet
 
 Kind = TypeVar("Kind", bound=Callback)
+
+
+class AfterAll(Callback):
+    """
+    Stands after all callbacks of a fit, and does what has to come last.
+
+    Attributes:
+        actions: called when the fit has ended, after every other callback, the last one first.
+        on_checkpoint: called with every checkpoint before it is written, after every other callback.
+    """
+
+    def __init__(self) -> None:
+        self.actions: list[Callable[[], None]] = []
+        self.on_checkpoint: Callable[[dict[str, Any]], None] = lambda checkpoint: None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.on_checkpoint(checkpoint)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        Lineup(trainer).remove(self)
+        for action in reversed(self.actions):
+            action()
 
 
 class Lineup:
@@ -29,16 +55,44 @@ class Lineup:
         self._trainer = trainer
         self._callbacks: list[Callback] = trainer.callbacks
 
-    def check(self, callback: PruningCallback) -> None:
+    def begins_fit(self, callback: PruningCallback, stage: str) -> bool:
         """
-        Checks the strategy and the other callbacks for one callback, when a fit begins.
+        Returns whether a fit begins that a callback takes part in, and checks the strategy and the other callbacks.
+
+        A callback takes no part in the search of a `Tuner`. In another trial run (`fast_dev_run`, `overfit_batches`)
+        it does, and afterwards the module gets back the weights that it has now.
 
         Raises:
             ValueError: the strategy does not support the callback, or one of its rules (`order.RULES`) is broken.
         """
+        if stage != "fit" or self._searches():
+            return False
         check_strategy(self._trainer.strategy, type(callback).__name__, whole_weights=callback.needs_whole_weights)
         for other in self.all(PruningCallback):
             self._check_rules(other)
+        why = self.trial()
+        if why is not None and self.first(PruningCallback) is callback:
+            self.after_all().actions = [keeping_weights(self._trainer, self._trainer.lightning_module, why)]
+        return True
+
+    def trial(self) -> str | None:
+        """Returns what makes this fit a trial run, which changes and measures nothing for good; None if it is none."""
+        if self._searches():
+            return "Tuner"
+        if self._trainer.fast_dev_run:
+            return "fast_dev_run"
+        return "overfit_batches" if self._trainer.overfit_batches else None
+
+    def _searches(self) -> bool:
+        """Returns whether a `Tuner` runs this fit, which ends when the search ends, before any training."""
+        finders = [*self.all(LearningRateFinder), *self.all(BatchSizeFinder)]
+        return any(finder._early_exit for finder in finders)
+
+    def after_all(self) -> "AfterAll":
+        """Returns the callback that comes after all others until the fit ends; adds it if there is none."""
+        if not self.has(AfterAll):
+            self._callbacks.append(AfterAll())
+        return self.all(AfterAll)[0]
 
     def _check_rules(self, callback: PruningCallback) -> None:
         for rule in RULES:
@@ -53,6 +107,31 @@ class Lineup:
     def all(self, kind: type[Kind]) -> list[Kind]:
         """Returns the callbacks of a kind, in order."""
         return [callback for callback in self._callbacks if isinstance(callback, kind)]
+
+    def remove(self, callback: Callback) -> None:
+        """Removes a callback."""
+        self._callbacks.remove(callback)
+
+    def others(self) -> list[str]:
+        """Returns the class names of callbacks that are neither this package's nor Lightning's, besides averages."""
+        ours = ("prune_callbacks.", "lightning.pytorch.")
+        return [
+            type(callback).__name__
+            for callback in self._callbacks
+            if not type(callback).__module__.startswith(ours) or _is(callback, AVERAGES)
+        ]
+
+    def averages(self) -> Iterator[nn.Module]:
+        """Yields the models in which callbacks, or the module itself, keep averages of its weights."""
+        for callback in self._callbacks:
+            for value in vars(callback).values():
+                if isinstance(value, AveragedModel):
+                    yield value.module
+                elif isinstance(value, nn.Module) and _is(callback, AVERAGES):
+                    yield value
+        for module in self._trainer.lightning_module.modules():
+            if isinstance(module, AveragedModel):
+                yield module.module
 
     def first(self, kind: type[Kind]) -> Kind | None:
         """Returns the first callback of a kind, or None."""

@@ -80,11 +80,10 @@ class LoRARecovery(FinishesWeights):
         self._unfinished = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if not Lineup(trainer).begins_fit(self, stage):
             return
         from prune_callbacks.adapters import add_lora
 
-        Lineup(trainer).check(self)
         model = find_language_model(pl_module)
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"LoRARecovery adapts models of transformers, got {type(model).__name__}")
@@ -119,7 +118,7 @@ class LoRARecovery(FinishesWeights):
             self.peft_model = None
         elif self.dirpath is None:
             rank_zero_warn("LoRARecovery(masked=False) without dirpath: the adapter is in the model only, not saved")
-        elif trainer.is_global_zero:
+        elif trainer.is_global_zero and Lineup(trainer).trial() is None:
             base = Path(self.dirpath) / "model"
             if base.exists():
                 self.peft_model.peft_config["default"].base_model_name_or_path = str(base)

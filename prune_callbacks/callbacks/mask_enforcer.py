@@ -1,10 +1,12 @@
 """MaskEnforcer: keeps pruned weights exactly zero while a model is trained."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -15,7 +17,7 @@ from prune_callbacks.callbacks.lightning_internals import logs_now
 from prune_callbacks.callbacks.lineup import Lineup, access_to
 from prune_callbacks.callbacks.lost_process import LostProcessWatch
 from prune_callbacks.parallel.access import ParamAccess, parameter_places
-from prune_callbacks.parallel.strategies import masks_of_zeros, stepping_optimizers
+from prune_callbacks.parallel.strategies import masks_of_zeros, sharded, stepping_optimizers
 from prune_callbacks.sparsity import MaskSet
 
 
@@ -31,17 +33,26 @@ class MaskEnforcer(HoldsMasks):
     The masks are those of `IterativePrune` or `OneShotPrune` in the same trainer, else `masks`, else the zeros of the
     model's linear layers, routers and experts. The checkpoint contains the masks, and a resumed fit starts with them.
 
+    Averages of the weights that Lightning's `WeightAveraging` (EMA) and `StochasticWeightAveraging` keep, or torch's
+    `AveragedModel` in a callback or in the module, get the masks too. When the fit has ended, after every other
+    callback, the zeros of the module are counted once more.
+
     Args:
         masks: a `MaskSet`, or the path of a file that `MaskSet.save` wrote.
+        blocks: name of the list of decoder blocks, where it cannot be found; used only to look for zeros.
 
     Attributes:
         masks: the `MaskSet` in force, once training has started.
         weights: the access to the masked parameters, once training has started; other callbacks use it too.
         given: the argument `masks`; once a fit has begun, a path is replaced by the masks in the file.
+
+    Raises:
+        ValueError: when the fit has ended: a pruned weight is not zero, although it was after the last optimizer step.
     """
 
-    def __init__(self, masks: MaskSet | str | Path | None = None) -> None:
+    def __init__(self, masks: MaskSet | str | Path | None = None, *, blocks: str | None = None) -> None:
         self.given = masks
+        self.blocks = blocks
         self.masks: MaskSet | None = None
         self._restored: MaskSet | None = None
         self.weights: ParamAccess | None = None
@@ -49,10 +60,9 @@ class MaskEnforcer(HoldsMasks):
         self._watch: LostProcessWatch | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if not Lineup(trainer).begins_fit(self, stage):
             return
         self._release()  # Lightning calls no teardown after a fit that failed
-        Lineup(trainer).check(self)
         if isinstance(self.given, str | Path):
             self.given = MaskSet.load(self.given)
         if self.given is not None:
@@ -66,12 +76,71 @@ class MaskEnforcer(HoldsMasks):
         self.hold(self._find_masks(trainer, pl_module) if decided is None else decided, trainer)
         self._hooks = [o.register_step_post_hook(self._after_step) for o in stepping_optimizers(trainer)]
         self._watch = LostProcessWatch(trainer)
+        self._come_last(trainer, pl_module)
+
+    def _come_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Arranges the last check of the module and of every checkpoint, after all other callbacks."""
+        if sharded(trainer.strategy):
+            return  # no process has whole weights; `on_train_end` checks
+        last = Lineup(trainer).after_all()
+        last.actions.append(lambda: self._check_handed_back(trainer, pl_module))
+        last.on_checkpoint = lambda checkpoint: self._mask_checkpoint(trainer, checkpoint)
+
+    def _mask_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Zeroes pruned weights in a checkpoint where a callback put other weights than the module's; warns of it."""
+        assert self.masks is not None
+        for key in ("state_dict", "current_model_state"):
+            state = checkpoint.get(key, {})
+            with suppress(ValueError):  # other weights under other names
+                wrong = self.masks.violations(state)
+                for name, tensor in self.masks.matching(state).items() if wrong else ():
+                    place = next(place for place, value in state.items() if value is tensor)
+                    state[place] = tensor.masked_fill(~self.masks[name].to(tensor.device), 0)
+                if wrong:
+                    rank_zero_warn(
+                        f"MaskEnforcer: a checkpoint had {sum(wrong.values())} pruned weights that are not zero, first "
+                        f"in {next(iter(wrong))}; they are zero in the file. {self._writers(trainer)}"
+                    )
+
+    def _check_handed_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raises ValueError if a pruned weight of the module is not zero when the fit has ended."""
+        masks = self.masks
+        assert masks is not None
+        plain = {n: p for n, p in pl_module.named_parameters() if type(p.data) in (Tensor, nn.Parameter)}
+        try:
+            # Weights converted for a kernel are no plain tensors; their zeros are part of the format.
+            here = [name for name, place in parameter_places(masks, pl_module).items() if place in plain]
+            wrong = MaskSet.join(MaskSet({name: masks[name]}) for name in here).violations(plain)
+        except ValueError as error:
+            rank_zero_warn(f"MaskEnforcer could not count the zeros when the fit had ended: {error}")
+            return
+        if wrong:
+            layers = ", ".join(f"{name} ({count})" for name, count in list(wrong.items())[:3])
+            raise ValueError(
+                f"MaskEnforcer: {sum(wrong.values())} pruned weights are not zero in the module that the fit hands "
+                f"back, in {len(wrong)} layers, first {layers}. {self._writers(trainer)}"
+            )
+
+    @staticmethod
+    def _writers(trainer: Trainer) -> str:
+        """Returns a sentence on who may have written weights behind the enforcer."""
+        others = Lineup(trainer).others()
+        named = f"one of the callbacks {', '.join(others)}, or " if others else ""
+        return f"Written after an optimizer step by {named}a hook of the module"
 
     def hold(self, masks: MaskSet, trainer: Trainer) -> None:
-        """Sets the masks in force in a running fit: zeroes pruned weights and their optimizer moments."""
+        """Sets the masks in force in a running fit: zeroes pruned weights, their moments and their averages."""
         self.masks = masks
         self.weights = access_to(trainer, masks)
         self.weights.project()
+        self._project_averages(trainer)
+
+    def _project_averages(self, trainer: Trainer) -> None:
+        """Zeroes pruned weights in the averages that callbacks keep; what is averaged after that is zero there."""
+        assert self.masks is not None
+        for average in Lineup(trainer).averages():
+            with suppress(ValueError):  # an average of another part of the module
+                self.masks.apply_(average.named_parameters())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         assert self.weights is not None
@@ -95,6 +164,17 @@ class MaskEnforcer(HoldsMasks):
         assert self.masks is not None
         violations = sum(self.weights.violations().values())
         pl_module.log_dict({"sparsity": self.masks.sparsity(), "violations": float(violations)}, sync_dist=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._project_averages(trainer)
+        if sharded(trainer.strategy):
+            assert self.weights is not None
+            wrong = self.weights.violations()
+            if wrong:
+                raise ValueError(
+                    f"MaskEnforcer: {sum(wrong.values())} pruned weights are not zero when training ends, in "
+                    f"{len(wrong)} layers, first {next(iter(wrong))}. {self._writers(trainer)}"
+                )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._watch is not None:
@@ -130,7 +210,7 @@ class MaskEnforcer(HoldsMasks):
         if self.given is not None:
             assert isinstance(self.given, MaskSet)
             return self.given
-        blocks = find_blocks(find_language_model(pl_module))
+        blocks = find_blocks(find_language_model(pl_module), self.blocks)
         layers = find_targets(blocks, experts=True)
         zeros = masks_of_zeros(trainer, matrices(blocks), find_language_model(pl_module))
         # Routers and experts of an unknown kind stay dense by default, but may have been pruned elsewhere.

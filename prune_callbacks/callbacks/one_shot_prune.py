@@ -91,9 +91,8 @@ class OneShotPrune(PrunesOnce):
         self._restored = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if not Lineup(trainer).begins_fit(self, stage):
             return
-        Lineup(trainer).check(self)
         self.report, self._restored = None, False
         if resumed_checkpoint(trainer) is not None:
             return  # the checkpoint has weights and masks; on_train_start checks that
@@ -111,10 +110,11 @@ class OneShotPrune(PrunesOnce):
         if self.dirpath is not None:
             savable(model)
         with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:
-            needed = self._needs_batches()
+            needed, trial = self._needs_batches(), Lineup(trainer).trial() is not None
+            count = 1 if trial else self.num_batches
             self.report = prune_sequentially(
                 model,
-                calibration_batches(trainer, ranks, model, self.batches, self.num_batches) if needed else None,
+                calibration_batches(trainer, ranks, model, self.batches, count) if needed else None,
                 self.pruner,
                 targets=self.targets,
                 blocks=self.blocks,
@@ -124,7 +124,7 @@ class OneShotPrune(PrunesOnce):
                 progress=self.progress,
                 ranks=ranks,
             )
-            if self.dirpath is not None:
+            if self.dirpath is not None and not trial:
                 ranks.attempt(lambda: self._save(trainer, model))
         assert self.report is not None
         rank_zero_info(

@@ -1,7 +1,7 @@
 """
 The rules of the order of callbacks: which other callbacks each one needs or excludes, and on which side.
 
-`Lineup.check` in lineup.py checks the rules, when a fit begins.
+`Lineup.begins_fit` in lineup.py checks the rules, when a fit begins.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Literal
 @dataclass(frozen=True)
 class Rule:
     """
-    How many callbacks of some kinds must stand before or after a callback; `Lineup.check` in lineup.py checks it.
+    How many callbacks of some kinds must stand before or after a callback; `Lineup.begins_fit` in lineup.py checks it.
 
     Attributes:
         who: class name of the callback that the rule belongs to; subclasses count.
@@ -36,7 +36,25 @@ _REPORT = (
 )
 _PERMUTE = "PermuteChannels needs one OneShotPrune after it among the callbacks, found {found}"
 
+AVERAGES = ("WeightAveraging", "StochasticWeightAveraging")
+"""Lightning's callbacks that keep averages of the weights; subclasses such as `EMAWeightAveraging` count."""
+
 RULES = (
+    Rule(
+        "RunReport",
+        "none",
+        AVERAGES,
+        "after",
+        "RunReport measures and saves the model when training ends, and {wrong}, after it among the callbacks, then "
+        "replaces the weights by their average; put {wrong} before RunReport",
+    ),
+    Rule(
+        "LoRARecovery",
+        "none",
+        AVERAGES,
+        "anywhere",
+        "LoRARecovery changes the layers of the model, and {wrong} copies weights by their order; leave out {wrong}",
+    ),
     Rule("RunReport", "none", ("RunReport", "OneShotPrune", "IterativePrune"), "before", _REPORT),
     Rule("RunReport", "some", ("OneShotPrune", "IterativePrune"), "after", _REPORT),
     Rule("RunReport", "at most one", ("OneShotPrune",), "anywhere", _REPORT),

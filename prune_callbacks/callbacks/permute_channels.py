@@ -58,10 +58,9 @@ class PermuteChannels(PruningCallback):
         self.permuted: dict[str, Permuted] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or resumed_checkpoint(trainer) is not None:
-            return
         lineup = Lineup(trainer)
-        lineup.check(self)
+        if stage != "fit" or resumed_checkpoint(trainer) is not None or not lineup.begins_fit(self, stage):
+            return
         one_shot = lineup.first(PrunesOnce)
         assert one_shot is not None
         pruned = one_shot.pruner.pattern

@@ -84,9 +84,8 @@ class QuantizeWeights(PruningCallback):
         self.perplexity: tuple[float, float] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if not Lineup(trainer).begins_fit(self, stage):
             return
-        Lineup(trainer).check(self)
         self._check_adapters(trainer)
         self.rounding = self.compression = self.perplexity = None
         model = model_in_setup("QuantizeWeights", pl_module, self.blocks)
@@ -105,6 +104,8 @@ class QuantizeWeights(PruningCallback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if Lineup(trainer).trial() is not None:
+            return
         pl_module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
         model = find_language_model(pl_module)
         before = self._measure(trainer, pl_module)

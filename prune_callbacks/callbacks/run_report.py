@@ -45,6 +45,8 @@ class RunReport(PruningCallback):
     after the last change (and its rewinding); `rounds` has the trained model before every change. `zero_shot` adds the
     accuracy of the dense, the pruned and the recovered model on tasks, in fits of one process.
 
+    A trial run (`Tuner`, `fast_dev_run`, `overfit_batches`) is neither measured nor written.
+
     `report.json` is written after every stage and round. The page and the picture are drawn at the end of the fit, and
     at most every 30 seconds during training; `prune_callbacks.reporting.page.write_page` draws the page again.
 
@@ -102,11 +104,15 @@ class RunReport(PruningCallback):
         return self.run.to_json()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        lineup = Lineup(trainer)
+        if not lineup.begins_fit(self, stage):
             return
-        self._finished = False
+        self._finished = lineup.trial() is not None
+        if self._finished:  # nothing of a trial run is measured or written
+            self._one_shot = self._iterative = None
+            return
         self._warnings.start()
-        self._find_pruning(trainer)
+        self._one_shot, self._iterative = lineup.first(OneShotPrune), lineup.first(IterativePrune)
         self._quality.check(trainer, pl_module)
         if resumed_checkpoint(trainer) is None:
             # Only rank 0 looks: other ranks could see files that rank 0 has just written.
@@ -114,17 +120,10 @@ class RunReport(PruningCallback):
             if self._one_shot is not None and self._quality.fits(trainer, pl_module):
                 self._evaluate(trainer, pl_module, "dense")
 
-    def _find_pruning(self, trainer: Trainer) -> None:
-        lineup = Lineup(trainer)
-        lineup.check(self)
-        self._one_shot, self._iterative = lineup.first(OneShotPrune), lineup.first(IterativePrune)
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._one_shot is None or resumed_checkpoint(trainer) is not None:
             return  # a checkpoint has the measurements; some strategies load it later
-        if not world(trainer).share(
-            (self.dirpath / "masks.safetensors").exists()
-        ):  # OneShotPrune(dirpath=...) may have done it
+        if not world(trainer).share((self.dirpath / "masks.safetensors").exists()):  # by OneShotPrune(dirpath=...)
             self._save(trainer, pl_module)
         elif self.tokenizer is not None and trainer.is_global_zero:
             self.tokenizer.save_pretrained(self.dirpath / "model")
@@ -149,6 +148,8 @@ class RunReport(PruningCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._finished:
+            return
         loss = trainer.callback_metrics.get("train_loss")
         curve = self.run.training_loss
         if loss is not None and (not curve or curve[-1][0] != trainer.global_step):

@@ -79,22 +79,23 @@ class SemiStructuredConvert(PruningCallback):
         self.conversion: Conversion | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        lineup = Lineup(trainer)
+        if not lineup.begins_fit(self, stage):
             return
         self.conversion = None
-        lineup = Lineup(trainer)
         for callback in (*lineup.all(PrunesOnce), *lineup.all(PrunesInRounds)):
             if not _two_four(callback.pruner.pattern):
                 raise ValueError(
                     f"SemiStructuredConvert converts 2:4 weights, and {type(callback).__name__} prunes to "
                     f"{callback.pruner.pattern}; prune to NM(2, 4)"
                 )
-        lineup.check(self)
         if next(pl_module.parameters(), None) is not None:
             # Reports a wrong name now, not at the end of the fit.
             find_targets(find_blocks(find_language_model(pl_module), self.blocks), self.targets)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if Lineup(trainer).trial() is not None:
+            return
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:

@@ -49,13 +49,12 @@ class ShrinkModel(PruningCallback):
         self.record: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
         lineup = Lineup(trainer)
+        if not lineup.begins_fit(self, stage):
+            return
         found = [callback.pruner for callback in lineup.all(PrunesOnce)]
         if found and not any(coupled(pruner) for pruner in found):
             raise ValueError(f"ShrinkModel needs OneShotPrune(Structured(Columns(...))), found {found}")
-        lineup.check(self)
         self._check_adapters(trainer)
         if resumed_checkpoint(trainer) is None and trainer.is_global_zero:
             self._shrunk(trainer, pl_module)  # reports an error now, not after training
@@ -85,7 +84,7 @@ class ShrinkModel(PruningCallback):
         return shrink(find_language_model(pl_module), prune.report.masks, blocks=prune.blocks)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or Lineup(trainer).trial() is not None:
             return
         whole = find_language_model(pl_module)
         self.model = self._shrunk(trainer, pl_module)

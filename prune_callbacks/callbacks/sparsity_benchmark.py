@@ -95,9 +95,8 @@ class SparsityBenchmark(PruningCallback):
         self.record: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if not Lineup(trainer).begins_fit(self, stage):
             return
-        Lineup(trainer).check(self)
         where = trainer.strategy.root_device.type
         if where not in ("cpu", "cuda"):
             raise ValueError(
@@ -109,7 +108,7 @@ class SparsityBenchmark(PruningCallback):
             self._targets(find_language_model(pl_module))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or Lineup(trainer).trial() is not None:
             return
         rank_zero_info("SparsityBenchmark: measuring dense and sparse layers and models in turns")
         self.record = self.measure(find_language_model(pl_module), trainer.strategy.root_device)

@@ -39,9 +39,8 @@ class SparsityMonitor(PruningCallback):
         self._seen: MaskSet | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if not Lineup(trainer).begins_fit(self, stage):
             return
-        Lineup(trainer).check(self)
         self.history, self._seen = [], None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -56,7 +55,7 @@ class SparsityMonitor(PruningCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._count(trainer)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and Lineup(trainer).trial() is None:
             draw_sparsity(self.history, Path(self.dirpath or trainer.default_root_dir) / "sparsity.png")
 
     def state_dict(self) -> dict[str, Any]:

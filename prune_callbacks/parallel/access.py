@@ -77,7 +77,8 @@ class ParamAccess(ABC):
         self.masks = masks
         self.ranks = ranks
         self._prepare()
-        self._places = self._bound()
+        self._places = parameter_places(self.masks, self._module)
+        self._strays: dict[int, bool] = {}  # by optimizer; see `after_step`
         self._keep = {}
         for name, parameter in self._parameters().items():
             weights = self._master(parameter)
@@ -111,15 +112,11 @@ class ParamAccess(ABC):
     def _prepare(self) -> None:  # noqa: B027 (most need nothing)
         """Prepares the module; runs before every lookup of parameters."""
 
-    def _bound(self) -> dict[str, str]:
-        """Finds the name of every mask's parameter in the module."""
-        return parameter_places(self.masks, self._module)
-
     def _parameter(self, name: str) -> Tensor:
         try:
             return self._module.get_parameter(self._places[name])
         except AttributeError:  # the layer has been wrapped (by an adapter) or unwrapped since
-            self._places = self._bound()
+            self._places = parameter_places(self.masks, self._module)
             return self._module.get_parameter(self._places[name])
 
     def _parameters(self) -> dict[str, Tensor]:
@@ -139,12 +136,23 @@ class ParamAccess(ABC):
                     zero_removed(gradient, self._keep[name].unpacked())
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Zeroes the pruned weights in the master copies that this optimizer updates, after its step."""
+        """
+        Zeroes the pruned weights in the master copies that this optimizer updates, after its step.
+
+        Moments of masked gradients stay zero by themselves, but some optimizers add to them: Adamax an epsilon, Rprop
+        its step size. Whether one does is seen at its first step under these masks; if so, they are zeroed every time.
+        """
         stepped = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        strays, strayed = self._strays.get(id(optimizer), True), False
         for name, parameter in self._parameters().items():
             owner = self._owner(parameter)
             if owner is not None and id(owner) in stepped:
-                zero_removed(self._piece(parameter, owner), self._keep[name].unpacked())
+                keep = self._keep[name].unpacked()
+                zero_removed(self._piece(parameter, owner), keep)
+                for moment in self._moments(parameter) if strays else ():
+                    strayed |= count_removed(moment, keep) > 0
+                    zero_removed(moment, keep)
+        self._strays[id(optimizer)] = strayed
 
     def project(self) -> None:
         """Zeroes the pruned weights in master copies and forward passes, and their optimizer moments."""

@@ -1,0 +1,213 @@
+"""Zeros wherever weights are copied: averages, checkpoints, the module that a fit hands back."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from fits import trainer_of
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from torch.optim.swa_utils import AveragedModel
+
+from prune_callbacks import (
+    NM,
+    CubicSchedule,
+    IterativePrune,
+    LoRARecovery,
+    Magnitude,
+    MaskEnforcer,
+    OneShotPrune,
+    RunReport,
+)
+from prune_callbacks.tasks import CausalLM, tiny_llama
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+
+
+def module_of():
+    return CausalLM(tiny_llama(hidden_size=32, layers=2), adamw)
+
+
+def batches(count=4):
+    torch.manual_seed(1)
+    return torch.utils.data.DataLoader(torch.randint(3, 200, (count, 2, 16)), batch_size=None)
+
+
+def cubic():
+    return IterativePrune(CubicSchedule(0.6, 0, 8))
+
+
+def run(callbacks, tmp_path, module=None, **settings):
+    module = module_of() if module is None else module
+    settings = {"max_steps": 12, "accumulate_grad_batches": 1, "enable_checkpointing": True} | settings
+    if settings["enable_checkpointing"]:
+        callbacks = [*callbacks, ModelCheckpoint(tmp_path / "ckpt", save_top_k=-1, every_n_train_steps=1)]
+    trainer = trainer_of(callbacks, tmp_path, **settings)
+    trainer.fit(module, batches(), batches(1))
+    return module, trainer, sorted((tmp_path / "ckpt").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+
+
+def assert_zeros(masks, module, files):
+    """Zeros in the module and, by the masks of their own, in every checkpoint."""
+    assert masks.violations(module.named_parameters()) == {}
+    assert masks.sparsity() > 0.5
+    for file in files:
+        state = torch.load(file, weights_only=False)
+        own = type(masks).from_state_dict(state["callbacks"]["MaskEnforcer"]["masks"])
+        for key in ("state_dict", "current_model_state"):
+            if key in state:
+                assert own.violations(state[key]) == {}, (file, key)
+
+
+AVERAGES = {
+    "ema": lambda: EMAWeightAveraging(decay=0.9, update_every_n_steps=1),
+    "average": WeightAveraging,
+    "swa": lambda: StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_averages_have_the_zeros_too(kind, first, tmp_path):
+    average, enforcer = AVERAGES[kind](), MaskEnforcer()
+    ours = [cubic(), enforcer]
+    settings = {"max_steps": -1, "max_epochs": 4} if kind == "swa" else {}
+    module, trainer, files = run([average, *ours] if first else [*ours, average], tmp_path, **settings)
+    assert_zeros(enforcer.masks, module, files)
+    assert len(files) == 12 if kind != "swa" else files
+    model = average._average_model
+    assert enforcer.masks.violations(getattr(model, "module", model).named_parameters()) == {}
+    averaged = dict(getattr(model, "module", model).named_parameters())
+    assert all(torch.equal(value, averaged[name]) for name, value in module.named_parameters())  # it was handed over
+    trainer.validate(module, batches(1), verbose=False)
+    again = module_of()
+    again.load_state_dict(torch.load(files[-1], weights_only=False)["state_dict"])
+    assert enforcer.masks.violations(again.named_parameters()) == {}
+
+
+def test_control_without_the_enforcer_the_average_is_dense(tmp_path, monkeypatch):
+    monkeypatch.setattr(MaskEnforcer, "_project_averages", lambda self, trainer: None)
+    average, enforcer = AVERAGES["ema"](), MaskEnforcer()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match=r"\d+ pruned weights are not zero in the module that .* hands back.*EMA"):
+            run([cubic(), enforcer, average], tmp_path)
+    assert any("a checkpoint had" in str(w.message) for w in heard)
+
+
+def test_an_average_in_the_module_itself(tmp_path):
+    class Averaging(CausalLM):
+        def __init__(self):
+            super().__init__(tiny_llama(hidden_size=32, layers=2), adamw)
+            self.ema = AveragedModel(self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+            self.ema.requires_grad_(False)
+
+        def on_train_batch_end(self, *args):
+            self.ema.update_parameters(self.model)
+
+    enforcer = MaskEnforcer()
+    module, _, files = run([cubic(), enforcer], tmp_path, Averaging())
+    assert_zeros(enforcer.masks, module.model, ())
+    assert enforcer.masks.violations(module.ema.module.named_parameters()) == {}
+    assert all(p.count_nonzero() for p in module.ema.parameters())
+
+
+def test_a_frozen_copy_in_a_callback_is_no_average(tmp_path):
+    class Teaching(Callback):
+        def setup(self, trainer, pl_module, stage):
+            self.teacher = copy.deepcopy(pl_module.model).requires_grad_(False)
+
+    teaching, enforcer = Teaching(), MaskEnforcer()
+    dense = {name: value.clone() for name, value in module_of().model.named_parameters()}
+    run([teaching, cubic(), enforcer], tmp_path)
+    assert all(torch.equal(value, dense[name]) for name, value in teaching.teacher.named_parameters())
+
+
+class Writing(Callback):
+    """Writes into pruned weights at one hook."""
+
+    def __init__(self, hook):
+        setattr(self, hook, self.write)
+        self.stages = []
+
+    def write(self, trainer, pl_module, *args, **kwargs):
+        self.stages.append(trainer.state.fn)
+        with torch.no_grad():
+            pl_module.model.model.layers[1].mlp.up_proj.weight += 1
+
+
+@pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end", "teardown"])
+@pytest.mark.parametrize("first", [True, False])
+def test_what_writes_after_the_last_step_is_named(hook, first, tmp_path):
+    ours = [OneShotPrune(Magnitude(NM(1, 4)), progress=False), MaskEnforcer()]
+    writing = Writing(hook)
+    expected = r"2304 pruned weights are not zero in the module that the fit hands back, in 1 layers, first "
+    expected += r"model.layers.1.mlp.up_proj.weight \(2304\).*one of the callbacks Writing, or a hook of the module"
+    with pytest.raises(ValueError, match=expected):
+        run([writing, *ours] if first else [*ours, writing], tmp_path, max_steps=2)
+
+
+def test_what_writes_earlier_is_zeroed_by_the_next_step_and_in_checkpoints(tmp_path):
+    enforcer = MaskEnforcer()
+    ours = [OneShotPrune(Magnitude(NM(1, 4)), progress=False), enforcer]
+    module, trainer, files = run([*ours, Writing("on_train_batch_start")], tmp_path, max_steps=3)
+    assert_zeros(enforcer.masks, module, files)
+    assert [type(callback).__name__ for callback in trainer.callbacks].count("AfterAll") == 0
+
+
+def test_averages_stand_before_the_report_and_not_beside_adapters(tmp_path):
+    average = AVERAGES["ema"]()
+    with pytest.raises(ValueError, match=r"RunReport measures .* EMAWeightAveraging, after it .* before RunReport"):
+        run([RunReport(tmp_path / "run"), cubic(), MaskEnforcer(), average], tmp_path)
+    prune = OneShotPrune(Magnitude(NM(2, 4)), progress=False)
+    with pytest.raises(ValueError, match=r"LoRARecovery changes the layers .* leave out EMAWeightAveraging"):
+        run([prune, LoRARecovery(), MaskEnforcer(), average], tmp_path)
+
+
+OPTIMIZERS = {
+    "ASGD": {"lr": 1e-2, "t0": 0, "weight_decay": 0.1},
+    "Adadelta": {"lr": 1e-1, "weight_decay": 0.1},
+    "Adafactor": {"lr": 1e-2, "weight_decay": 0.1},
+    "Adagrad": {"lr": 1e-2, "weight_decay": 0.1, "initial_accumulator_value": 0.5},
+    "Adam": {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": True},
+    "Adamax": {"lr": 1e-2, "weight_decay": 0.1},
+    "NAdam": {"lr": 1e-2, "weight_decay": 0.1},
+    "RAdam": {"lr": 1e-2, "weight_decay": 0.1},
+    "RMSprop": {"lr": 1e-2, "momentum": 0.9, "centered": True},
+    "Rprop": {"lr": 1e-2},
+    "SGD": {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+}
+
+
+class Steps(Callback):
+    """The largest values at pruned places after every step: of weights, and of what the optimizer keeps of them."""
+
+    def __init__(self, masks):
+        self.masks, self.worst, self.steps = masks, 0.0, 0
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        for name, parameter in self.masks().matching(dict(pl_module.named_parameters())).items():
+            kept = self.masks()[name]
+            state = trainer.optimizers[0].state[parameter].values()
+            for value in (parameter, *(v for v in state if torch.is_tensor(v) and v.shape == parameter.shape)):
+                self.worst = max(self.worst, float(value.detach().masked_fill(kept, 0).abs().max()))
+        self.steps += 1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_any_optimizer_keeps_of_a_pruned_weight_is_zero(name, tmp_path):
+    enforcer = MaskEnforcer()
+    steps = Steps(lambda: enforcer.masks)
+    module = CausalLM(tiny_llama(hidden_size=16, layers=1), lambda p: getattr(torch.optim, name)(p, **OPTIMIZERS[name]))
+    callbacks = [IterativePrune(CubicSchedule(0.6, 1, 4)), enforcer, steps]
+    run(callbacks, tmp_path, module, max_steps=6, enable_checkpointing=False)
+    assert (steps.steps, steps.worst) == (6, 0.0)
+    assert enforcer.masks.violations(module.named_parameters()) == {}
