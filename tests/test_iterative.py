@@ -199,7 +199,8 @@ def test_control_a_weight_without_its_moments_zeroed_would_move(tmp_path, monkey
     monkeypatch.setattr(PlainAccess, "_moments", lambda *_: iter(()))
     enforcer, spy = MaskEnforcer(), Spy()
     monkeypatch.setattr(enforcer, "_after_step", lambda *_: None)
-    fit([IterativePrune(ConstantSchedule(0.5, begin=5)), enforcer, spy], tmp_path, max_steps=7)
+    with pytest.raises(ValueError, match="pruned weights are not zero in the module that the fit hands back"):
+        fit([IterativePrune(ConstantSchedule(0.5, begin=5)), enforcer, spy], tmp_path, max_steps=7)
     assert spy.after[5]["violations"] == 0
     assert spy.after[6]["violations"] > 1000
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fits import optimizer, trainer_of
 from lightning.pytorch import LightningModule
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 
 from prune_callbacks import (
@@ -24,7 +25,7 @@ from prune_callbacks import (
     callbacks,
 )
 from prune_callbacks.callbacks.lineup import Lineup, access_to
-from prune_callbacks.callbacks.order import RULES
+from prune_callbacks.callbacks.order import AVERAGES, RULES
 from prune_callbacks.parallel.access import ParamAccess
 from prune_callbacks.tasks import tiny_llama
 
@@ -107,7 +108,8 @@ def test_what_needs_whole_weights_is_refused_under_fsdp1(make):
 
 def test_every_name_in_the_table_is_a_callback():
     named = {rule.who for rule in RULES} | {kind for rule in RULES for kind in (*rule.kinds, *rule.beside)}
-    assert named <= set(callbacks.__all__)
+    assert named <= {*callbacks.__all__, *AVERAGES}
+    assert all(hasattr(lightning_callbacks, name) for name in AVERAGES)
     assert all(
         "{" not in rule.text or "{found}" in rule.text or "{all}" in rule.text or "{wrong}" in rule.text
         for rule in RULES

@@ -234,7 +234,8 @@ def test_the_monitor_sees_violations_and_logs_every_layer(tmp_path, tiny, data, 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(CausalLM(tiny), datamodule=data)
+    with pytest.raises(ValueError, match=r"32 pruned weights are not zero in the module .* the callbacks Spoil, or a"):
+        trainer.fit(CausalLM(tiny), datamodule=data)
     name = "model.layers.0.mlp.up_proj.weight"
     counts = [metrics[f"violations/{name}"] for _, metrics in logged if f"violations/{name}" in metrics]
     assert counts == [0, 32, 32]  # two rows of 32, half of them pruned
