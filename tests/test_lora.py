@@ -7,7 +7,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from peft import LoraConfig, PeftModel
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -27,7 +27,9 @@ from prune_callbacks import (
     prune_sequentially,
 )
 from prune_callbacks.adapters import MaskedLoraLinear, add_lora, merge_lora
+from prune_callbacks.adapters.plain_state import PlainState
 from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.storage.consolidation import consolidate
 from prune_callbacks.storage.model_folder import save_sparse_model
 from prune_callbacks.tasks import tiny_llama
 
@@ -321,3 +323,110 @@ def test_bad_settings_are_refused_before_training(tmp_path, unchecked):
         merge_lora(wrapper, masks, lossy="foo")
     with pytest.raises(ValueError, match="the model has adapters already"):
         add_lora(model, names(masks), LoraConfig(), masked=True)
+
+
+class Small(CausalLM):
+    """A module that is made without arguments, so that `load_from_checkpoint` makes it again."""
+
+    def __init__(self):
+        super().__init__(tiny_llama(hidden_size=32, layers=2), lambda p: torch.optim.Adam(p, 1e-2))
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self.model(batch, labels=batch).loss)
+
+
+def recovered(tmp_path, **settings):
+    """A fit of masked LoRA with the best of its checkpoints, whose model is not the last one."""
+    module, masks = Small(), []
+    best = ModelCheckpoint(tmp_path, filename="{step}", monitor="val_loss", every_n_train_steps=2, save_last=True)
+    callbacks = [OneShotPrune(Wanda(NM(2, 4)), [IDS], progress=False), LoRARecovery(LoraConfig(r=2)), MaskEnforcer()]
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=6,
+        callbacks=[*callbacks, best],
+        val_check_interval=2,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+        **settings,
+    )
+    data = torch.utils.data.DataLoader(IDS.repeat(8, 1), batch_size=2)
+    trainer.fit(module, data, torch.utils.data.DataLoader(IDS, batch_size=3))
+    masks = callbacks[0].report.masks
+    return module, trainer, best, masks, data
+
+
+def test_the_best_checkpoint_is_tested_loaded_and_consolidated(tmp_path):
+    module, trainer, best, masks, data = recovered(tmp_path)
+    state = torch.load(best.best_model_path, weights_only=False)["state_dict"]
+    assert state.keys() == Small().state_dict().keys()
+    loader = torch.utils.data.DataLoader(IDS, batch_size=3)
+    (found,) = trainer.test(module, loader, ckpt_path="best", verbose=False)
+    again = Small.load_from_checkpoint(best.best_model_path)
+    with torch.no_grad():
+        loss = again.eval().model(IDS, labels=IDS).loss
+    assert found["test_loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert float(loss) == pytest.approx(float(best.best_model_score), rel=1e-3)  # the update is in it
+    for model in (module, again):
+        assert masks.violations(model.named_parameters()) == {}
+    save_sparse_model(module.model, masks, tmp_path / "template")
+    report = consolidate(best.best_model_path, tmp_path / "template/model", tmp_path / "out", progress=False)
+    assert report["violations"] == {}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
+    assert torch.equal(logits(plain), logits(again.model))
+
+
+def test_weights_alone_are_plain_too(tmp_path):
+    module, trainer, best, masks, data = recovered(tmp_path)
+    weights = ModelCheckpoint(tmp_path / "w", filename="{step}", every_n_train_steps=2, save_weights_only=True)
+    fit(
+        [LoRARecovery(LoraConfig(r=2)), MaskEnforcer(masks), weights], tmp_path, module.model, enable_checkpointing=True
+    )
+    (file,) = (tmp_path / "w").glob("*.ckpt")
+    assert masks.violations(Small.load_from_checkpoint(file).named_parameters()) == {}
+
+
+def test_a_state_loaded_into_a_model_with_lora_layers_becomes_its_base():
+    model, masks = sparse_llama()
+    wrapper = adapted(model, masks, masked=True)
+    plain = PlainState(model)
+    expected, state = logits(model), {key: value.clone() for key, value in model.state_dict().items()}
+    assert list(state) == list(sparse_llama()[0].state_dict())
+    other = sparse_llama()[0]
+    other.load_state_dict(state)
+    assert torch.allclose(logits(other), expected, atol=1e-5)
+    layers = plain.layers()
+    model.load_state_dict(state)
+    assert torch.allclose(logits(model), expected, atol=1e-5)  # merged into the base, with an update of zero
+    assert all(not p.count_nonzero() for n, p in model.named_parameters() if "lora_B" in n)
+    plain.restore(layers)
+    model.load_state_dict(state)
+    assert torch.equal(logits(model), expected)  # to the bit what it was
+    plain.remove()
+    assert any("lora_A" in key for key in model.state_dict())
+    assert merge_lora(wrapper, masks) is None
+
+
+def test_a_checkpoint_without_lora_layers_is_refused(tmp_path):
+    _, _, best, masks, _ = recovered(tmp_path)
+    model, _ = sparse_llama()
+    plain = Trainer(accelerator="cpu", max_steps=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    plain.fit(Small(), torch.utils.data.DataLoader(IDS, batch_size=3))
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match=r"plain.ckpt holds no LoRA layers: it was written after their update was mer"):
+        fit([LoRARecovery(), MaskEnforcer(masks)], tmp_path, model, ckpt_path=tmp_path / "plain.ckpt")
+
+
+@pytest.mark.parametrize("make", [LoHaConfig, LoKrConfig, IA3Config])
+def test_other_adapters_are_refused_before_a_weight_changes(make):
+    model, masks = sparse_llama()
+    settings = {"target_modules": ["up_proj", "down_proj"]}
+    if make is IA3Config:
+        settings["feedforward_modules"] = ["down_proj"]
+    wrapper = get_peft_model(model, make(**settings))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kind = make().peft_type.value
+    for lossy in (None, "update"):
+        with pytest.raises(ValueError, match=rf"the model has other adapters \(.*{kind}.*\), whose update would fill"):
+            merge_lora(wrapper, masks, lossy=lossy, windows=IDS)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jaxtyping import Int
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -181,8 +181,8 @@ def merge_lora(
         sparsity and perplexity before and after a lossy merge; None for an exact one.
 
     Raises:
-        ValueError: an argument is invalid, a plain LoRA is merged without `lossy` or `windows`, or the base has
-            weights outside of the masks.
+        ValueError: an argument is invalid, the adapters are no LoRA on linear layers, a plain LoRA is merged without
+            `lossy` or `windows`, or the base has weights outside of the masks.
     """
     if not isinstance(wrapper, PeftModel):
         raise ValueError(f"merge_lora takes peft's wrapper around the model, got {type(wrapper).__name__}")
@@ -190,6 +190,15 @@ def merge_lora(
         raise ValueError(f'merge_lora: lossy must be None, "zeros" or "update", got {lossy!r}')
     model = wrapper.get_base_model()
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    tuned = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    others = [module for module in tuned if not isinstance(module, LoraLinear)]
+    kinds = {str(getattr(config.peft_type, "value", config.peft_type)) for config in wrapper.peft_config.values()}
+    if kinds != {"LORA"} or others:
+        found = ", ".join(sorted(kinds | {type(module).__name__ for module in others}))
+        raise ValueError(
+            f"merge_lora merges LoRA on linear layers, and the model has other adapters ({found}), whose update would "
+            "fill the zeros. Keep them as adapters, or merge_and_unload() and prune again"
+        )
     if all(isinstance(layer, MaskedLoraLinear) for layer in layers):
         wrapper.merge_and_unload(safe_merge=True)
         if violations := masks.violations(model.named_parameters()):

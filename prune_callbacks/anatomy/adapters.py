@@ -40,4 +40,6 @@ def base_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[
             state[key] = value
         elif key.startswith(f"{wrapper}base_layer."):
             state[wrapper + key.removeprefix(f"{wrapper}base_layer.")] = value
+        elif "." not in key.removeprefix(wrapper):  # a masked LoRA layer, which saves the merged weight
+            state[key] = value
     return state

@@ -22,6 +22,8 @@ from prune_callbacks.writing import replaced_folder
 if TYPE_CHECKING:  # an extra
     from peft import LoraConfig, PeftModel
 
+    from prune_callbacks.adapters.plain_state import PlainState
+
 
 class LoRARecovery(FinishesWeights):
     """
@@ -30,8 +32,9 @@ class LoRARecovery(FinishesWeights):
     Put it after `OneShotPrune`, if there is one. Without `OneShotPrune` the model must be sparse already.
 
     - `masked=True`: the update is zero wherever the base weight is zero, in every forward pass. The update is merged
-      when training ends. The result is a plain sparse model with the same zeros. A checkpoint that is written later,
-      such as `last.ckpt` at the end of training, contains the merged model.
+      when training ends. The result is a plain sparse model with the same zeros. So is the `state_dict` of every
+      checkpoint, into which the update is merged: it loads into the module without LoRA layers. A fit that resumes
+      takes the LoRA layers from this callback's state in the checkpoint.
     - `masked=False`: plain LoRA. The base stays sparse, and the adapter is not merged but saved to `dirpath/adapter`.
       Merging it would fill the zeros; see `prune_callbacks.adapters.merge_lora` for the cost.
 
@@ -39,6 +42,7 @@ class LoRARecovery(FinishesWeights):
         config: peft's configuration. Its `target_modules` may name pruned layers only, and None means all of them.
             None: `LoraConfig()`.
         masked: see above.
+        blocks: name of the list of decoder blocks, where it cannot be found; used only to look for zeros.
         dirpath: the folder to save a plain adapter into when training ends; None: it is not saved.
         save_dir: the old name of `dirpath`.
 
@@ -57,6 +61,7 @@ class LoRARecovery(FinishesWeights):
         config: LoraConfig | None = None,
         *,
         masked: bool = True,
+        blocks: str | None = None,
         dirpath: str | Path | None = None,
         save_dir: str | Path | None = None,
     ) -> None:
@@ -74,24 +79,34 @@ class LoRARecovery(FinishesWeights):
         self.config = LoraConfig() if config is None else config
         check_options(self.config, masked)
         self.masked = masked
+        self.blocks = blocks
         self.dirpath = dirpath
         self.peft_model: PeftModel | None = None
         self._trained: dict[str, bool] = {}
         self._unfinished = False
+        self._state: PlainState | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not Lineup(trainer).begins_fit(self, stage):
             return
         from prune_callbacks.adapters import add_lora
+        from prune_callbacks.adapters.plain_state import PlainState
 
         model = find_language_model(pl_module)
         if not isinstance(model, PreTrainedModel):
             raise ValueError(f"LoRARecovery adapts models of transformers, got {type(model).__name__}")
         if self.peft_model is not None and self._unfinished:  # the previous fit failed without a teardown
+            self._plain_names()
             self.peft_model.unload()
         self._unfinished = True
         self._trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self.peft_model = add_lora(model, self._pruned(trainer, model), self.config, masked=self.masked)
+        layers = self._saved_layers(trainer)
+        pruned = self._pruned(trainer, model) if layers is None else list(layers["weights"])
+        self.peft_model = add_lora(model, pruned, self.config, masked=self.masked)
+        if self.masked:
+            self._state = PlainState(model)
+            if layers is not None:
+                self._state.restore(layers)
         trained, total = self.peft_model.get_nb_trainable_parameters()
         rank_zero_info(f"LoRA{' under the mask' if self.masked else ''}: {trained:,} of {total:,} weights are trained")
 
@@ -107,6 +122,7 @@ class LoRARecovery(FinishesWeights):
             return
         assert self.peft_model is not None
         self._unfinished = False
+        self._plain_names()
         if self.masked:
             from prune_callbacks.adapters import merge_lora
 
@@ -125,14 +141,33 @@ class LoRARecovery(FinishesWeights):
             with replaced_folder(Path(self.dirpath) / "adapter") as partial:
                 self.peft_model.save_pretrained(str(partial))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"masked": self.masked}
+    def _plain_names(self) -> None:
+        """Gives the model back its own `state_dict`."""
+        if self._state is not None:
+            self._state.remove()
+        self._state = None
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["masked"] != self.masked:
+    def state_dict(self) -> dict[str, Any]:
+        layers = {} if self._state is None else {"layers": self._state.layers()}
+        return {"masked": self.masked} | layers
+
+    def _saved_layers(self, trainer: Trainer) -> dict[str, Any] | None:
+        """
+        Returns the LoRA layers in the checkpoint that the fit resumes from; None if it has none in this form.
+
+        Raises:
+            ValueError: the checkpoint was trained with the other kind of layers.
+        """
+        checkpoint = resumed_checkpoint(trainer)
+        if checkpoint is None:
+            return None
+        saved = trainer.strategy.load_checkpoint(checkpoint).get("callbacks", {}).get(self.state_key, {})
+        if saved.get("masked", self.masked) != self.masked:
             raise ValueError(
-                f"the checkpoint was trained by LoRARecovery(masked={state_dict['masked']}); resume with the same"
+                f"the checkpoint was trained by LoRARecovery(masked={saved['masked']}); resume with the same"
             )
+        layers: dict[str, Any] | None = saved.get("layers")
+        return layers
 
     def _pruned(self, trainer: Trainer, model: nn.Module) -> list[str]:
         """Returns the names of the pruned linear layers: from the checkpoint, from OneShotPrune, or by their zeros."""
@@ -141,13 +176,18 @@ class LoRARecovery(FinishesWeights):
         if checkpoint is not None:  # it is loaded later, so the weights have no zeros yet
             saved = trainer.strategy.load_checkpoint(checkpoint)["state_dict"]
             adapted = {name.partition(".lora_A.")[0] for name in saved if ".lora_A." in name}
+            if not adapted:
+                raise ValueError(
+                    f"the checkpoint {checkpoint} holds no LoRA layers: it was written after their update was merged, "
+                    "or without LoRARecovery. Load its weights into the module and start a new fit without ckpt_path"
+                )
             return [n for n, _ in model.named_modules() if any(a == n or a.endswith(f".{n}") for a in adapted)]
         if one_shot is not None:
             assert one_shot.report is not None
             experts = [name for name in one_shot.report.masks if not name.endswith(".weight")]
             _leave(experts, only=len(experts) == len(one_shot.report.masks))
             return [name.removesuffix(".weight") for name in one_shot.report.masks if name not in experts]
-        blocks = find_blocks(model)
+        blocks = find_blocks(model, self.blocks)
         layers = find_targets(blocks)
         weights = {name: target.parameter for name, target in layers.items()}
         sparse = [name for name, zeros in MaskSet.from_nonzero(weights).layer_sparsity().items() if zeros >= SPARSE]

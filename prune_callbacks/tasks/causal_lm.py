@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
-from prune_callbacks.anatomy.blocks import find_blocks
+from prune_callbacks.anatomy.blocks import NoBlocksError, find_blocks
 from prune_callbacks.measure.perplexity import Perplexity
 from prune_callbacks.tasks.batches import model_inputs, predicted, taken
 from prune_callbacks.tasks.objectives import LanguageModeling, Objective
@@ -72,7 +72,14 @@ class CausalLM(LightningModule):
         mesh = self.device_mesh
         if mesh is None or isinstance(self.model, FSDPModule):
             return
-        for _, block in find_blocks(self.model):
+        try:
+            blocks = find_blocks(self.model)
+        except NoBlocksError as error:
+            raise ValueError(
+                f"CausalLM shards a model by its decoder blocks under ModelParallelStrategy: {error.reason}. Shard it "
+                "yourself, by fully_shard in configure_model of a subclass"
+            ) from error
+        for _, block in blocks:
             fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(self.model, mesh=mesh["data_parallel"])
 
