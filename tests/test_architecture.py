@@ -115,7 +115,10 @@ def sources():
         (r"os\.replace|\.rename\(|\w\.replace\((new|path|folder)\)", {"writing.py"}),
         (r"does not work under|cannot hold masks under \{name\}", {"parallel/strategies.py"}),
         (r"\bds_shape\b", {"parallel/shapes.py"}),
-        (r"\bbase_layer\b", {"anatomy/adapters.py", "adapters/lora.py", "callbacks/lora_recovery.py"}),
+        (
+            r"\bbase_layer\b",
+            {"anatomy/adapters.py", "adapters/lora.py", "adapters/plain_state.py", "callbacks/lora_recovery.py"},
+        ),
     ],
 )
 def test_some_things_are_done_in_one_place(pattern, places):

@@ -338,7 +338,7 @@ class Small(CausalLM):
 def recovered(tmp_path, **settings):
     """A fit of masked LoRA with the best of its checkpoints, whose model is not the last one."""
     module, masks = Small(), []
-    best = ModelCheckpoint(tmp_path, filename="{step}", monitor="val_loss", every_n_train_steps=2, save_last=True)
+    best = ModelCheckpoint(tmp_path, filename="{step}", monitor="val_loss", save_last=True)
     callbacks = [OneShotPrune(Wanda(NM(2, 4)), [IDS], progress=False), LoRARecovery(LoraConfig(r=2)), MaskEnforcer()]
     trainer = Trainer(
         accelerator="cpu",
