@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 WIDTH, WORDS = 8, 23
 
@@ -44,22 +45,24 @@ def made(walk, blocks=None, depth=3, seed=0):
     return model
 
 
-def rerun_masks(model, order, batches, sparsity=0.5):
+def rerun_masks(model, order, batches, sparsity=0.5, only=None):
     """
     Wanda's masks, for every block by running the whole model again, pruned so far: names of weights and keep masks.
+
+    Of all `nn.Linear` and GPT-2's `Conv1D` in the blocks, or of those named by `only`.
 
     Written without the package: norms summed in float64, every row's smallest scores removed, ties to the later ones.
     """
     model, masks = copy.deepcopy(model), {}
     blocks = dict(model.named_modules())
     for block in order:
-        layers = {f"{block}.{n}": m for n, m in blocks[block].named_modules() if isinstance(m, nn.Linear)}
-        layers = {n: m for n, m in layers.items() if f"{n}.weight" not in masks}
+        layers = {f"{block}.{n}": m for n, m in blocks[block].named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+        layers = {n: m for n, m in layers.items() if f"{n}.weight" not in masks and (only is None or n in only)}
         sums = {}
 
         def note(layer, args, kwargs, sums=sums):
-            x = [*args, *kwargs.values()][0].double().reshape(-1, layer.in_features)
-            sums[layer] = sums.get(layer, 0) + x.square().sum(0)
+            x = [*args, *kwargs.values()][0].double()
+            sums[layer] = sums.get(layer, 0) + x.reshape(-1, x.shape[-1]).square().sum(0)
 
         hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers.values()]
         with torch.no_grad():
@@ -69,10 +72,11 @@ def rerun_masks(model, order, batches, sparsity=0.5):
             hook.remove()
         for name, layer in layers.items():
             if layer in sums:
-                scores = layer.weight.detach().abs().double() * sums[layer].sqrt()
-                kept = layer.in_features - round(sparsity * layer.in_features)
+                weight = layer.weight.data if isinstance(layer, nn.Linear) else layer.weight.data.T
+                scores = weight.abs().double() * sums[layer].sqrt()
+                kept = weight.shape[1] - round(sparsity * weight.shape[1])
                 best = scores.sort(dim=1, descending=True, stable=True).indices[:, :kept]
                 keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
-                layer.weight.data.mul_(keep)
-                masks[f"{name}.weight"] = keep
+                weight.mul_(keep)
+                masks[f"{name}.weight"] = keep if isinstance(layer, nn.Linear) else keep.T
     return masks

@@ -113,7 +113,7 @@ def _known(model: nn.Module) -> set[str] | None:
 @torch.no_grad()
 def run_model(model: nn.Module, batch: Batch) -> None:
     """Runs a whole forward pass on a batch, on the device of the model's parameters, for the hooks to observe."""
-    device = next(model.parameters()).device
+    device = next(p.device for p in model.parameters() if not p.is_meta)  # streaming loads a few at a time
     if not isinstance(model, PreTrainedModel) and isinstance(batch, Tensor):
         model(batch.to(device))
         return

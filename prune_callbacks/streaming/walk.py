@@ -2,12 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,6 +24,7 @@ from prune_callbacks.ranks import ALONE
 from prune_callbacks.recorded_warnings import RecordedWarnings
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.streaming.files import sizes, whole, write_tensors
+from prune_callbacks.streaming.front import Front
 from prune_callbacks.streaming.inputs import StoredInputs, store_inputs, store_next
 from prune_callbacks.streaming.journal import Journal
 from prune_callbacks.streaming.places import find_places, read_weights
@@ -102,21 +101,10 @@ class BlockWalk:
                 f"unfinished one: pruning cannot resume without it. Put it back, or "
                 f"delete {journal.target} to start again"
             )
-        outside = dict(self.shards.outside)
-        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call] # after the blocks: never reached
-        if head is not None and head is not self.model.get_input_embeddings():
-            name = next(name for name, module in self.model.named_modules() if module is head)
-            outside = {n: key for n, key in outside.items() if not n.startswith(f"{name}.")}
-        embedding: Any = self.model.get_input_embeddings()
-        plain = self.batches and isinstance(embedding, nn.Embedding) and all(map(_are_ids, self._ids()))
-        table = next((name for name in outside if plain and self._is(name, embedding)), None)
-        fill(self.model, {n: view for n, view in self._views(outside).items() if n != table})
+        front = Front(self.checkpoint, self.model, self.shards.outside, self.batches)
         self._load(0)
-        blocks = [block for _, block in self.blocks]
-        with nullcontext() if table is None else self._rows_only(embedding, outside[table]):
-            inputs = self._stored(blocks, journal, index)
+        inputs = front.run(lambda: self._stored([block for _, block in self.blocks], journal, index))
         self._unload(0)
-        drop(self.model, outside)
         return inputs
 
     def _stored(self, blocks: Sequence[nn.Module], journal: Journal, index: int) -> list[StoredInputs]:
@@ -128,37 +116,6 @@ class BlockWalk:
             if index == 0:
                 journal.discard()
             raise
-
-    def _is(self, name: str, embedding: nn.Module) -> bool:
-        owner, _, last = name.rpartition(".")
-        return last == "weight" and self.model.get_submodule(owner) is embedding
-
-    def _ids(self) -> list[Any]:
-        return [batch.get("input_ids") if isinstance(batch, Mapping) else batch for batch in self.batches]
-
-    def _views(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        """Returns memory-mapped weights by their names in the model."""
-        views = self.checkpoint.views(names.values())
-        return {name: views[key] for name, key in names.items()}
-
-    @contextmanager
-    def _rows_only(self, embedding: nn.Embedding, key: str) -> Iterator[None]:
-        """Temporarily keeps only the embedding rows of the calibration tokens, and maps token ids to those rows."""
-        used = torch.cat([ids.flatten() for ids in self._ids()]).unique().long().cpu()
-        rows, begin = [], 0
-        for piece in self.checkpoint.pieces(key):
-            here = used[(used >= begin) & (used < begin + len(piece))]
-            rows.append(piece[here - begin])
-            begin += len(piece)
-        empty = embedding.weight  # on the meta device
-        embedding.weight = nn.Parameter(torch.cat(rows).to(empty.dtype), requires_grad=False)
-        numbers = torch.full((begin,), -1).index_put_((used,), torch.arange(len(used)))
-        hook = embedding.register_forward_pre_hook(lambda _, args: (numbers[args[0]], *args[1:]))
-        try:
-            yield
-        finally:
-            hook.remove()
-            embedding.weight = empty
 
     def _block(
         self,
@@ -200,7 +157,10 @@ class BlockWalk:
         run.few_tokens = self.few_tokens
         make, block = self.plan.pruner.statistic, self.blocks[index][1]
         statistics = collect(make, index, block, targets, list(inputs), self.where) if self.plan.calibrated else {}
-        run.prune(targets, statistics, advance)
+        if self.plan.calibrated and all(batch.calls[index] is None for batch in inputs):
+            run.leave_dense(self.blocks[index][0], targets, advance)
+        else:
+            run.prune(targets, statistics, advance)
         self.few_tokens = run.few_tokens
         masks = MaskSet.join(run.masks)
         tensors, shapes = masks_in_pieces(masks)
@@ -237,8 +197,3 @@ class BlockWalk:
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:
                     setattr(module, name, buffer.cpu())
-
-
-def _are_ids(given: Any) -> bool:
-    """Returns whether a value is a tensor of token ids; the forward pass refuses anything else with the reason."""
-    return isinstance(given, Tensor) and given.dtype in (torch.int64, torch.int32)
