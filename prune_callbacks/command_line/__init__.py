@@ -1,0 +1,1 @@
+"""Says what train.py knows: its help, the nearest keys, arguments that a class takes, errors in one sentence."""
