@@ -1,4 +1,4 @@
-"""Every causal-LM class of transformers that can be built small is pruned as re-running it would, or refused by name."""
+"""Every causal-LM class of transformers that can be built small: pruned as re-running it would, or refused by name."""
 
 import re
 from pathlib import Path

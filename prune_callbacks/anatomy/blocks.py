@@ -10,7 +10,8 @@ def find_language_model(module: nn.Module) -> nn.Module:
     """
     Returns the outermost `transformers` model inside `module` (a LightningModule, a wrapper), else `module` itself.
 
-    Of several (a student and its teacher), returns the only trained one.
+    Of several (a student and its teacher), returns the only trained one. A module without a `forward` of its own stands
+    for its only child with parameters.
 
     Raises:
         ValueError: there are several, of which not exactly one has parameters that require gradients.
@@ -23,7 +24,16 @@ def find_language_model(module: nn.Module) -> nn.Module:
             f"{type(module).__name__} holds {len(outer)} language models, {outer}, of which {len(trained)} are "
             "trained; one must be: freeze the others (model.requires_grad_(False))"
         )
-    return module.get_submodule(trained[0] if len(outer) > 1 else outer[0]) if outer else module
+    if outer:
+        return module.get_submodule(trained[0] if len(outer) > 1 else outer[0])
+    children = [child for child in module.children() if next(child.parameters(), None) is not None]
+    return find_language_model(children[0]) if len(children) == 1 and not has_forward(module) else module
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Returns whether a module defines `forward`; `nn.Module` and Lightning's `LightningModule` only raise an error."""
+    own = type(module).forward
+    return own is not nn.Module.forward and own.__qualname__ != "LightningModule.forward"
 
 
 class NoBlocksError(ValueError):

@@ -1,21 +1,36 @@
 """Checks calibration batches and windows against a model, before anything runs."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prune_callbacks.anatomy.blocks import has_forward
 from prune_callbacks.calibration.batches import TARGETS, Batch, accepted_inputs
 
 
 def check_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Raises ValueError for one tensor, or for a batch that a model of transformers cannot take."""
+    """Raises ValueError for one tensor, a model without a forward, or a batch that the model cannot take."""
     if isinstance(batches, Tensor):
         raise ValueError(f"batches must be several batches, got one tensor of shape {tuple(batches.shape)}; split it")
-    if isinstance(model, PreTrainedModel):
-        for batch in batches:
+    if not has_forward(model):
+        raise ValueError(
+            f"{type(model).__name__} has no forward, and calibration runs it on the batches: define forward, e.g. as "
+            "that of the model inside"
+        )
+    for batch in batches:
+        if isinstance(model, PreTrainedModel):
             check_batch(model, batch)
+        given: dict[str, Any] = accepted_inputs(model, batch) if isinstance(batch, Mapping) else {}
+        try:
+            inspect.signature(model.forward).bind(*([] if isinstance(batch, Mapping) else [batch]), **given)
+        except TypeError as error:
+            keys = f"{sorted(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
+            raise ValueError(
+                f"a calibration batch does not fit the forward of {type(model).__name__}: {error}. It holds {keys}"
+            ) from error
 
 
 def check_batch(model: PreTrainedModel, batch: Batch) -> None:
