@@ -125,7 +125,7 @@ def check_training(plan, folder):
     watch = Watch(lambda: enforcer.masks)
     ids = torch.randint(17, (12, 2, 5), generator=torch.Generator().manual_seed(plan.seed))
     once = OneShotPrune(Wanda(Unstructured(0.4)), num_batches=2, progress=False)
-    rounds = IterativePrune(CubicSchedule(0.6, 1, plan.steps - 1 or 1, initial=0.45), scope="layer")
+    rounds = IterativePrune(CubicSchedule(0.6, 0, plan.steps - 1, initial=0.45), scope="layer")
     callbacks = {"before": [once], "rounds": [rounds], "both": [once, rounds]}[plan.prune]
     trainer = trainer_of(
         [*callbacks, enforcer, watch],
@@ -143,7 +143,7 @@ def check_training(plan, folder):
     assert watch.worst == 0.0
     assert trainer.global_step == plan.steps
     assert enforcer.masks.violations(module.named_parameters()) == {}
-    assert enforcer.masks.sparsity() >= 0.35
+    assert enforcer.masks.sparsity() >= 0.33
     assert list(module.state_dict()) == keys
     assert any(not torch.equal(p.float(), dense[n].float()) for n, p in module.named_parameters())
 
