@@ -137,7 +137,46 @@ PROMISES = {
         )
     ),
     "every family is pruned as by re-running the whole model": Promise(
-        ("test_families", "test_experts::test_pruning_equals_rerunning_the_whole_model")
+        (
+            "test_families",
+            "test_experts::test_pruning_equals_rerunning_the_whole_model",
+            "test_every_class::test_it_is_pruned_as_by_running_it_again_or_refused_by_name",
+        ),
+        ("test_every_class::test_control_another_order_of_blocks_gives_other_masks",),
+    ),
+    "blocks that are no chain are calibrated on the whole model, and a line says why": Promise(
+        (
+            "test_topologies::test_other_blocks_get_the_masks_of_running_the_model_again",
+            "test_topologies::test_blocks_that_are_never_called_stay_dense_and_are_named",
+            "test_fuzz::test_masks_are_those_of_rerunning_the_model",
+        ),
+        (
+            "test_topologies::test_control_as_a_chain_the_masks_would_be_others",
+            "test_fuzz::test_control_a_chain_that_is_none_has_other_masks",
+        ),
+    ),
+    "what the model takes of a batch is what it gets, and what is dropped is named": Promise(
+        (
+            "test_batches::test_padding_of_a_mapping_does_not_count_and_a_tuple_without_names_is_refused",
+            "test_batches::test_keys_that_the_forward_does_not_take_are_named_once",
+            "test_batches::test_pictures_reach_the_language_model",
+        )
+    ),
+    "zeros in averages, in checkpoints and in the module that a fit hands back": Promise(
+        (
+            "test_copies::test_averages_have_the_zeros_too",
+            "test_copies::test_what_writes_after_the_last_step_is_named",
+            "test_copies::test_what_any_optimizer_keeps_of_a_pruned_weight_is_zero",
+            "test_lora::test_the_best_checkpoint_is_tested_loaded_and_consolidated",
+            "test_fuzz::test_zeros_stay_zero_in_any_training",
+        ),
+        (
+            "test_copies::test_control_without_the_enforcer_the_average_is_dense",
+            "test_fuzz::test_control_without_the_enforcer_pruned_weights_return",
+        ),
+    ),
+    "trial runs change and measure nothing for good": Promise(
+        ("test_trial_runs::test_a_trial_run_leaves_the_model_as_it_was_and_writes_nothing",)
     ),
     "adapters on a sparse model merge exactly, with every zero": Promise(
         ("test_lora::test_a_masked_lora_merges_exactly_and_keeps_every_zero",),
