@@ -144,7 +144,20 @@ def checked(given: list[str]) -> DictConfig:
     except (HydraException, ValueError) as error:
         raise ValueError(culprit(typed, RECIPES, first_lines(error))) from error
     check_read(typed, OmegaConf.to_container(cfg), RECIPES)
+    for word in typed:
+        if "${" in word.line:
+            resolve(cfg, word)
     return cfg
+
+
+def resolve(cfg: DictConfig, word: Word) -> None:
+    """Resolves the references in what a word sets; raises ValueError if one leads nowhere."""
+    try:
+        value = OmegaConf.select(cfg, word.key)
+        if OmegaConf.is_config(value):
+            OmegaConf.to_container(value, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{word.line}: {first_lines(error).removeprefix(f'{word.key}: ')}") from error
 
 
 def composed(given: list[str]) -> DictConfig:
@@ -184,12 +197,9 @@ def check_values(cfg: DictConfig, given: list[str]) -> None:
     missing = missing_keys(values)
     if missing:
         raise ValueError(f"recipe={cfg.name} needs {' and '.join(f'{name}=...' for name in missing)}")
-    typed = [word for word in words(given) if not word.key.startswith("hydra")]
+    typed = words(given)
     for word in typed:
-        try:
-            resolved(word.key)
-        except OmegaConfBaseException as error:
-            raise ValueError(f"{word.line}: {first_lines(error).removeprefix(f'{word.key}: ')}") from error
+        resolve(cfg, word)
     check_named(values, ("callbacks", "logger"))
     check_arguments(values, {word.key for word in typed if not word.chooses}, resolved)
 

@@ -28,6 +28,7 @@ OPTIONS = sorted(RECIPES.glob("*/*.yaml"))
 _spec = importlib.util.spec_from_file_location("train", TRAIN)
 train = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(train)
+ALONE = " A key that nothing reads cannot be added with +."
 SPARSITY = (
     "Unstructured: sparsity is the fraction of weights removed and must lie in [0, 1), got 1.5. For 50 % write 0.5."
 )
@@ -198,6 +199,8 @@ def test_nothing_heavy_is_imported_for_an_answer():
             ["recipe=sweep", "--multirun", "pruner=wanda"],
             "pruner=wanda cannot be read there: write options with dashes",
         ),
+        (["--multirun", "recipe=sweep", "output_dir=${a}/b"], "output_dir=${a}/b: Interpolation key 'a' not found"),
+        (["--multirun", "recipe=sweep", "seed=interval(0,1)"], "seed=interval(0,1) names no values: seed=0.5,0.6 does"),
         (["--config-name", "x", "recipe=wanda_50"], "train.py has one configuration; --config-dir FOLDER adds recipes"),
     ],
 )
@@ -225,26 +228,26 @@ def wanda():
 
 
 @pytest.mark.parametrize(
-    ("word", "nearest_words"),
+    ("word", "nearest_words", "alone"),
     [
-        ("patern.sparsity=0.5", "pattern.sparsity=0.5"),
-        ("pattern.sparsty=0.5", "pattern.sparsity=0.5"),
-        ("sparsity=0.5", "pattern.sparsity=0.5"),
-        ("pattern_sparsity=0.5", "pattern.sparsity=0.5"),
-        ("pattern={sparsty:0.5}", "pattern.sparsity=0.5"),
-        ("patern=nm_2of4", "pattern=nm_2of4"),
-        ("lr=0.1", "optimizer.lr=0.1"),
-        ("epochs=2", "trainer.max_epochs=2"),
-        ("data.sequence_length=8", "data.seq_len=8"),
-        ("callbacks.oneshot.targets=a", "callbacks.one_shot.targets=a"),
-        ("trainer.fast_dev_rn=true", "+trainer.fast_dev_run=true"),
-        ("hydra.verbos=true", "hydra.verbose=true"),
-        ("~callbacks.progres", "~callbacks.progress"),
+        ("patern.sparsity=0.5", "pattern.sparsity=0.5", ALONE),
+        ("sparsity=0.5", "pattern.sparsity=0.5", ALONE),
+        ("pattern_sparsity=0.5", "pattern.sparsity=0.5", ALONE),
+        ("patern=nm_2of4", "pattern=nm_2of4", ALONE),
+        ("lr=0.1", "optimizer.lr=0.1", ALONE),
+        ("epochs=2", "trainer.max_epochs=2", ALONE),
+        ("callbacks.oneshot.targets=a", "callbacks.one_shot.targets=a", ALONE),
+        ("hydra.verbos=true", "hydra.verbose=true", ALONE),
+        ("pattern.sparsty=0.5", "pattern.sparsity=0.5", ""),  # of a class, which may take more than the recipe sets
+        ("pattern={sparsty:0.5}", "pattern.sparsity=0.5", ""),
+        ("data.sequence_length=8", "data.seq_len=8", ""),
+        ("trainer.fast_dev_rn=true", "+trainer.fast_dev_run=true", ""),
+        ("~callbacks.progres", "~callbacks.progress", ""),
     ],
 )
-def test_the_nearest_keys_are_written_as_they_are_typed(wanda, word, nearest_words):
+def test_the_nearest_keys_are_written_as_they_are_typed(wanda, word, nearest_words, alone):
     key = "pattern.sparsty" if "{" in word else word.lstrip("~").partition("=")[0]
-    assert wanda(word) == f"There is no key {key} in recipe=wanda_50. The nearest is {nearest_words}."
+    assert wanda(word) == f"There is no key {key} in recipe=wanda_50. The nearest is {nearest_words}.{alone}"
 
 
 @pytest.mark.parametrize(
@@ -281,7 +284,7 @@ def test_keys_that_this_recipe_does_not_have(refused, words, said):
         (
             "source=a",
             "There is no key source in recipe=wanda_50; it is a key of recipe=prune_streaming. python train.py --help "
-            "recipe=wanda_50 lists its keys.",
+            "recipe=wanda_50 lists its keys." + ALONE,
         ),
         (
             "~callbacks.foo",
@@ -491,8 +494,8 @@ def test_a_value_out_of_range_gets_its_sentence_and_nothing_else(tmp_path):
 
 def test_a_misspelt_key_gets_its_sentence_and_nothing_else():
     done = run_train("recipe=wanda_50", "patern.sparsity=0.5")
-    said = "There is no key patern.sparsity in recipe=wanda_50. The nearest is pattern.sparsity=0.5.\n"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+    said = "There is no key patern.sparsity in recipe=wanda_50. The nearest is pattern.sparsity=0.5."
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{said}{ALONE}\n")
 
 
 class Broken(Callback):

@@ -71,7 +71,7 @@ def no_such_key(
     *,
     groups: Iterable[str],
     owners: Sequence[str],
-    takes: Iterable[str] = (),
+    takes: Sequence[str] = (),
     sign: str = "",
 ) -> str:
     """
@@ -97,13 +97,14 @@ def no_such_key(
     written = {name: f"{sign.replace('+', '')}{name}{value}" for name in settable}
     written = {name: f"+{name}{value}" for name in takes if name not in there} | written
     near = [] if owners else nearest(key, written)  # what other recipes have is not misspelt
+    alone = "" if sign or takes else " A key that nothing reads cannot be added with +."
     if near:
-        return said + _nearest([written[name] for name in near])
+        return said + _nearest([written[name] for name in near]) + alone
     inside = there.get(key.rpartition(".")[0])
     if isinstance(inside, Mapping):
         names = [name for name in inside if not name.startswith("_")]
-        return f"{said}{key.rpartition('.')[0]} has {', '.join(names) or 'no keys'}."
-    return f"{said}python train.py --help {recipe} lists its keys."
+        return f"{said}{key.rpartition('.')[0]} has {', '.join(names) or 'no keys'}.{alone}"
+    return f"{said}python train.py --help {recipe} lists its keys.{alone}"
 
 
 def is_read(key: str, config: Mapping[str, Any], roots: Iterable[str]) -> bool:
