@@ -19,6 +19,7 @@ from prune_callbacks import (
     CausalLM,
     ConstantSchedule,
     IterativePrune,
+    LoRARecovery,
     Magnitude,
     MaskEnforcer,
     MaskSet,
@@ -465,3 +466,33 @@ def test_masks_that_fit_two_trained_models_are_refused(tmp_path):
     module.model.requires_grad_(False)
     with pytest.raises(ValueError, match=r"of which 0 are trained; one must be: freeze the others"):
         masks.apply_(module.named_parameters())
+
+
+def named_by_hand():
+    """A model whose configuration does not say how many blocks it has: they need a name."""
+    module = CausalLM(tiny_llama(hidden_size=32, layers=2), optimizer)
+    module.model.config.num_hidden_layers = 7
+    return module
+
+
+def test_blocks_that_need_a_name_get_it(tmp_path):
+    module = named_by_hand()
+    prune = OneShotPrune(Magnitude(NM(2, 4)), blocks="model.layers", progress=False)
+    fit([prune, MaskEnforcer()], tmp_path, module)
+    with pytest.raises(ValueError, match=r'Name the list of blocks with blocks="..."'):
+        fit([MaskEnforcer()], tmp_path, module)
+    enforcer = MaskEnforcer(blocks="model.layers")
+    fit([enforcer], tmp_path, module)
+    assert enforcer.masks == prune.report.masks
+    with pytest.raises(ValueError, match=r'Name the list of blocks with blocks="..."'):
+        fit([LoRARecovery(), MaskEnforcer(blocks="model.layers")], tmp_path, module)
+    fit([LoRARecovery(blocks="model.layers"), MaskEnforcer(blocks="model.layers")], tmp_path, module)
+    assert prune.report.masks.violations(module.named_parameters()) == {}
+
+
+def test_what_has_no_argument_blocks_does_not_recommend_it():
+    module = named_by_hand()
+    module._device_mesh = {"data_parallel": None}
+    with pytest.raises(ValueError, match="CausalLM shards a model by its decoder blocks.*Shard it yourself") as caught:
+        module.configure_model()
+    assert "blocks=" not in str(caught.value)
