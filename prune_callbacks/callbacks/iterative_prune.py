@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
+from prune_callbacks.anatomy.changeable import refuse_overlaps
 from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
-from prune_callbacks.anatomy.names import naming
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.anatomy.targets import SPARSE, find_targets, parameters_of
 from prune_callbacks.callbacks.iterative_settings import check_length, check_restored, settings_of
@@ -23,6 +23,7 @@ from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.model_in_setup import model_in_setup
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
 from prune_callbacks.engine.iterative import Scope, check_shrinkable, shrink_masks
+from prune_callbacks.engine.plan import check_prunable
 from prune_callbacks.parallel.shapes import whole_shape
 from prune_callbacks.parallel.strategies import masks_of_zeros, world
 from prune_callbacks.pruners import Magnitude, Pruner
@@ -103,9 +104,9 @@ class IterativePrune(PrunesInRounds):
         if self.targets is None:
             for text in describe_dense(*dense_in_mixtures(blocks, layers)):
                 rank_zero_warn(f"IterativePrune: {text}")
-        for name, target in layers.items():
-            with naming(name):
-                self.pruner.pattern.check_shape(target.shape)
+        for target in layers.values():
+            check_prunable(target, self.pruner.pattern, unread=True)
+        refuse_overlaps(layers.values())
         self.masks = MaskSet.all_kept({name: p.shape for name, p in parameters_of(layers.values()).items()})
         self._names = list(self.masks)
         self._input_first = [target.parameter_name for target in layers.values() if target.input_first]
