@@ -1,6 +1,5 @@
 """IterativePrune: raises the sparsity during a fit, by a schedule, with or without rewinding."""
 
-import math
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -39,8 +38,12 @@ class IterativePrune(PrunesInRounds):
     optimizer's moments of newly pruned weights. A removed weight never returns. The first masks are the masks of a
     `OneShotPrune` before it, else the masks given to `MaskEnforcer`, else the zeros of a sparse model.
 
-    Masks change after an optimizer step or an epoch, before checkpoints are written there. The checkpoint contains
-    round, sparsity, masks, the path of the rewind file and torch's random state.
+    Masks change after a batch or an epoch, before checkpoints are written there. The checkpoint contains round,
+    sparsity, masks, the path of the rewind file and torch's random state.
+
+    A schedule in steps counts optimizer steps as `trainer.global_step` does: in manual optimization it adds up those of
+    all optimizers. How many such steps a training makes is not known before it; if they do not suffice, a warning at
+    the end says so. A schedule in epochs needs no such count.
 
     Args:
         schedule: the sparsity as a function of time, e.g. `IMPSchedule(0.9, rounds=10, every=500)`.
@@ -112,15 +115,8 @@ class IterativePrune(PrunesInRounds):
         self._input_first = [target.parameter_name for target in layers.values() if target.input_first]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run:
-            return
-        steps, unit = trainer.estimated_stepping_batches, 1
-        if self._epochs:
-            trainer.fit_loop.setup_data()
-            if math.isinf(trainer.num_training_batches):  # the length of an epoch is not known
-                return
-            unit = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        check_length(self.schedule, self.rewind, steps, unit)
+        if not trainer.fast_dev_run:
+            check_length(trainer, self.schedule, self.rewind)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path is not None:
@@ -158,7 +154,8 @@ class IterativePrune(PrunesInRounds):
         if self.target < self.schedule.target and not trainer.fast_dev_run:
             rank_zero_warn(
                 f"IterativePrune: training ended after {trainer.global_step} optimizer steps, at a sparsity of "
-                f"{self.target}, and the schedule ends at {self.schedule.target}"
+                f"{self.target}, and the schedule ends at {self.schedule.target}, after {self.schedule.changes[-1]} "
+                f"{self.schedule.unit}s"
             )
 
     @property
