@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from transformers import PreTrainedModel
 
 
@@ -64,9 +65,14 @@ def find_blocks(model: nn.Module, name: str | None = None) -> list[tuple[str, nn
         name: the dotted name of the list of blocks, e.g. "model.layers", where the structure is ambiguous.
 
     Raises:
-        ValueError: `name` is not an `nn.ModuleList`.
+        ValueError: `name` is not an `nn.ModuleList`, or a lazy layer of the model has no weights yet.
         NoBlocksError: no list of blocks is found, or the model has one for its encoder and one for its decoder.
     """
+    empty = next((n for n, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if empty is not None:
+        raise ValueError(
+            f"layer {empty.rpartition('.')[0]} is lazy and has no weights yet; run the model once on a batch first"
+        )
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     if name is None:
         chosen = _found(model, lists)

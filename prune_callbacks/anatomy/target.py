@@ -9,6 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from prune_callbacks.anatomy.computed import why_no_parameter
+from prune_callbacks.anatomy.memory import in_memory
+
 LINEAR = (nn.Linear, Conv1D)
 """Types of modules whose weight is a target. `Conv1D` is GPT-2's linear layer, with a weight of shape (in, out)."""
 
@@ -58,8 +61,13 @@ class Target(ABC):
 
     @property
     @abstractmethod
-    def identity(self) -> tuple[int, int]:
-        """Returns a key that is equal for two targets with the same matrix (tied weights)."""
+    def identity(self) -> tuple[object, ...]:
+        """Returns a key that is equal for two targets with the same matrix: tied weights, or views of one memory."""
+
+    @property
+    def why_no_parameter(self) -> str | None:
+        """Returns why the layer's weight is no parameter that can be pruned, and how it becomes one; None if it is."""
+        return why_no_parameter(self.module, self.attribute)
 
     def matrix(self) -> Float[Tensor, "out in"]:
         """Returns the matrix as (out, in), a view of the parameter."""
@@ -77,7 +85,7 @@ class Target(ABC):
     @property
     def shape(self) -> tuple[int, int]:
         """Returns (out, in)."""
-        out, size = self.matrix().shape
+        out, size = self.oriented(self.stored).shape
         return out, size
 
 
@@ -105,8 +113,18 @@ class LayerTarget(Target):
         return self.parameter.detach()
 
     @property
-    def identity(self) -> tuple[int, int]:
-        return id(self.parameter), 0
+    def identity(self) -> tuple[object, ...]:
+        if self.why_no_parameter is not None:
+            return id(self.module), self.attribute
+        return _place(self) or (id(self.parameter), 0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        if self.why_no_parameter is None:
+            return super().shape
+        sizes = ("nf", "nx") if self.input_first else ("out_features", "in_features")
+        out, size = (getattr(self.module, name) for name in sizes)
+        return out, size
 
 
 @dataclass(frozen=True)
@@ -138,5 +156,13 @@ class ExpertTarget(Target):
         return self.parameter.detach()[self.index]
 
     @property
-    def identity(self) -> tuple[int, int]:
-        return id(self.parameter), self.index
+    def identity(self) -> tuple[object, ...]:
+        return _place(self) or (id(self.parameter), self.index)
+
+
+def _place(target: Target) -> tuple[object, ...]:
+    """Returns where a matrix lies in memory; () if it does not lie there as it is."""
+    if not in_memory(target.parameter):
+        return ()
+    stored = target.stored
+    return stored.data_ptr(), stored.shape, stored.stride()

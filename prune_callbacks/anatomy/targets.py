@@ -31,10 +31,21 @@ def find_targets(
             parameter ("down_proj").
 
     Raises:
-        ValueError: a pattern matches nothing, or there is nothing to prune.
+        ValueError: a pattern matches nothing, there is nothing to prune, or the weight of a matching layer is no
+            parameter, such as under `torch.nn.utils.prune` or a parametrization.
     """
+    chosen = _chosen(blocks, targets, experts=experts)
+    for name, target in chosen.items():
+        if target.why_no_parameter is not None:
+            raise ValueError(f"layer {name}: {target.why_no_parameter}, or choose other layers with `targets`")
+    return chosen
+
+
+def _chosen(
+    blocks: Sequence[tuple[str, nn.Module]], targets: Sequence[str] | str | None, *, experts: bool
+) -> dict[str, Target]:
     found: dict[str, Target] = {}
-    owners: dict[tuple[int, int], str] = {}
+    owners: dict[tuple[object, ...], str] = {}
     for target in _prunable(blocks, experts=experts):
         owner = owners.setdefault(target.identity, target.name)
         if owner == target.name:
@@ -42,7 +53,7 @@ def find_targets(
         else:
             warnings.warn(
                 f"{target.name} shares its weight with {owner} and is pruned with it, on the inputs of {owner}",
-                stacklevel=3,
+                stacklevel=4,
             )
     if not found:
         raise ValueError(
@@ -74,10 +85,11 @@ def matrices(blocks: Sequence[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]
     """
     found: dict[str, nn.Parameter] = {}
     for block_name, block in blocks:
-        found |= parameters_of(_prunable([(block_name, block)], experts=False))
-        found |= {
-            f"{block_name}.{name}.weight": block.get_submodule(name).get_parameter("weight") for name in routers(block)
-        }
+        plain = (t for t in _prunable([(block_name, block)], experts=False) if t.why_no_parameter is None)
+        found |= parameters_of(plain)
+        for name in routers(block):
+            weight = block.get_submodule(name)._parameters.get("weight")
+            found |= {} if weight is None else {f"{block_name}.{name}.weight": weight}
         found |= _fused(block_name, block)
     once = {id(parameter): name for name, parameter in reversed(found.items())}
     return {name: p for name, p in found.items() if once[id(p)] == name and p.is_floating_point()}

@@ -1,6 +1,5 @@
 """IterativePrune: raises the sparsity during a fit, by a schedule, with or without rewinding."""
 
-import math
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -11,8 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
+from prune_callbacks.anatomy.changeable import refuse_overlaps
 from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
-from prune_callbacks.anatomy.names import naming
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.anatomy.targets import SPARSE, find_targets, parameters_of
 from prune_callbacks.callbacks.iterative_settings import check_length, check_restored, settings_of
@@ -23,6 +22,7 @@ from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.model_in_setup import model_in_setup
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
 from prune_callbacks.engine.iterative import Scope, check_shrinkable, shrink_masks
+from prune_callbacks.engine.plan import check_prunable
 from prune_callbacks.parallel.shapes import whole_shape
 from prune_callbacks.parallel.strategies import masks_of_zeros, world
 from prune_callbacks.pruners import Magnitude, Pruner
@@ -38,8 +38,12 @@ class IterativePrune(PrunesInRounds):
     optimizer's moments of newly pruned weights. A removed weight never returns. The first masks are the masks of a
     `OneShotPrune` before it, else the masks given to `MaskEnforcer`, else the zeros of a sparse model.
 
-    Masks change after an optimizer step or an epoch, before checkpoints are written there. The checkpoint contains
-    round, sparsity, masks, the path of the rewind file and torch's random state.
+    Masks change after a batch or an epoch, before checkpoints are written there. The checkpoint contains round,
+    sparsity, masks, the path of the rewind file and torch's random state.
+
+    A schedule in steps counts optimizer steps as `trainer.global_step` does: in manual optimization it adds up those of
+    all optimizers. How many such steps a training makes is not known before it; if they do not suffice, a warning at
+    the end says so. A schedule in epochs needs no such count.
 
     Args:
         schedule: the sparsity as a function of time, e.g. `IMPSchedule(0.9, rounds=10, every=500)`.
@@ -102,23 +106,16 @@ class IterativePrune(PrunesInRounds):
         if self.targets is None:
             for text in describe_dense(*dense_in_mixtures(blocks, layers)):
                 rank_zero_warn(f"IterativePrune: {text}")
-        for name, target in layers.items():
-            with naming(name):
-                self.pruner.pattern.check_shape(target.shape)
+        for target in layers.values():
+            check_prunable(target, self.pruner.pattern, unread=True)
+        refuse_overlaps(layers.values())
         self.masks = MaskSet.all_kept({name: p.shape for name, p in parameters_of(layers.values()).items()})
         self._names = list(self.masks)
         self._input_first = [target.parameter_name for target in layers.values() if target.input_first]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run:
-            return
-        steps, unit = trainer.estimated_stepping_batches, 1
-        if self._epochs:
-            trainer.fit_loop.setup_data()
-            if math.isinf(trainer.num_training_batches):  # the length of an epoch is not known
-                return
-            unit = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        check_length(self.schedule, self.rewind, steps, unit)
+        if not trainer.fast_dev_run:
+            check_length(trainer, self.schedule, self.rewind)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path is not None:
@@ -156,7 +153,8 @@ class IterativePrune(PrunesInRounds):
         if self.target < self.schedule.target and not trainer.fast_dev_run:
             rank_zero_warn(
                 f"IterativePrune: training ended after {trainer.global_step} optimizer steps, at a sparsity of "
-                f"{self.target}, and the schedule ends at {self.schedule.target}"
+                f"{self.target}, and the schedule ends at {self.schedule.target}, after {self.schedule.changes[-1]} "
+                f"{self.schedule.unit}s"
             )
 
     @property

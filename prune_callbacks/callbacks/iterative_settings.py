@@ -1,11 +1,14 @@
 """Checks the settings of an iterative pruning: against those in a checkpoint, and against the length of training."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.rewind import Rewind
 from prune_callbacks.engine.iterative import Scope
 from prune_callbacks.pruners import Pruner
@@ -60,24 +63,51 @@ def check_restored(trainer: Trainer, restored: Mapping[str, Any] | None, setting
             rank_zero_warn(f"the checkpoint was trained by {restored[name]}; the fit resumes with {settings[name]}")
 
 
-def check_length(schedule: Schedule, rewind: Rewind | None, steps: float, unit: int) -> None:
+def check_length(trainer: Trainer, schedule: Schedule, rewind: Rewind | None) -> None:
     """
-    Raises ValueError unless the schedule ends, and rewinding begins, within the training.
+    Raises ValueError if the schedule is known to end, or rewinding to begin, too late for the training.
+
+    Only bounds that hold are checked: `max_epochs`, `max_steps`, and in automatic optimization the number of batches.
+    In manual optimization nobody knows how often the module will step its optimizers.
 
     Args:
+        trainer: the trainer of a fit that begins.
         schedule: the sparsity over time.
         rewind: the step at which rounds start again; None: no rewinding.
-        steps: the number of optimizer steps of the whole training.
-        unit: the number of optimizer steps in one unit of the schedule.
     """
-    first, last = schedule.changes[0] * unit, schedule.changes[-1] * unit
-    if last >= steps:
-        raise ValueError(
-            f"IterativePrune: the schedule reaches {schedule.target} after {last} optimizer steps, and "
-            f"training ends after {steps:g}. Train for longer (max_steps, max_epochs), or end the schedule earlier"
-        )
+    first: float = schedule.changes[0]
+    last: float = schedule.changes[-1]
+    epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
+    if schedule.unit == "epoch":
+        if last >= epochs:
+            raise ValueError(_too_late(schedule, last, "epochs", epochs))
+        first, last = steps_of(trainer, first), steps_of(trainer, last)
+    steps = min(math.inf if trainer.max_steps == -1 else trainer.max_steps, steps_of(trainer, epochs))
+    if not math.isinf(last) and last >= steps:
+        raise ValueError(_too_late(schedule, last, "optimizer steps", steps))
     if rewind is not None and rewind.step >= first:
         raise ValueError(
             f"IterativePrune: Rewind(step={rewind.step}) lies beyond the first round, which ends after "
-            f"{first} of {steps:g} optimizer steps; rewind to an earlier step"
+            f"{first:g} of {steps:g} optimizer steps; rewind to an earlier step"
         )
+
+
+def _too_late(schedule: Schedule, last: float, unit: str, end: float) -> str:
+    return (
+        f"IterativePrune: the schedule reaches {schedule.target} after {last:g} {unit}, and training ends after "
+        f"{end:g}. Train for longer (max_steps, max_epochs), or end the schedule earlier. Steps are counted as in "
+        "trainer.global_step, which adds up the steps of all optimizers"
+    )
+
+
+def steps_of(trainer: Trainer, epochs: float) -> float:
+    """Returns the number of optimizer steps in the first epochs of a fit; infinity where it is not known before."""
+    if math.isinf(epochs) or not trainer.lightning_module.automatic_optimization:
+        return math.inf
+    trainer.fit_loop.setup_data()
+    batches = trainer.num_training_batches
+    if math.isinf(batches):  # a dataset without a length
+        return math.inf
+    changing = Lineup(trainer).first(GradientAccumulationScheduler)
+    every = changing.get_accumulate_grad_batches if changing else lambda epoch: trainer.accumulate_grad_batches
+    return sum(math.ceil(batches / every(epoch)) for epoch in range(int(epochs)))

@@ -56,8 +56,18 @@ class RewindFile:
         self.path = path
 
     def go_back(self, trainer: Trainer) -> None:
-        """Restores weights and training state; ValueError if the file is missing or was written by another training."""
-        assert self.path is not None
+        """
+        Restores weights and training state.
+
+        Raises:
+            ValueError: the file is missing, was written by another training, or is not written yet, which is found out
+                here only where the length of an epoch in steps was not known before.
+        """
+        if self.path is None:
+            raise ValueError(
+                f"IterativePrune: the first round ends after {trainer.global_step} optimizer steps, and "
+                f"Rewind(step={self.rewind.step}) is not reached; rewind to an earlier step"
+            )
         load_snapshot(trainer, self.path, self.snapshot, optimizer=self.rewind.optimizer)
 
     def check(self, trainer: Trainer) -> None:

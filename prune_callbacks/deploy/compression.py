@@ -1,5 +1,6 @@
 """Saves a sparse model, quantized or not, to a file without its zeros, and loads it bit for bit."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from prune_callbacks.anatomy.adapters import refuse_adapters
@@ -27,7 +28,7 @@ from prune_callbacks.deploy.packing import pack_codes, pack_kept, pack_nm, unpac
 from prune_callbacks.solvers.gptq import Grid
 from prune_callbacks.sparsity import NM, MaskSet, Pattern
 from prune_callbacks.sparsity.questions import kept_of_group
-from prune_callbacks.storage.model_folder import from_state, savable
+from prune_callbacks.storage.model_folder import empty_model, from_state, model_class, savable
 from prune_callbacks.writing import filled_folder
 
 
@@ -74,11 +75,12 @@ def save_compressed(
     if folder.is_dir() and any(folder.iterdir()) and not (folder / FILE).is_file():
         raise ValueError(f"{folder} holds other files, first {min(folder.iterdir()).name}; choose a folder of its own")
     refuse_adapters(whole)
+    config = _loadable(whole)
     tensors: dict[str, Tensor] = {}
     layout: dict[str, dict[str, Any]] = {}
-    tied = bool(whole.config.get_text_config(decoder=True).tie_word_embeddings)
-    written: set[tuple[int, torch.Size]] = set()
-    for name, tensor in whole.state_dict().items():
+    tied = whole.all_tied_weights_keys  # are written once
+    state = whole.state_dict()
+    for name, tensor in state.items():
         if name in masks:
             layer = whole.get_submodule(name.rpartition(".")[0])
             with naming(name):
@@ -89,18 +91,39 @@ def save_compressed(
             layout[name] = entry | {"input_first": input_first}
             if tensor.ndim == 3:
                 layout[name]["experts"] = len(tensor)
-        elif not tied or (tensor.data_ptr(), tensor.shape) not in written:  # tied weights are written once
-            written.add((tensor.data_ptr(), tensor.shape))
+        elif name not in tied or tensor.data_ptr() != state[tied[name]].data_ptr():
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     masks.matching({name: whole.get_parameter(name) for name in layout})  # raises for a mask that was not used
     with filled_folder(folder) as partial:
         save_file(tensors, partial / FILE, metadata={METADATA: json.dumps(layout)})
-        whole.config.save_pretrained(partial)
-        if whole.generation_config is not None:
-            whole.generation_config.save_pretrained(partial)
+        config.save_pretrained(partial)
+        generation = getattr(whole, "generation_config", None)  # of models that generate text
+        if generation is not None:
+            generation.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     return measure_compression(dirpath)
+
+
+def _loadable(model: PreTrainedModel) -> PretrainedConfig:
+    """Returns the model's configuration with its class; raises ValueError unless `load_compressed` makes it of that."""
+    config: PretrainedConfig = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if model_class(config) is not type(model):
+        raise ValueError(
+            f"load_compressed makes models of the classes of transformers, and {type(model).__module__}."
+            f"{type(model).__name__} is none of them; save a model of one of these classes"
+        )
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    made = {name: tensor.shape for name, tensor in empty_model(config).state_dict().items()}
+    wrong = [name for name in {**own, **made} if own.get(name) != made.get(name)]
+    if wrong:
+        shapes = [tuple(found[wrong[0]]) if wrong[0] in found else "missing" for found in (own, made)]
+        raise ValueError(
+            f"load_compressed could not make this model of its configuration: {len(wrong)} tensors differ, first "
+            f"{wrong[0]}, which is {shapes[0]} in the model and {shapes[1]} by the configuration"
+        )
+    return config
 
 
 def _as_matrix(stored: Tensor, input_first: bool) -> Tensor:
@@ -161,7 +184,7 @@ def load_compressed(dirpath: str | Path) -> PreTrainedModel:
     """
     path = Path(dirpath) / FILE
     layout = packed_layout(path)
-    config = AutoConfig.from_pretrained(dirpath)
+    config = AutoConfig.from_pretrained(dirpath, trust_remote_code=False)
     state: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
         packed = {f"{name}.{role}" for name in layout for role in ROLES}
@@ -174,9 +197,7 @@ def load_compressed(dirpath: str | Path) -> PreTrainedModel:
             if "experts" in entry:
                 weight = weight.unflatten(0, (entry["experts"], -1))
             state[name] = weight.mT.contiguous() if entry["input_first"] else weight
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
-    model = from_state(kind, config, state)
+    model = from_state(model_class(config), config, state)
     if (path.parent / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(dirpath)
     return model

@@ -58,7 +58,7 @@ def shrink(model: nn.Module, masks: Mapping[str, Tensor], *, blocks: str | None 
         for writer in group.writers:
             _slice(state, whole, writer, features, columns=False)
     smaller = from_state(type(whole), config, state)
-    if whole.generation_config is not None:
+    if getattr(whole, "generation_config", None) is not None:  # of models that generate text
         smaller.generation_config = copy.deepcopy(whole.generation_config)
     nn.Module.to(smaller, next(whole.parameters()).device)
     smaller.train(whole.training)

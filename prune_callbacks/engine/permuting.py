@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prune_callbacks.anatomy.blocks import find_blocks
+from prune_callbacks.anatomy.changeable import check_changeable
+from prune_callbacks.anatomy.computed import why_no_parameter
 from prune_callbacks.anatomy.coupling import Coupled, find_coupled
 from prune_callbacks.anatomy.names import naming
 from prune_callbacks.anatomy.target import LayerTarget
@@ -86,6 +88,10 @@ def permute_channels_(
         refuse_compiled(block_name, block)
     for group in coupled:
         check_prunable(_target(model, group.reader), pattern)
+        for name in _written(group):
+            check_changeable(_target(model, name))
+            with naming(name):
+                _check_bias(model.get_submodule(name))
         with naming(group.reader):
             pattern.check_shape((_target(model, group.reader).shape[0], _width(model, group)))
     forced = ranks.attempt(lambda: None if device is None else parsed_device(device))
@@ -167,11 +173,23 @@ def _permute(model: nn.Module, group: Coupled, statistic: Statistic, pattern: Pa
     heads = [(head * repeats + i, orders[head]) for head in range(written) for i in range(repeats)]
     columns = torch.cat([head * width + order.to(weight.device) for head, order in heads])
     weight.copy_(weight[:, columns])
-    for writer in group.writers if group.width == 1 else (group.values,):
+    for writer in _written(group):
         _reorder_rows(_target(model, writer), rows)
     whole = max(float(scores.sum(dtype=torch.float64)), torch.finfo(torch.float32).tiny)
     before, after = (kept_score(part, n, m) / whole for part in (scores, scores[:, columns]))
     return Permuted(before, after)
+
+
+def _written(group: Coupled) -> tuple[str, ...]:
+    """Returns the names of the layers whose rows are reordered along with the reader's columns."""
+    return group.writers if group.width == 1 else (group.values,)
+
+
+def _check_bias(layer: nn.Module) -> None:
+    """Raises ValueError for a bias that cannot be reordered in place, because it is computed from other tensors."""
+    why = why_no_parameter(layer, "bias")
+    if why is not None and "bias" not in layer._parameters:
+        raise ValueError(why)
 
 
 def _target(model: nn.Module, name: str) -> LayerTarget:

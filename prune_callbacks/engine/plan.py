@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prune_callbacks.allocation.measuring import check_allocation
 from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.anatomy.blocks import find_blocks
+from prune_callbacks.anatomy.changeable import check_changeable, refuse_overlaps
 from prune_callbacks.anatomy.coupling import Coupled, coupled_targets
 from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
 from prune_callbacks.anatomy.names import naming
@@ -127,6 +128,9 @@ def make_plan(
         refuse_compiled(block_name, block)
     chosen = find_targets(found, targets, experts=takes_experts(pruner))
     skipped = stays_dense(found, chosen) if targets is None else {}
+    for target in chosen.values():
+        check_changeable(target, unread=unread)
+    refuse_overlaps(chosen.values())
     groups: list[Coupled] = []
     removed: dict[str, int] = {}
     if coupled(pruner):
@@ -181,27 +185,16 @@ def parsed_device(device: torch.device | str) -> torch.device:
 
 def check_prunable(target: Target, pattern: Pattern, *, unread: bool = False) -> None:
     """
-    Raises ValueError, naming the layer, for a weight that cannot be pruned: quantized, without values, or misshapen.
+    Raises ValueError, naming the layer, for a weight that cannot be pruned: see `check_changeable`, or misshapen.
 
     Args:
         target: the matrix.
         pattern: the pattern, which must fit the matrix's shape.
         unread: whether the weight is on the meta device and its values will be read from files later.
     """
-    weight = target.parameter
+    check_changeable(target, unread=unread)
     with naming(target.name):
-        _check_values(weight, unread=unread)
         pattern.check_shape(target.shape)
-
-
-def _check_values(weight: Tensor, *, unread: bool) -> None:
-    """Raises ValueError for a quantized weight, or one without values unless `unread`."""
-    if not weight.is_floating_point() or weight.element_size() == 1:  # float8 weights need their scales
-        raise ValueError(
-            f"its weight is {weight.dtype}; quantized weights cannot be pruned, load the model dequantized"
-        )
-    if weight.is_meta and not unread:
-        raise ValueError("its weight is on the meta device, without values; load the model into memory first")
 
 
 def refuse_compiled(name: str, block: nn.Module) -> None:

@@ -12,12 +12,13 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, PreTrainedModel
 
 from prune_callbacks.parallel.packed import count_removed
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.checkpoints import TrainingCheckpoint, newest_checkpoint, open_checkpoint
 from prune_callbacks.storage.model_card import write_model_card
+from prune_callbacks.storage.model_folder import empty_model, unread
 from prune_callbacks.storage.run_record import RunRecord, Zeros
 from prune_callbacks.writing import replaced_folder, write_json
 
@@ -45,7 +46,7 @@ def consolidate(
         checkpoint: a checkpoint of one device, DDP, FSDP2 or DeepSpeed ZeRO, or a folder of checkpoints, of which the
             newest complete one is read.
         template: a folder with the model's configuration (and tokenizer), e.g. `model/` of the trained run, or the
-            folder of the model before training.
+            folder of the model before training. The configuration's `architectures` names the model's class.
         dirpath: the folder to write into. An existing `model/` is replaced once the new one is complete.
         prefix: the prefix of the model's names in the checkpoint, e.g. "student."; None: the only prefix that fits.
         dtype: the dtype of the written weights, e.g. "bfloat16"; None: the configuration's, else float32.
@@ -57,8 +58,8 @@ def consolidate(
         the written weights. Their perplexity is not measured.
 
     Raises:
-        ValueError: there is no checkpoint, no configuration or no masks, `dtype` is unknown, or the weights are not the
-            weights of that model.
+        ValueError: there is no checkpoint, no configuration or no masks, `dtype` is unknown, or the weights are not, or
+            not all, weights of that model.
     """
     if not (Path(template) / "config.json").is_file():
         raise ValueError(
@@ -69,11 +70,10 @@ def consolidate(
         raise ValueError(f"dtype is one of torch's, such as 'bfloat16', got {dtype!r}")
     path = newest_checkpoint(checkpoint) or checkpoint
     source = open_checkpoint(path)
-    config = AutoConfig.from_pretrained(template)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    config = AutoConfig.from_pretrained(template, trust_remote_code=False)
+    skeleton = empty_model(config)
     config.dtype = getattr(torch, dtype) if dtype is not None else config.dtype or torch.float32
-    config.architectures = [type(skeleton).__name__]
+    config.architectures = config.architectures or [type(skeleton).__name__]
     places = _places(skeleton, source, prefix)
     masks = _masks(source, places, skeleton)
     with replaced_folder(Path(dirpath) / "model") as partial:
@@ -94,7 +94,7 @@ def consolidate(
     return report
 
 
-def _places(skeleton: nn.Module, source: TrainingCheckpoint, prefix: str | None) -> dict[str, str]:
+def _places(skeleton: PreTrainedModel, source: TrainingCheckpoint, prefix: str | None) -> dict[str, str]:
     """Returns the checkpoint's name of every weight; of tied weights only the first, as transformers saves it."""
     aliases: dict[int, list[str]] = {}
     for name, tensor in skeleton.state_dict(keep_vars=True).items():
@@ -113,7 +113,21 @@ def _places(skeleton: nn.Module, source: TrainingCheckpoint, prefix: str | None)
             f"the checkpoint is of another model than the configuration: of {len(groups)} weights {len(missing)} are "
             f"missing under {begin!r}, first {missing[0]}; it has {len(known)}, first {min(known, default='none')}"
         )
+    _refuse_unknown(skeleton, known, fitting[0])
     return {names[0]: next(fitting[0] + name for name in names if fitting[0] + name in known) for names in groups}
+
+
+def _refuse_unknown(skeleton: PreTrainedModel, known: set[str], prefix: str) -> None:
+    """Raises ValueError if the checkpoint's model has weights that its configuration has no place for."""
+    # Without a prefix, a module's other members are not told apart from those of the model.
+    own = sorted(name.removeprefix(prefix) for name in known if prefix and name.startswith(prefix))
+    unknown = unread(skeleton, own)
+    if unknown:
+        raise ValueError(
+            f"the checkpoint is of another model than the configuration: {len(unknown)} of its weights under "
+            f"{prefix!r}, first {unknown[0]}, are no weights of {type(skeleton).__name__}; name a template whose "
+            "config.json has the model's class in `architectures`"
+        )
 
 
 def _masks(source: TrainingCheckpoint, places: dict[str, str], skeleton: nn.Module) -> MaskSet:

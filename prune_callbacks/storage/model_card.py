@@ -1,5 +1,6 @@
 """The model card (`README.md`) of a sparse model's folder."""
 
+import json
 import re
 import warnings
 from importlib.metadata import version
@@ -45,7 +46,7 @@ def write_model_card(
     if named and data.base_model is None:
         data.base_model = source
     before = re.sub(f"{BEGIN}.*?{END}\n*", "", written if card is None else card.text, flags=re.DOTALL).strip()
-    section = _section(sparsity, layers, source if named else None, note)
+    section = _section(sparsity, layers, source if named else None, _loader(folder / "config.json"), note)
     text = "\n\n".join(part for part in (section, before) if part)
     write_text(path, f"---\n{data.to_yaml()}\n---\n\n{text}\n", durable=durable)
 
@@ -66,12 +67,19 @@ def _came_from_the_hub(source: str) -> bool:
     return isinstance(try_to_load_from_cache(source, "config.json"), str)
 
 
-def _section(sparsity: float, layers: int, source: str | None, note: str) -> str:
+def _loader(config: Path) -> str:
+    """Returns the class of transformers that loads a model: its own, if it is no causal language model."""
+    named = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
+    kind: str = named[0] if named else "ForCausalLM"
+    return "AutoModelForCausalLM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else kind
+
+
+def _section(sparsity: float, layers: int, source: str | None, loader: str, note: str) -> str:
     """Returns the section of the card that is marked by `BEGIN` and `END`."""
     of = f" of {source}" if source else ""
     sentences = [
         f"A pruned model{of}: {sparsity:.2%} of the weights of {layers} layers are zero.",
-        "Weights are stored dense, with their zeros: `AutoModelForCausalLM.from_pretrained` loads the folder as any",
+        f"Weights are stored dense, with their zeros: `{loader}.from_pretrained` loads the folder as any",
         "other, and no special format or configuration is needed. Dense kernels run it at the dense model's speed.",
         "Training overwrites the zeros unless the masks are held, e.g. by `MaskEnforcer` of prune-callbacks, which",
         "reads them from the zeros.",

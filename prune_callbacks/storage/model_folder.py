@@ -1,25 +1,93 @@
 """Writes a sparse model and its masks into a folder that every tool can read."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_callbacks.anatomy.adapters import base_state_dict
+from prune_callbacks.anatomy.computed import computed_tensors
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.model_card import write_model_card
 from prune_callbacks.writing import replaced_folder, whole_file
 
 
 def savable(model: nn.Module) -> PreTrainedModel:
-    """Returns the model; raises ValueError if it is no `transformers` model, which has no common file format."""
+    """
+    Returns the model if its files can be loaded again.
+
+    Raises:
+        ValueError: it is no `transformers` model, which has no common file format, or one of its tensors is computed
+            from others, which have names in files that no model is loaded from.
+    """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"only transformers models can be saved, got {type(model).__name__}; save its state_dict instead"
         )
+    for name, why in computed_tensors(model).items():
+        layer = name.rpartition(".")[0]
+        raise ValueError(f"the model could not be loaded from its files, because of layer {layer}: {why}")
     return model
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """
+    Returns the class of the model that a configuration belongs to: the first in its `architectures`.
+
+    Without `architectures` it is the causal LM of the configuration's type. No code from a model's folder is run.
+
+    Raises:
+        ValueError: the installed `transformers` has no such class, or the class is for other configurations.
+    """
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), ())  # also has classes that a user has registered
+    known = {kind.__name__: kind for kind in (causal if isinstance(causal, tuple) else (causal,))}
+    named = next(iter(config.architectures or known), None)
+    kind = known.get(named) or getattr(transformers, named or "", None)
+    has = f"transformers {transformers.__version__} does not have"
+    if named is None:
+        raise ValueError(
+            f"the model's configuration names no class in `architectures`, and {has} a causal language model for "
+            f"{type(config).__name__}; add the class's name to config.json"
+        )
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        code = ", and the code that comes with the model (auto_map) is not run" if hasattr(config, "auto_map") else ""
+        raise ValueError(
+            f"the model's configuration names the class {named} in `architectures`, which {has}{code}; install a "
+            "version that has it, or save the model with a class of transformers"
+        )
+    wanted = kind.config_class or PretrainedConfig
+    if not isinstance(_config_for(kind, config), wanted):
+        raise ValueError(
+            f"the model's configuration names the class {named} in `architectures`, which takes {wanted.__name__}, and "
+            f"its model_type is {config.model_type!r}; correct one of the two in config.json"
+        )
+    return kind
+
+
+def _config_for(kind: Any, config: PretrainedConfig) -> PretrainedConfig:
+    """Returns the configuration that a class takes: of a model with text and images it may be the text's alone."""
+    text = config.sub_configs.get("text_config")
+    return config.get_text_config() if text is not None and text is kind.config_class else config
+
+
+def empty_model(config: PretrainedConfig, **settings: Any) -> PreTrainedModel:
+    """Builds the model of a configuration on the meta device, without values; see `model_class`."""
+    kind: Any = model_class(config)
+    with torch.device("meta"):
+        model: PreTrainedModel = kind._from_config(_config_for(kind, config), **settings)
+    return model
+
+
+def unread(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Returns the names that are no weights of a model; leaves out those that `from_pretrained` ignores silently."""
+    known = model.state_dict()
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+    return [name for name in names if name not in known and not any(re.search(part, name) for part in ignored)]
 
 
 def save_sparse_model(
@@ -58,15 +126,15 @@ def save_sparse_model(
 
 
 def from_state(kind: type[PreTrainedModel], config: Any, state: Mapping[str, Tensor]) -> PreTrainedModel:
-    """Makes a model on the CPU from a whole state dict; ValueError if a weight is missing or has another shape."""
+    """Makes a model on the CPU from a whole state dict; ValueError if a weight is missing, left over or misshapen."""
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "auto"
     load = cast(Any, kind).from_pretrained
     how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load(None, config=config, state_dict=dict(state), **how)
-    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
+    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
     if wrong:
-        raise ValueError(f"{kind.__name__} of this configuration lacks or does not fit {wrong[0]}")
+        raise ValueError(f"{kind.__name__} of this configuration does not fit the weights, first {wrong[0]}")
     loaded: PreTrainedModel = model
     for name, parameter in loaded.named_parameters():  # they may have several dtypes
         if name in state and parameter.dtype != state[name].dtype:

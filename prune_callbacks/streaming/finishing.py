@@ -62,7 +62,7 @@ def finish(journal: Journal, walk: BlockWalk, about: Mapping[str, Any]) -> None:
         _copy_others(checkpoint.folder, journal.model)
         config = checkpoint.config
         config.dtype = walk.model.dtype
-        config.architectures = [type(walk.model).__name__]
+        config.architectures = config.architectures or [type(walk.model).__name__]
         write_json(journal.model / "config.json", json.loads(config.to_json_string()))
         counts = [counts for record in journal.records for counts in record["parameters"].values()]
         removed, weights = (sum(count[i] for count in counts) for i in (0, 1))

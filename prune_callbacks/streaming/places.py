@@ -1,6 +1,5 @@
 """Maps the weights of a model to the tensors of its checkpoint, with the conversions that transformers applies."""
 
-import re
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
@@ -18,6 +17,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from prune_callbacks.storage.model_folder import unread
 from prune_callbacks.streaming.source import CheckpointFolder
 
 
@@ -59,7 +59,8 @@ def find_places(model: PreTrainedModel, checkpoint: CheckpointFolder) -> dict[st
     them.
 
     Raises:
-        ValueError: a weight is missing from the checkpoint, has another shape, or is quantized; or tied weights differ.
+        ValueError: a weight is missing from the checkpoint, has another shape, or is quantized; tied weights differ; or
+            the checkpoint has other tensors, and its configuration does not name the model's class.
     """
     state = model.state_dict(keep_vars=True)
     found = _found(model, checkpoint, state)
@@ -126,14 +127,15 @@ def _found(model: PreTrainedModel, checkpoint: CheckpointFolder, state: Mapping[
     model._weight_conversions = [t for t in transforms if t.was_used()]  # type: ignore[assignment]
     for conversion in conversions.values():
         found |= dict.fromkeys(_check_conversion(conversion, model, checkpoint, state), conversion)
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
-    unknown = [key for key in unknown if not any(re.search(pattern, key) for pattern in ignored)]
+    unknown = unread(model, unknown)
     if unknown:
-        warnings.warn(
-            f"{len(unknown)} tensors of {checkpoint.folder} are no weights of {type(model).__name__} and are left out, "
-            f"first {unknown[0]}",
-            stacklevel=4,
-        )
+        what = f"{len(unknown)} tensors of {checkpoint.folder} are no weights of {type(model).__name__}"
+        if not checkpoint.config.architectures:
+            raise ValueError(
+                f"{what}, first {unknown[0]}: config.json does not say of which class the model is. Add the class to "
+                'it, such as "architectures": ["LlamaForSequenceClassification"]'
+            )
+        warnings.warn(f"{what} and are left out, first {unknown[0]}", stacklevel=4)
     return found
 
 

@@ -5,15 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from prune_callbacks.storage.model_folder import empty_model
 from prune_callbacks.streaming.source import CheckpointFolder
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Builds the model of a config in evaluation mode: weights on the meta device, computed buffers on the CPU."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    model = empty_model(config, dtype=dtype)
     for module in model.modules():
         computed = [n for n, b in module.named_buffers(recurse=False) if n in module._non_persistent_buffers_set]
         for name in computed:

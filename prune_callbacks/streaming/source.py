@@ -113,7 +113,7 @@ class CheckpointFolder:
             raise ValueError(f"there is no config.json in {self.folder}; it is needed for the shape of the model")
 
     def _read_config(self) -> PretrainedConfig:
-        config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
+        config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         quantization: Any = getattr(config, "quantization_config", None)
         if quantization is not None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
