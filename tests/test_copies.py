@@ -22,9 +22,12 @@ from prune_callbacks import (
     LoRARecovery,
     Magnitude,
     MaskEnforcer,
+    MaskSet,
     OneShotPrune,
     RunReport,
 )
+from prune_callbacks.storage.consolidation import consolidate
+from prune_callbacks.storage.model_folder import save_sparse_model
 from prune_callbacks.tasks import CausalLM, tiny_llama
 
 
@@ -50,8 +53,9 @@ def run(callbacks, tmp_path, module=None, **settings):
     settings = {"max_steps": 12, "accumulate_grad_batches": 1, "enable_checkpointing": True} | settings
     if settings["enable_checkpointing"]:
         callbacks = [*callbacks, ModelCheckpoint(tmp_path / "ckpt", save_top_k=-1, every_n_train_steps=1)]
+    ckpt_path = settings.pop("ckpt_path", None)
     trainer = trainer_of(callbacks, tmp_path, **settings)
-    trainer.fit(module, batches(), batches(1))
+    trainer.fit(module, batches(), batches(1), ckpt_path=ckpt_path)
     return module, trainer, sorted((tmp_path / "ckpt").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
 
 
@@ -211,3 +215,37 @@ def test_what_any_optimizer_keeps_of_a_pruned_weight_is_zero(name, tmp_path):
     run(callbacks, tmp_path, module, max_steps=6, enable_checkpointing=False)
     assert (steps.steps, steps.worst) == (6, 0.0)
     assert enforcer.masks.violations(module.named_parameters()) == {}
+
+
+def test_a_checkpoint_of_weights_alone_is_consolidated_by_its_zeros(tmp_path):
+    module, prune = module_of(), OneShotPrune(Magnitude(NM(1, 4)), progress=False)
+    weights = ModelCheckpoint(tmp_path / "w", every_n_train_steps=2, save_weights_only=True)
+    run([prune, MaskEnforcer(), weights], tmp_path, module, max_steps=2, enable_checkpointing=True)
+    save_sparse_model(module.model, prune.report.masks, tmp_path / "template")
+    (file,) = (tmp_path / "w").glob("*.ckpt")
+    with pytest.warns(UserWarning, match=r"weights alone .* so the masks are the zeros of the model: 14 matrices"):
+        report = consolidate(file, tmp_path / "template/model", tmp_path / "out", progress=False)
+    assert MaskSet.load(tmp_path / "out/masks.safetensors") == prune.report.masks
+    assert report["violations"] == {}
+    assert any("masks are the zeros of the model" in text for text in report["warnings"])
+    with pytest.raises((KeyError, ValueError), match=r"checkpoint|save_weights_only"):
+        run([OneShotPrune(Magnitude(NM(1, 4)), progress=False), MaskEnforcer()], tmp_path, ckpt_path=file, max_steps=3)
+    dense = tmp_path / "dense.ckpt"
+    torch.save({"state_dict": module_of().state_dict(), "global_step": 0}, dense)
+    with pytest.raises(ValueError, match=r"weights alone .*none of its matrices has 1% of zeros"):
+        consolidate(dense, tmp_path / "template/model", tmp_path / "out2", progress=False)
+
+
+def test_the_masks_of_a_subclass_are_found(tmp_path):
+    class Mine(MaskEnforcer):
+        pass
+
+    enforcer = Mine()
+    module, _, files = run([cubic(), enforcer], tmp_path, max_steps=9)
+    save_sparse_model(module.model, enforcer.masks, tmp_path / "template")
+    state = torch.load(files[-1], weights_only=False)
+    del state["callbacks"]["IterativePrune"]
+    torch.save(state, tmp_path / "without.ckpt")
+    report = consolidate(tmp_path / "without.ckpt", tmp_path / "template/model", tmp_path / "out", progress=False)
+    assert MaskSet.load(tmp_path / "out/masks.safetensors") == enforcer.masks
+    assert report["violations"] == {}

@@ -384,6 +384,8 @@ def test_weights_alone_are_plain_too(tmp_path):
     )
     (file,) = (tmp_path / "w").glob("*.ckpt")
     assert masks.violations(Small.load_from_checkpoint(file).named_parameters()) == {}
+    with pytest.raises(ValueError, match=r"holds weights alone \(save_weights_only=True\): no fit can resume from it"):
+        fit([LoRARecovery(), MaskEnforcer(masks)], tmp_path, sparse_llama()[0], ckpt_path=file)
 
 
 def test_a_state_loaded_into_a_model_with_lora_layers_becomes_its_base():

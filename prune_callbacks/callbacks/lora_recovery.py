@@ -174,8 +174,13 @@ class LoRARecovery(FinishesWeights):
         one_shot = Lineup(trainer).first(PrunesOnce)
         checkpoint = resumed_checkpoint(trainer)
         if checkpoint is not None:  # it is loaded later, so the weights have no zeros yet
-            saved = trainer.strategy.load_checkpoint(checkpoint)["state_dict"]
-            adapted = {name.partition(".lora_A.")[0] for name in saved if ".lora_A." in name}
+            saved = trainer.strategy.load_checkpoint(checkpoint)
+            adapted = {name.partition(".lora_A.")[0] for name in saved["state_dict"] if ".lora_A." in name}
+            if "callbacks" not in saved:
+                raise ValueError(
+                    f"the checkpoint {checkpoint} holds weights alone (save_weights_only=True): no fit can resume from "
+                    "it. Load its weights into the module and start a new fit without ckpt_path"
+                )
             if not adapted:
                 raise ValueError(
                     f"the checkpoint {checkpoint} holds no LoRA layers: it was written after their update was merged, "

@@ -24,11 +24,13 @@ class TrainingCheckpoint(ABC):
 
     Attributes:
         callbacks: the states of the callbacks, by class name.
+        weights_only: whether it was written without the states of callbacks (`save_weights_only=True`).
         step: how many optimizer steps were finished.
     """
 
     def __init__(self, state: State) -> None:
         self.callbacks: State = state.get("callbacks", {})
+        self.weights_only = "callbacks" not in state
         self.step: int = state["global_step"]
 
     @abstractmethod
