@@ -368,7 +368,7 @@ def main() -> None:
     try:
         if check_command():
             hydra.main(version_base="1.3", config_path="recipes", config_name="train")(job)()
-    except Exception as error:
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         say(error, sys.argv[1:])
         sys.exit(1)
     if failed:
