@@ -1,4 +1,4 @@
-"""Run by a test as two processes: experts pruned by both together, and by the first alone."""
+"""Run by a test as two processes: models pruned by both together, and by one alone: experts, and blocks in no chain."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from test_experts import PRUNERS, model_of, pruned, unreachable
+from test_topologies import NAMES, residual_outside
+from topologies import made, rerun_masks
 
+from prune_callbacks import Unstructured, Wanda, prune_sequentially
 from prune_callbacks.ranks import ALONE, Ranks
 
 dist.init_process_group("gloo")
@@ -27,5 +30,13 @@ for family in ("mixtral", "gpt-oss"):
             "alone": dict(alone.state_dict()),
             "counts": report.by_magnitude,
         }
+batches = list(torch.randint(0, 23, (6, 9)).split(2))
+expected = rerun_masks(made(residual_outside), NAMES, batches)
+for share in (slice(everywhere.rank, None, 2), slice(0, 3 * (1 - everywhere.rank))):  # in turns; all on the first
+    whole = made(residual_outside)
+    report = prune_sequentially(whole, batches[share], Wanda(Unstructured(0.5)), progress=False, ranks=everywhere)
+    assert report.masks.keys() == expected.keys()
+    assert all(torch.equal(report.masks[name], keep) for name, keep in expected.items())
+    assert report.masks.violations(whole.named_parameters()) == {}
 torch.save(results, Path(sys.argv[1]) / f"{everywhere.rank}.pt")
 dist.destroy_process_group()

@@ -119,12 +119,21 @@ class Rerun(Source):
         home = next(self.model.parameters()).device
         where = device or home
         try:
-            self.ranks.attempt(lambda: self.model.to(where))
+            self.ranks.attempt(lambda: self._move(where))
             for index in self.order:
                 if index < len(blocks):
                     yield index, *blocks[index], where
         finally:
             self.model.to(home)
+
+    def _move(self, where: torch.device) -> None:
+        try:
+            self.model.to(where)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+    X
+                "so they cannot be moved there one at a time. Leave out device, or use a larger one"
+            ) from error
 
     def collect(
         self, statistic: Make, index: int, block: nn.Module, targets: Mapping[str, Target], where: torch.device
