@@ -131,8 +131,8 @@ class Rerun(Source):
             self.model.to(where)
         except torch.OutOfMemoryError as error:
             raise ValueError(
-    X
-                "so they cannot be moved there one at a time. Leave out device, or use a larger one"
+                f"{type(self.model).__name__} does not fit on {where}, where all of it must run: its blocks form no "
+                "chain, so they cannot be moved there one at a time. Leave out device, or use a larger one"
             ) from error
 
     def collect(
