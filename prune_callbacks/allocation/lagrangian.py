@@ -126,8 +126,8 @@ class LagrangianAllocation:
         if group is not None:
             return [keeping(pattern, n) for n in range(1, group[1])]
         (low, high), target = self._bounds(pattern), pattern.sparsity
-        below = torch.linspace(low, target, self.points + 1, dtype=torch.float64)[:-1].tolist()
-        above = torch.linspace(target, high, self.points + 1, dtype=torch.float64).tolist()
+        below = torch.linspace(low, target, self.points + 1, dtype=torch.float64, device="cpu")[:-1].tolist()
+        above = torch.linspace(target, high, self.points + 1, dtype=torch.float64, device="cpu").tolist()
         return [at_sparsity(pattern, s) for s in sorted({*below, *above})]
 
     def _curve(self, pruner: Pruner, name: str, weight: Tensor, statistic: Statistic) -> list[tuple[float, float]]:

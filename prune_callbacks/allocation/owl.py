@@ -11,6 +11,7 @@ from prune_callbacks.allocation.counts import by_outliers, check_reach
 from prune_callbacks.allocation.protocol import Values, check_single_weights, layer_sizes, with_counts
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.solvers import InputNorm
+from prune_callbacks.solvers.float64 import sum_in_float64
 from prune_callbacks.solvers.statistics import Statistic
 from prune_callbacks.sparsity import Pattern
 
@@ -45,7 +46,7 @@ class OWL:
         """Computes the fraction of outliers in the block, and returns it for each of its layers."""
         scores = {n: w.float().abs() * statistics[n].squared_norm.to(w.device).sqrt() for n, w in weights.items()}
         count = sum(score.numel() for score in scores.values())
-        mean = sum(float(score.sum(dtype=torch.float64)) for score in scores.values()) / count
+        mean = sum(float(sum_in_float64(score)) for score in scores.values()) / count
         outliers = sum(int((score > self.threshold * mean).count_nonzero()) for score in scores.values())
         return dict.fromkeys(weights, outliers / count)
 

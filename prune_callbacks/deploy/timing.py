@@ -113,5 +113,6 @@ def _peak(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _timing(seconds: list[float], peak: int | None) -> Timing:
-    low, high = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.1, 0.9]).double()).tolist()
+    parts = torch.tensor([0.1, 0.9], dtype=torch.float64, device="cpu")
+    low, high = torch.tensor(seconds, dtype=torch.float64, device="cpu").quantile(parts).tolist()
     return Timing(statistics.median(seconds), low, high, peak)

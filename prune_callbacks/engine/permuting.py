@@ -23,6 +23,7 @@ from prune_callbacks.engine.sharing import share_weights
 from prune_callbacks.pruners import Wanda
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.results import Result
+from prune_callbacks.solvers.float64 import sum_in_float64
 from prune_callbacks.solvers.permutation import channel_permutation, kept_score
 from prune_callbacks.solvers.statistics import Statistic
 from prune_callbacks.sparsity import Pattern
@@ -175,7 +176,7 @@ def _permute(model: nn.Module, group: Coupled, statistic: Statistic, pattern: Pa
     weight.copy_(weight[:, columns])
     for writer in _written(group):
         _reorder_rows(_target(model, writer), rows)
-    whole = max(float(scores.sum(dtype=torch.float64)), torch.finfo(torch.float32).tiny)
+    whole = max(float(sum_in_float64(scores)), torch.finfo(torch.float32).tiny)
     before, after = (kept_score(part, n, m) / whole for part in (scores, scores[:, columns]))
     return Permuted(before, after)
 

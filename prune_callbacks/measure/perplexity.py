@@ -1,5 +1,7 @@
 """Computes perplexity over fixed windows, one batch at a time."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torchmetrics import Metric
 
 from prune_callbacks.calibration.checks import check_window_length
 from prune_callbacks.ranks import ALONE, Ranks
+from prune_callbacks.solvers.float64 import float64_device, in_float64
 
 
 class Perplexity(Metric):
@@ -18,7 +21,7 @@ class Perplexity(Metric):
 
     Equivalent to `torchmetrics.text.Perplexity(ignore_index=-100)`, but uses log-softmax, one window at a time: a
     probability that underflows in softmax does not make perplexity infinite, and the logits of a batch are never copied
-    as a whole. Sums are float64.
+    as a whole. The sum is float64, and stays on the CPU where the device has no float64.
     """
 
     full_state_update = False
@@ -32,16 +35,29 @@ class Perplexity(Metric):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        """Moves or casts the states as torchmetrics does, but no float64 to a device that has none."""
+        device = fn(torch.zeros(1, device=self.device)).device
+
+        @wraps(fn)  # torchmetrics knows casts by their names, and leaves the states as they are then
+        def apply(tensor: Tensor) -> Tensor:
+            return (
+                in_float64(tensor) if tensor.dtype is torch.float64 and device != float64_device(device) else fn(tensor)
+            )
+
+        moved: nn.Module = super()._apply(apply, *args, **kwargs)
+        return moved
+
     def update(self, logits: Float[Tensor, "batch tokens vocab"], labels: Int[Tensor, "batch tokens"]) -> None:
         """Adds windows, in which `logits[:, t]` predict `labels[:, t + 1]`; labels of -100 are ignored."""
         for window, target in zip(logits[:, :-1], labels[:, 1:], strict=True):
             loss = nn.functional.cross_entropy(window.float(), target, ignore_index=-100, reduction="sum")
-            self.total += loss.double()
+            self.total += in_float64(loss)
             self.count += (target != -100).sum()
 
     def compute(self) -> Tensor:
-        """Returns the perplexity of all windows added so far, as a float64 scalar."""
-        return torch.exp(self.total / self.count)
+        """Returns the perplexity of all windows added so far, as a float64 scalar on `float64_device`."""
+        return torch.exp(self.total / self.count.to(self.total.device))
 
 
 @torch.no_grad()

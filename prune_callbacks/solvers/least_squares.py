@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from prune_callbacks.solvers.float64 import float64_device, sum_in_float64
 from prune_callbacks.solvers.linalg import DampedGram
 from prune_callbacks.solvers.split import split
 
@@ -54,7 +55,8 @@ class MaskedLeastSquares:
         self.tolerance = 2e-4 if dense.dtype == torch.float32 else 1e-15
         self.weight = dense.clone()
         self.gradient = torch.zeros_like(dense)
-        self.loss = self.excess = dense.new_zeros(len(self.heights), dtype=torch.float64)
+        where = float64_device(dense.device)
+        self.loss = self.excess = torch.zeros(len(self.heights), dtype=torch.float64, device=where)
 
     def restrict(self, keep: Bool[Tensor, "out in"]) -> None:
         """Sets the mask, (out, in), True = kept, and takes the step that would be exact if H were M."""
@@ -90,7 +92,7 @@ class MaskedLeastSquares:
                 return False
             self.split.product(direction, out=image)
             curvature = torch.linalg.vecdot(direction, image)[:, None]
-            if bool(((curvature <= 0) & (energy > floor.max())).any()):
+            if bool(((curvature <= 0) & (energy > float(floor.max()))).any()):
                 return False
             length = torch.where(curvature > 0, energy / curvature, 0)  # converged rows do not move
             self.weight.addcmul_(length, direction)
@@ -175,7 +177,8 @@ class MaskedLeastSquares:
 
     def by_row(self, of_layers: Tensor) -> Tensor:
         """Repeats a value of each layer, (layers,), for each of its rows; returns shape (out,)."""
-        return of_layers.repeat_interleave(torch.tensor(self.heights, device=of_layers.device))
+        heights = torch.tensor(self.heights, device=of_layers.device)
+        return of_layers.repeat_interleave(heights).to(self.dense.device)
 
     def undamped(self) -> Float[Tensor, " layers"]:
         """Returns the loss of each layer without its damping term, `(weight - dense) G (weight - dense)^T`."""
@@ -203,4 +206,4 @@ class MaskedLeastSquares:
 
     def _by_layer(self, rows: Tensor) -> Float[Tensor, " layers"]:
         """Sums over the rows of each layer, in float64."""
-        return torch.stack([part.sum(dtype=torch.float64) for part in rows.split(self.heights)])
+        return torch.stack([sum_in_float64(part) for part in rows.split(self.heights)])

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from prune_callbacks.solvers.float64 import sum_in_float64
 from prune_callbacks.solvers.split import Split, split
 
 CHOLESKY_ATTEMPTS = 4
@@ -136,7 +137,7 @@ def quadratic_form(rows: Float[Tensor, "rows in"], gram: Float[Tensor, "in in"])
     The rows' sums are added up in float64. (Products with one half of the symmetric G only, strip by strip, took longer
     on CPUs: 14 ms against 9 ms for 3072 x 576 on two cores.)
     """
-    return float(torch.linalg.vecdot(rows @ gram, rows).sum(dtype=torch.float64))
+    return float(sum_in_float64(torch.linalg.vecdot(rows @ gram, rows)))
 
 
 def all_finite(x: Tensor) -> bool:

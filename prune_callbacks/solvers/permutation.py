@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from prune_callbacks.solvers.float64 import sum_in_float64
+
 MOST_PASSES = 60
 ENOUGH = 2e-3
 """The fraction of the lost score that `PATIENCE` passes together must recover; otherwise the search ends."""
@@ -12,7 +14,7 @@ PATIENCE = 5
 
 def kept_score(scores: Float[Tensor, "rows in"], n: int, m: int) -> float:
     """Returns the sum of the n largest scores of every group of m neighbouring columns."""
-    return float(scores.unflatten(1, (-1, m)).topk(n, dim=-1).values.sum(dtype=torch.float64))
+    return float(sum_in_float64(scores.unflatten(1, (-1, m)).topk(n, dim=-1).values))
 
 
 def channel_permutation(scores: Float[Tensor, "rows in"], n: int, m: int) -> Int64[Tensor, " in"]:
@@ -40,7 +42,7 @@ def channel_permutation(scores: Float[Tensor, "rows in"], n: int, m: int) -> Int
         return identity
     groups = order.view(-1, m).clone()
     generator = torch.Generator().manual_seed(0)
-    total = float(scores.sum(dtype=torch.float64))
+    total = float(sum_in_float64(scores))
     lost = [total - kept_score(scores[:, groups.flatten()], n, m)]
     for _ in range(MOST_PASSES):
         slots = torch.randint(m, (len(groups),), generator=generator).to(groups.device)

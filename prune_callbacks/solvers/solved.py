@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from prune_callbacks.solvers.float64 import sum_in_float64
+
 
 class Solved(NamedTuple):
     """
@@ -29,4 +31,4 @@ class Solved(NamedTuple):
 def sum_by_layer(rows: Float[Tensor, " out"], heights: Sequence[int] | None) -> Float[Tensor, " layers"]:
     """Sums a value of each row over the rows of each stacked layer, in float64; `heights` None: a single layer."""
     parts = [rows] if heights is None else rows.split(list(heights))
-    return torch.stack([part.sum(dtype=torch.float64) for part in parts])
+    return torch.stack([sum_in_float64(part) for part in parts])

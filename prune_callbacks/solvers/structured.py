@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from prune_callbacks.solvers.float64 import in_float64
 from prune_callbacks.solvers.linalg import DampedGram
 
 
@@ -65,8 +66,9 @@ def least_squares_on(
     Equivalent to `w_S = H_SS^-1 (H w)_S` for every row (MRP's eq. 13 with one set for all rows), by one factorisation
     in float64. The result has the weight's dtype. Weights of dead features become 0.
     """
-    matrix = system.matrix.double()
-    right = matrix[kept] @ weight.masked_fill(system.dead, 0).double().T
+    matrix, dense = in_float64(system.matrix), in_float64(weight.masked_fill(system.dead, 0))
+    kept = kept.to(matrix.device)
+    right = matrix[kept] @ dense.T
     solved = torch.zeros_like(weight)
-    solved[:, kept] = torch.linalg.solve(matrix[kept][:, kept], right).T.to(weight)
+    solved[:, kept] = torch.linalg.solve(matrix[kept][:, kept], right).T.to(weight.dtype).to(weight.device)
     return solved

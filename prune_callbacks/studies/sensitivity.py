@@ -26,6 +26,7 @@ from prune_callbacks.pruners.questions import coupled
 from prune_callbacks.ranks import ALONE
 from prune_callbacks.results import Result
 from prune_callbacks.solvers import Gram, InputNorm
+from prune_callbacks.solvers.float64 import in_float64
 from prune_callbacks.solvers.linalg import quadratic_form
 from prune_callbacks.storage.cells import open_results
 from prune_callbacks.writing import write_json
@@ -178,7 +179,7 @@ def _shift(index: int, block: nn.Module, inputs: Sequence[BlockInputs], dense: S
     for batch, before in zip(inputs, dense, strict=True):
         after = run_block(index, block, batch, before.device)
         real = slice(None) if batch.tokens is None else batch.tokens.to(before.device)
-        old, new = before[real].double(), after[real].double()
+        old, new = in_float64(before[real]), in_float64(after[real])
         ratios = (new - old).square().sum(-1) / old.square().sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
         total, count = total + float(ratios.sum()), count + ratios.numel()
     return total / count
