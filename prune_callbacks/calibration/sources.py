@@ -167,7 +167,7 @@ def calibration_source(model: nn.Module, blocks: Sequence[nn.Module], batches: I
         ValueError: there is no batch, or one does not fit the model; on every rank, if it is so on one.
     """
     mine: Any = batches if isinstance(batches, Tensor) else [named_inputs(batch) for batch in batches]
-    idle = len(mine) == 0 and not all(ranks.gather(len(mine) == 0))
+    idle = not all(ranks.gather(len(mine) == 0)) and len(mine) == 0  # every rank gathers
 
     def captured() -> tuple[list[BlockInputs], str | None]:
         try:

@@ -11,6 +11,7 @@ from torch import nn
 
 from prune_callbacks.allocation.measuring import check_allocation
 from prune_callbacks.allocation.protocol import Allocation
+from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
 from prune_callbacks.callbacks.kinds import PrunesOnce, renamed
 from prune_callbacks.callbacks.lightning_internals import logs_now, resumed_checkpoint
@@ -106,9 +107,9 @@ class OneShotPrune(PrunesOnce):
                 f"{type(pl_module).__name__} has no parameters in setup: OneShotPrune prunes before the module's own "
                 "setup and configure_model are called, so build the model in __init__"
             )
-        model = model_in_setup("OneShotPrune", pl_module, self.blocks)
         if self.dirpath is not None:
-            savable(model)
+            savable(find_language_model(pl_module))
+        model = model_in_setup("OneShotPrune", pl_module, self.blocks)
         with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:
             needed, trial = self._needs_batches(), Lineup(trainer).trial() is not None
             count = 1 if trial else self.num_batches

@@ -15,7 +15,7 @@ from prune_callbacks.anatomy.computed import why_no_parameter
 from prune_callbacks.anatomy.coupling import Coupled, find_coupled
 from prune_callbacks.anatomy.names import naming
 from prune_callbacks.anatomy.target import LayerTarget
-from prune_callbacks.calibration.batches import Batch, run_model
+from prune_callbacks.calibration.batches import Batch, named_inputs, run_model
 from prune_callbacks.calibration.sources import calibration_source, evaluating
 from prune_callbacks.engine.plan import check_prunable, parsed_device, refuse_compiled
 from prune_callbacks.engine.progress import layer_progress
@@ -97,7 +97,7 @@ def permute_channels_(
             pattern.check_shape((_target(model, group.reader).shape[0], _width(model, group)))
     forced = ranks.attempt(lambda: None if device is None else parsed_device(device))
     done: dict[str, Permuted] = {}
-    batches = batches if isinstance(batches, Tensor) else list(batches)
+    batches = batches if isinstance(batches, Tensor) else [named_inputs(batch) for batch in batches]
     share_weights(model, ranks)
     with evaluating(model), layer_progress(len(coupled), progress and ranks.rank == 0) as (bar, task):
         source = calibration_source(model, [block for _, block in found], batches, ranks)
@@ -106,15 +106,11 @@ def permute_channels_(
             for index, block_name, block, where in visits:
                 groups = [group for group in coupled if group.reader.startswith(f"{block_name}.")]
                 bar.update(task, description=f"permuting {block_name}")
-                readers = {group.reader: _target(model, group.reader) for group in groups}
                 before = source.output(index, block, where)
+                readers = {group.reader: _target(model, group.reader) for group in groups}
                 statistics = source.collect(Wanda(pattern).statistic, index, block, readers, where)
-                for group in groups:
-                    if group.reader in statistics:
-                        done[group.reader] = _permute(model, group, statistics[group.reader], pattern, ranks)
-                    else:
-                        warnings.warn(f"{group.reader} is not permuted: its forward was never called", stacklevel=2)
-                    bar.advance(task)
+                done |= _permute_groups(model, groups, statistics, pattern, ranks)
+                bar.advance(task, len(groups))
                 with naming(block_name):
                     _check_unchanged(before, source.output(index, block, where))
                 if index < len(found) - 1:
@@ -122,6 +118,19 @@ def permute_channels_(
         # Blocks may be coupled with each other, which the checks of single blocks do not find.
         for batch, output in zip(batches, dense, strict=False):
             _check_unchanged(output, _output_of(model, found[-1][1], batch))
+    return done
+
+
+def _permute_groups(
+    model: nn.Module, groups: list[Coupled], statistics: Mapping[str, Statistic], pattern: Pattern, ranks: Ranks
+) -> dict[str, Permuted]:
+    """Permutes the coupled layers of a block in place, and returns their gains; warns of those that were not seen."""
+    done: dict[str, Permuted] = {}
+    for group in groups:
+        if group.reader in statistics:
+            done[group.reader] = _permute(model, group, statistics[group.reader], pattern, ranks)
+        else:
+            warnings.warn(f"{group.reader} is not permuted: its forward was never called", stacklevel=3)
     return done
 
 
