@@ -28,7 +28,8 @@ def find_language_model(module: nn.Module) -> nn.Module:
     if outer:
         return module.get_submodule(trained[0] if len(outer) > 1 else outer[0])
     children = [child for child in module.children() if next(child.parameters(), None) is not None]
-    return find_language_model(children[0]) if len(children) == 1 and not has_forward(module) else module
+    alone = len(children) == 1 and not has_forward(module) and has_forward(children[0])
+    return children[0] if alone else module
 
 
 def has_forward(module: nn.Module) -> bool:
