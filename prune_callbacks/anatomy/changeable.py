@@ -8,6 +8,7 @@ from torch import Tensor
 from prune_callbacks.anatomy.memory import overlapping, plain, repeats_itself
 from prune_callbacks.anatomy.names import naming
 from prune_callbacks.anatomy.target import Target
+from prune_callbacks.parallel.shapes import whole_shape
 
 
 def check_changeable(target: Target, *, unread: bool = False) -> None:
@@ -16,7 +17,7 @@ def check_changeable(target: Target, *, unread: bool = False) -> None:
 
     Args:
         target: the matrix.
-        unread: whether the weight is on the meta device and its values will be read from files later.
+        unread: whether the values need not be there: they will be read from files, or a strategy has sharded them.
     """
     with naming(target.name):
         if target.why_no_parameter is not None:
@@ -32,14 +33,14 @@ def _check_values(weight: Tensor, *, unread: bool) -> None:
         raise ValueError(f"its weight is {kind}; quantized weights cannot be pruned, load the model dequantized")
     if weight.layout is not torch.strided:
         raise ValueError(f"its weight is stored as {weight.layout}; convert it back to a dense tensor first")
-    if not plain(weight):
+    if not plain(weight) and not (unread and hasattr(weight, "full_tensor")):  # a DTensor
         raise ValueError(
             f"its weight is {kind}, a tensor that is quantized, sharded or stored in another form of its own; load the "
             "model with ordinary dense weights"
         )
     if weight.is_meta and not unread:
         raise ValueError("its weight is on the meta device, without values; load the model into memory first")
-    if not weight.numel():
+    if not whole_shape(weight).numel():
         raise ValueError(
             f"its weight has shape {tuple(weight.shape)}, so there is nothing to prune; choose other layers with "
             "`targets`"

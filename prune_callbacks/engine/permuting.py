@@ -88,13 +88,7 @@ def permute_channels_(
     for block_name, block in found:
         refuse_compiled(block_name, block)
     for group in coupled:
-        check_prunable(_target(model, group.reader), pattern)
-        for name in _written(group):
-            check_changeable(_target(model, name))
-            with naming(name):
-                _check_bias(model.get_submodule(name))
-        with naming(group.reader):
-            pattern.check_shape((_target(model, group.reader).shape[0], _width(model, group)))
+        _check(model, group, pattern)
     forced = ranks.attempt(lambda: None if device is None else parsed_device(device))
     done: dict[str, Permuted] = {}
     batches = batches if isinstance(batches, Tensor) else [named_inputs(batch) for batch in batches]
@@ -195,11 +189,18 @@ def _written(group: Coupled) -> tuple[str, ...]:
     return group.writers if group.width == 1 else (group.values,)
 
 
-def _check_bias(layer: nn.Module) -> None:
-    """Raises ValueError for a bias that cannot be reordered in place, because it is computed from other tensors."""
-    why = why_no_parameter(layer, "bias")
-    if why is not None and "bias" not in layer._parameters:
-        raise ValueError(why)
+def _check(model: nn.Module, group: Coupled, pattern: Pattern) -> None:
+    """Raises ValueError, naming the layer, if a layer does not fit the pattern or cannot be reordered in place."""
+    reader = _target(model, group.reader)
+    check_prunable(reader, pattern)
+    for name in _written(group):
+        check_changeable(_target(model, name))
+        layer = model.get_submodule(name)
+        why = why_no_parameter(layer, "bias")
+        if why is not None and "bias" not in layer._parameters:  # otherwise there is none
+            raise ValueError(f"layer {name}: {why}")
+    with naming(group.reader):
+        pattern.check_shape((reader.shape[0], _width(model, group)))
 
 
 def _target(model: nn.Module, name: str) -> LayerTarget:

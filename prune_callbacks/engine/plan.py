@@ -190,7 +190,7 @@ def check_prunable(target: Target, pattern: Pattern, *, unread: bool = False) ->
     Args:
         target: the matrix.
         pattern: the pattern, which must fit the matrix's shape.
-        unread: whether the weight is on the meta device and its values will be read from files later.
+        unread: whether the values need not be there: they will be read from files, or a strategy has sharded them.
     """
     check_changeable(target, unread=unread)
     with naming(target.name):
