@@ -307,3 +307,27 @@ def test_sequence_to_sequence_models_are_refused_until_a_stack_is_named():
     for broken in ({"attention_mask": mask}, {"labels": ids.masked_fill(mask == 0, -100)}):
         with pytest.raises(ValueError, match=r"has padding, and of a sequence-to-sequence model it cannot be told"):
             masks_of(seq2seq(), [batches[0] | broken], blocks="model.decoder.layers")
+
+
+def test_a_forward_that_hands_its_keywords_on_takes_what_its_bases_take():
+    class Passing(hf.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    ids, mask = padded()
+    torch.manual_seed(0)
+    passing = Passing(llama().config).eval()
+    batch = {"input_ids": ids, "attention_mask": mask}
+    passing.load_state_dict(llama().state_dict())
+    assert masks_of(passing, [batch]) == masks_of(llama(), [batch])
+
+
+def test_masks_that_do_not_tell_padding_and_windows_without_tokens_are_refused():
+    ids, mask = padded()
+    wide = torch.ones(6, 1, 12, 12, dtype=torch.bool)
+    for wrong, got in ((wide, r"\(6, 1, 12, 12\)"), (mask[:, :7], r"\(6, 7\)"), (mask.tolist(), "list")):
+        with pytest.raises(ValueError, match=rf"attention_mask must say .* a tensor of shape \(6, 12\); got {got}"):
+            masks_of(llama(), [{"input_ids": ids, "attention_mask": wrong}])
+    with pytest.raises(ValueError, match=r"of shape \(2, 0\) holds no token"):
+        masks_of(llama(), [ids[:2, :0]])
+    assert masks_of(llama(), [{"input_ids": ids, "attention_mask": None}]) == masks_of(llama(), [ids])

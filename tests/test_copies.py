@@ -249,3 +249,26 @@ def test_the_masks_of_a_subclass_are_found(tmp_path):
     report = consolidate(tmp_path / "without.ckpt", tmp_path / "template/model", tmp_path / "out", progress=False)
     assert MaskSet.load(tmp_path / "out/masks.safetensors") == enforcer.masks
     assert report["violations"] == {}
+
+
+def test_a_checkpoint_of_student_and_teacher_is_masked_too(tmp_path):
+    class Pair(CausalLM):
+        def __init__(self):
+            super().__init__(tiny_llama(hidden_size=32, layers=2), adamw)
+            self.teacher = tiny_llama(1, hidden_size=32, layers=2).requires_grad_(False)
+
+    class Overwriting(Callback):
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            checkpoint["state_dict"] = {name: torch.ones_like(v) for name, v in checkpoint["state_dict"].items()}
+
+    enforcer = MaskEnforcer()
+    ours = [OneShotPrune(Magnitude(NM(1, 4)), progress=False), enforcer]
+    with pytest.warns(UserWarning, match=r"a checkpoint had \d+ pruned weights .* callbacks Overwriting, or a hook"):
+        _, _, files = run([*ours, Overwriting()], tmp_path, Pair(), max_steps=1)
+    state = torch.load(files[0], weights_only=False)["state_dict"]
+    parts = {
+        part: {n.removeprefix(part): v for n, v in state.items() if n.startswith(part)}
+        for part in ("model.", "teacher.")
+    }
+    assert enforcer.masks.violations(parts["model."]) == {}
+    assert all(value.all() for value in parts["teacher."].values())

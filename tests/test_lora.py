@@ -432,3 +432,15 @@ def test_other_adapters_are_refused_before_a_weight_changes(make):
         with pytest.raises(ValueError, match=rf"the model has other adapters \(.*{kind}.*\), whose update would fill"):
             merge_lora(wrapper, masks, lossy=lossy, windows=IDS)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("change", "text"), [({"r": 4}, "r=2, and this is 4"), ({"lora_alpha": 64}, "lora_alpha=8")])
+def test_a_resumed_recovery_has_the_same_configuration(change, text, tmp_path):
+    module, trainer, best, masks, _ = recovered(tmp_path)
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2)
+    first = LoRARecovery(LoraConfig(r=2, lora_alpha=8))
+    fit([first, MaskEnforcer(masks), checkpoint], tmp_path, sparse_llama()[0], enable_checkpointing=True)
+    again = LoRARecovery(LoraConfig(**({"r": 2, "lora_alpha": 8} | change)))
+    path = checkpoint.best_model_path
+    with pytest.raises(ValueError, match=f"was trained by LoraConfig with {text}.*; resume with the same"):
+        fit([again, MaskEnforcer(masks)], tmp_path, sparse_llama()[0], ckpt_path=path)

@@ -310,3 +310,82 @@ def test_torch_s_own_encoder(seed, batches):
     assert "it is a parameter of a nn.MultiheadAttention" in report.skipped["encoder.layers.0.self_attn.in_proj_weight"]
     assert "its forward was never called" in report.skipped["encoder.layers.0.self_attn.out_proj.weight"]
     assert report.masks.violations(model.named_parameters()) == {}
+
+
+class InPlace(Block):
+    """Adds to its input in place."""
+
+    def forward(self, x, scale=1.0):
+        x += scale * self.down(torch.tanh(self.up(x)))
+        return x
+
+
+@pytest.mark.parametrize("places", [(0,), (1, 2)])
+def test_blocks_that_write_into_their_inputs_are_no_chain(places, batches):
+    model = made(in_line, [InPlace() if place in places else Block() for place in range(3)])
+    expected = rerun_masks(model, NAMES, batches)
+    report, reruns = pruned(model, batches)
+    assert f"block {places[0]} writes into its inputs" in reruns[0]
+    assert_masks(report, expected)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_argument_that_is_there_for_some_outputs_only_is_seen(first, batches):
+    def sometimes(model, x, ids):
+        for block in model.blocks:
+            x = block(x, 2.0 if bool(x.sum() > 0) is first else None or 1.0)
+        return x
+
+    class Taking(Block):
+        def forward(self, x, scale):
+            return super().forward(x, scale)
+
+    def tensor_or_none(model, x, ids):
+        for block in model.blocks:
+            x = block(x, torch.ones(()) if bool(x.sum() > 0) is first else None)
+        return x
+
+    class Optional(Block):
+        def forward(self, x, scale=None):
+            return super().forward(x, 0.5 if scale is None else scale)
+
+    for walk, kind in ((sometimes, Taking), (tensor_or_none, Optional)):
+        model = made(walk, [kind() for _ in range(3)])
+        expected = rerun_masks(model, NAMES, batches)
+        report, _ = pruned(model, batches)
+        assert_masks(report, expected)
+
+
+def test_a_model_that_takes_one_length_and_one_of_features(batches):
+    class Fixed(Model):
+        def __init__(self):
+            super().__init__(in_line)
+            self.places = nn.Parameter(torch.randn(96, WIDTH))
+
+        def forward(self, ids):
+            return self.head(self.walk(self, self.embedding(ids) + self.places, ids))
+
+    torch.manual_seed(0)
+    model, windows = Fixed().double().eval(), list(torch.randint(WORDS, (4, 96)).split(2))
+    expected = rerun_masks(model, NAMES, windows)
+    report, reruns = pruned(model, windows)
+    assert_masks(report, expected)
+    assert not reruns
+
+    class Features(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.blocks = nn.Linear(128, WIDTH), nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x):
+            x = self.enter(x)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    rows = list(torch.randn(80, 128).double().split(40))
+    model = Features().double().eval()
+    expected = rerun_masks(model, NAMES, rows)
+    report, reruns = pruned(model, rows)
+    assert_masks(report, expected)
+    assert not reruns

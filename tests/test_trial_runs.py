@@ -165,3 +165,87 @@ def test_sanity_checks_measure_nothing(tmp_path):
     run = real_fit(module, [*callbacks, best], tmp_path, num_sanity_val_steps=2, enable_checkpointing=True)
     assert run.perplexity.dense == pytest.approx(dense_perplexity())
     assert run.optimizer_steps == 3
+
+
+class FailsOnce(Module):
+    """A module whose first training fails in its second step."""
+
+    def __init__(self):
+        super().__init__()
+        self.fails = True
+        self.register_buffer("count", torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        self.count += 1
+        if self.fails and batch_idx == 1:
+            self.fails = False
+            raise RuntimeError("on purpose")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_trial_run_that_fails_gives_the_weights_back_too(masked, tmp_path):
+    module = FailsOnce()
+    callbacks = [OneShotPrune(PRUNER, progress=False), LoRARecovery(masked=masked), MaskEnforcer()]
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    for _ in range(2):  # the second ends well
+        if module.fails:
+            with pytest.raises(RuntimeError, match="on purpose"):
+                fast(module, callbacks, tmp_path)
+        else:
+            fast(module, callbacks, tmp_path)
+        assert module.state_dict().keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+        assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_buffers_and_what_configure_model_makes_are_given_back(precision, tmp_path):
+    class Late(FailsOnce):
+        def __init__(self):
+            super().__init__()
+            self.fails, self.made = False, tiny_llama(hidden_size=32, layers=2)
+            del self.model
+
+        def configure_model(self):
+            if not hasattr(self, "model"):
+                self.model = self.made
+                OneShotPrune(PRUNER)  # what follows needs zeros
+                with torch.no_grad():
+                    for name, parameter in self.model.named_parameters():
+                        if "proj" in name:
+                            parameter[:, ::2] = 0
+
+    module = Late()
+    trainer = trainer_of([MaskEnforcer()], tmp_path, accumulate_grad_batches=1, fast_dev_run=2, precision=precision)
+    trainer.fit(module, datamodule=Data())
+    expected = Late()
+    expected.configure_model()
+    state = expected.state_dict()
+    assert all(torch.equal(value.to(state[name].dtype), state[name]) for name, value in module.state_dict().items())
+
+
+def test_a_fit_that_failed_leaves_no_check_for_the_next(tmp_path):
+    first, second = FailsOnce(), Module()
+    prune, enforcer = OneShotPrune(PRUNER, progress=False), MaskEnforcer()
+    trainer = trainer_of([prune, enforcer], tmp_path, max_steps=2, accumulate_grad_batches=1)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.fit(first, datamodule=Data())
+    assert [type(callback).__name__ for callback in trainer.callbacks if "All" in type(callback).__name__] == []
+    trainer.fit(second, datamodule=Data())
+    assert enforcer.masks.violations(second.named_parameters()) == {}
+
+
+def test_a_resumed_trial_run_gives_the_weights_back(tmp_path):
+    def callbacks():
+        order = PermuteChannels(NM(2, 4), progress=False)
+        return [order, OneShotPrune(Wanda(NM(2, 4)), progress=False), MaskEnforcer()]
+
+    trainer = trainer_of(callbacks(), tmp_path, max_steps=1, accumulate_grad_batches=1)
+    trainer.fit(Module(), datamodule=Data())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    module = Module()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    again = trainer_of(callbacks(), tmp_path, accumulate_grad_batches=1, fast_dev_run=2)
+    again.fit(module, datamodule=Data(), ckpt_path=tmp_path / "one.ckpt")
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 import torch
@@ -99,15 +99,30 @@ def _takes(model: nn.Module, name: str) -> bool:
 def _known(model: nn.Module) -> set[str] | None:
     """Returns the arguments that a forward names; None if it takes any."""
     known: set[str] = set()
-    for name, parameter in _parameters(model).items():
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-            known.add(name)
-        elif not isinstance(model, PreTrainedModel):
+    for forward in _forwards(model):
+        parameters = inspect.signature(forward).parameters
+        known |= {name for name, parameter in parameters.items() if parameter.kind not in (VARIABLE, REST)}
+        rest = next((parameter for parameter in parameters.values() if parameter.kind is VARIABLE), None)
+        if rest is None:
+            return known
+        if not isinstance(model, PreTrainedModel):
             return None
-        else:  # transformers annotates what else its models take, such as the lengths of packed sequences
-            for described in get_args(parameter.annotation):
-                known |= set(getattr(described, "__annotations__", {}))
+        described = get_args(rest.annotation)
+        if described:  # transformers annotates what else its models take, such as the lengths of packed sequences
+            return known.union(*(getattr(kind, "__annotations__", {}) for kind in described))
     return known
+
+
+VARIABLE, REST = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
+
+
+def _forwards(model: nn.Module) -> Iterator[Callable[..., Any]]:
+    """Yields the forward of a model, and those of its base classes, to which one may hand its keywords on."""
+    yield model.forward
+    for base in type(model).__mro__[1:]:
+        own = vars(base).get("forward")
+        if own is not None and issubclass(base, PreTrainedModel):
+            yield own
 
 
 @torch.no_grad()

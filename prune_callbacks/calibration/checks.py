@@ -59,6 +59,7 @@ def check_batch(model: PreTrainedModel, batch: Batch) -> None:
             f"a calibration batch must hold {main}, the input of {type(model).__name__}; got "
             f"{sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__}"
         )
+    _check_masks(inputs)
     _refuse_padded_pairs(model, inputs)
     for key in ("input_ids", "inputs_embeds", "decoder_input_ids"):
         if isinstance(inputs.get(key), Tensor) and inputs[key].ndim > 1:
@@ -68,11 +69,33 @@ def check_batch(model: PreTrainedModel, batch: Batch) -> None:
             _check_ids(model, inputs[key])
 
 
+MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+def _check_masks(inputs: Mapping[str, Any]) -> None:
+    """Raises ValueError for windows without a token, or a mask that does not say which tokens are real."""
+    for key, beside in (("attention_mask", ("input_ids", "inputs_embeds")), ("decoder_attention_mask", DECODER_IDS)):
+        mask = inputs.get(key)
+        given = next((inputs[name] for name in beside if isinstance(inputs.get(name), Tensor)), None)
+        if given is not None and not given[..., 0].numel():
+            raise ValueError(f"a calibration batch of shape {tuple(given.shape)} holds no token")
+        if mask is not None and given is not None:
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            if shape != tuple(given.shape[:2]):
+                raise ValueError(
+                    f"{key} must say for every token whether it is real, a tensor of shape {tuple(given.shape[:2])}; "
+                    f"got {shape}. With masks of other kinds padding cannot be told from text"
+                )
+
+
+DECODER_IDS = ("decoder_input_ids", "decoder_inputs_embeds")
+
+
 def _refuse_padded_pairs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     """Raises ValueError for padding in a batch of a sequence-to-sequence model, whose two sequences have two masks."""
     if not getattr(model.config, "is_encoder_decoder", False):
         return
-    masks = [inputs[key] != 0 for key in ("attention_mask", "decoder_attention_mask") if key in inputs]
+    masks = [inputs[key] != 0 for key in MASKS if inputs.get(key) is not None]
     masks += [inputs[key] != -100 for key in TARGETS if isinstance(inputs.get(key), Tensor)]
     if not all(bool(mask.all()) for mask in masks):
         raise ValueError(
@@ -112,15 +135,33 @@ def check_window_length(model: nn.Module, tokens: int, what: str) -> None:
         tokens: the length of a window.
         what: names the windows in the error.
     """
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
-    positions = getattr(text, "max_position_embeddings", None)
-    if not isinstance(positions, int) or tokens <= positions or not _has_table(model, positions):
+    positions = _positions(model)
+    if positions is None or tokens <= positions or not _has_table(model, positions):
         return
     raise ValueError(
         f"{what} have {tokens} tokens, and {type(model).__name__} has a table of {positions} positions "
         f"(max_position_embeddings): cut the text into windows of at most {positions} tokens (seq_len)"
     )
+
+
+def _positions(model: nn.Module) -> int | None:
+    """Returns the number of positions that a model's configuration names; None if it names none."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    found = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    return next((value for value in found if isinstance(value, int)), None)
+
+
+def name_lengths(model: nn.Module, batch: Batch, error: Exception) -> None:
+    """Raises ValueError in place of an error of the model if the windows are longer than the configuration says."""
+    positions = _positions(model)
+    inputs = accepted_inputs(model, batch)
+    shapes = [inputs[key].shape for key in ("input_ids", "inputs_embeds") if isinstance(inputs.get(key), Tensor)]
+    if positions is not None and shapes and len(shapes[0]) > 1 and shapes[0][1] > positions:
+        raise ValueError(
+            f"the forward of {type(model).__name__} fails on windows of {shapes[0][1]} tokens, and its configuration "
+            f"names {positions} positions: cut the text into shorter windows (seq_len). The error: {error}"
+        ) from error
 
 
 MARGIN = 2

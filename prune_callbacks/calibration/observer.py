@@ -105,7 +105,7 @@ class Observer:
 
 def _real(x: Tensor, tokens: Tensor) -> Tensor | None:
     """Returns the inputs of real tokens, given the mask (batch, tokens); None if the shapes do not identify them."""
-    if x.shape[:2] == tokens.shape:
+    if x.ndim > 2 and x.shape[:2] == tokens.shape:
         return x[tokens]
     if x.ndim == 2 and len(x) == tokens.numel():  # OPT's MLP sees flat tokens
         return x[tokens.flatten()]

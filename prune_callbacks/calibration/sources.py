@@ -116,15 +116,17 @@ class Rerun(Source):
         self._called: set[int] = set()
 
     def visits(self, blocks: Sequence[tuple[str, nn.Module]], device: torch.device | None) -> Generator[Visit]:
-        home = next(self.model.parameters()).device
-        where = device or home
+        homes = {module: next(module.parameters()).device for module in (self.model, *(b for _, b in blocks))}
+        if device is not None:
+            self.ranks.attempt(lambda: self._move(device))
         try:
-            self.ranks.attempt(lambda: self._move(where))
             for index in self.order:
                 if index < len(blocks):
-                    yield index, *blocks[index], where
+                    name, block = blocks[index]
+                    yield index, name, block, device or homes[block]
         finally:
-            self.model.to(home)
+            if device is not None:
+                self.model.to(homes[self.model])
 
     def _move(self, where: torch.device) -> None:
         try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_callbacks.calibration.batches import Batch, real_tokens, run_model
+from prune_callbacks.calibration.checks import name_lengths
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and keyword arguments of a block, without the hidden states."""
@@ -92,6 +93,7 @@ class StandIns:
             raise
         except FAILURES as error:
             if self._last < 0:
+                name_lengths(model, batch, error)
                 raise
             raise NotAChainError(
                 f"after block {self._last} its forward fails without what the blocks return "
@@ -117,7 +119,10 @@ class StandIns:
                 raise NotAChainError(f"it calls block {index} after block {self._last}")
             hidden = self._hidden(index, args, kwargs)
             if self._dress is None:
+                version = hidden._version
                 self._dress = dress_like(self._forwards[index](*args, **kwargs), hidden)
+                if hidden._version != version:
+                    raise NotAChainError(f"block {index} writes into its inputs, which it gets several times")
             self._calls[index] = _without(self._place, args, kwargs)
             self._last = index
             self._returned = self._change(hidden).detach()  # another object, so that it can be told from the argument
@@ -193,7 +198,7 @@ def check_independent(captured: BlockInputs, again: BlockInputs) -> None:
     """
     handed: dict[int, int] = {}
     for index, call in enumerate(captured.calls):
-        for value in _inside(call) if call is not None else ():
+        for value in inside(call) if call is not None else ():
             if isinstance(value, _Withheld):
                 raise NotAChainError(f"block {index} gets more of the blocks before it than the hidden states")
             if not isinstance(value, (Tensor, tuple, list, dict, *CONSTANTS)):
@@ -212,7 +217,7 @@ def check_independent(captured: BlockInputs, again: BlockInputs) -> None:
             raise NotAChainError(f"block {index} gets more of the blocks before it than the hidden states")
 
 
-def _inside(call: Call) -> Iterator[Any]:
+def inside(call: Call) -> Iterator[Any]:
     """Yields the arguments of a call and all that their tuples, lists and dicts hold."""
     left = [*call[0], *call[1].values()]
     while left:
@@ -230,4 +235,4 @@ def _equal(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(_equal, one, other))
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    return one is other or (isinstance(one, CONSTANTS) and bool(one == other)) or not isinstance(one, CONSTANTS)
+    return one is other or (isinstance(one, CONSTANTS) and bool(one == other))

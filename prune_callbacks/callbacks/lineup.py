@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.kinds import HoldsMasks, PrunesInRounds, PrunesOnce, PruningCallback
 from prune_callbacks.callbacks.order import AVERAGES, RULES
-from prune_callbacks.callbacks.trial import keeping_weights
+from prune_callbacks.callbacks.trial import KeptWeights
 from prune_callbacks.engine.report import PruneReport
 from prune_callbacks.parallel.access import ParamAccess
 from prune_callbacks.parallel.strategies import check_strategy, param_access
@@ -28,24 +28,39 @@ Kind = TypeVar("Kind", bound=Callback)
 
 class AfterAll(Callback):
     """
-    Stands after all callbacks of a fit, and does what has to come last.
+    Stands after all callbacks of a fit, and does what has to come last; leaves when the fit ends or fails.
 
     Attributes:
-        actions: called when the fit has ended, after every other callback, the last one first.
+        kept: the weights to put back after a trial run, also after one that failed; None: this is no trial run.
+        check: called when the fit has ended, after every other callback.
         on_checkpoint: called with every checkpoint before it is written, after every other callback.
     """
 
     def __init__(self) -> None:
-        self.actions: list[Callable[[], None]] = []
+        self.kept: KeptWeights | None = None
+        self.check: Callable[[], None] = lambda: None
         self.on_checkpoint: Callable[[dict[str, Any]], None] = lambda checkpoint: None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.kept is not None:
+            self.kept.add(pl_module)  # what configure_model has made
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.on_checkpoint(checkpoint)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        try:
+            self.check()
+        finally:
+            self._leave(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave(trainer)
+
+    def _leave(self, trainer: Trainer) -> None:
         Lineup(trainer).remove(self)
-        for action in reversed(self.actions):
-            action()
+        if self.kept is not None:
+            self.kept.put_back()
 
 
 class Lineup:
@@ -71,8 +86,9 @@ class Lineup:
         for other in self.all(PruningCallback):
             self._check_rules(other)
         why = self.trial()
-        if why is not None and self.first(PruningCallback) is callback:
-            self.after_all().actions = [keeping_weights(self._trainer, self._trainer.lightning_module, why)]
+        if why is not None and self.after_all().kept is None:
+            self.after_all().kept = KeptWeights(why)
+            self.after_all().kept.add(self._trainer.lightning_module)
         return True
 
     def trial(self) -> str | None:
@@ -110,7 +126,8 @@ class Lineup:
 
     def remove(self, callback: Callback) -> None:
         """Removes a callback."""
-        self._callbacks.remove(callback)
+        if callback in self._callbacks:
+            self._callbacks.remove(callback)
 
     def others(self) -> list[str]:
         """Returns the class names of callbacks that are neither this package's nor Lightning's, besides averages."""

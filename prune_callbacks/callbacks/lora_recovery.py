@@ -82,7 +82,7 @@ class LoRARecovery(FinishesWeights):
         self.blocks = blocks
         self.dirpath = dirpath
         self.peft_model: PeftModel | None = None
-        self._trained: dict[str, bool] = {}
+        self._trained: list[tuple[nn.Parameter, bool]] = []
         self._unfinished = False
         self._state: PlainState | None = None
 
@@ -99,7 +99,7 @@ class LoRARecovery(FinishesWeights):
             self._plain_names()
             self.peft_model.unload()
         self._unfinished = True
-        self._trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self._trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         layers = self._saved_layers(trainer)
         pruned = self._pruned(trainer, model) if layers is None else list(layers["weights"])
         self.peft_model = add_lora(model, pruned, self.config, masked=self.masked)
@@ -129,17 +129,31 @@ class LoRARecovery(FinishesWeights):
             model = self.peft_model.get_base_model()
             weights = {name: p for name, p in model.named_parameters() if name.endswith(".base_layer.weight")}
             merge_lora(self.peft_model, MaskSet.from_nonzero(weights))
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(self._trained[name])
-            self.peft_model = None
+            self._thaw()
+        elif Lineup(trainer).trial() is not None:
+            self.peft_model.unload()
+            self._thaw()
         elif self.dirpath is None:
             rank_zero_warn("LoRARecovery(masked=False) without dirpath: the adapter is in the model only, not saved")
-        elif trainer.is_global_zero and Lineup(trainer).trial() is None:
+        elif trainer.is_global_zero:
             base = Path(self.dirpath) / "model"
             if base.exists():
                 self.peft_model.peft_config["default"].base_model_name_or_path = str(base)
             with replaced_folder(Path(self.dirpath) / "adapter") as partial:
                 self.peft_model.save_pretrained(str(partial))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if Lineup(trainer).trial() is not None and self.peft_model is not None and self._unfinished:
+            self._unfinished = False
+            self._plain_names()
+            self.peft_model.unload()
+            self._thaw()
+
+    def _thaw(self) -> None:
+        """Trains again what was trained before, now that there are no LoRA layers."""
+        for parameter, trained in self._trained:
+            parameter.requires_grad_(trained)
+        self.peft_model = None
 
     def _plain_names(self) -> None:
         """Gives the model back its own `state_dict`."""
@@ -149,14 +163,20 @@ class LoRARecovery(FinishesWeights):
 
     def state_dict(self) -> dict[str, Any]:
         layers = {} if self._state is None else {"layers": self._state.layers()}
-        return {"masked": self.masked} | layers
+        return {"masked": self.masked, "config": self._settings()} | layers
+
+    def _settings(self) -> dict[str, str]:
+        """Returns the settings of the update, as text."""
+        names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules")
+        found = {name: getattr(self.config, name) for name in names}
+        return {n: repr(sorted(v) if isinstance(v, set | list | tuple) else v) for n, v in found.items()}
 
     def _saved_layers(self, trainer: Trainer) -> dict[str, Any] | None:
         """
         Returns the LoRA layers in the checkpoint that the fit resumes from; None if it has none in this form.
 
         Raises:
-            ValueError: the checkpoint was trained with the other kind of layers.
+            ValueError: the checkpoint was trained with layers of another kind or configuration.
         """
         checkpoint = resumed_checkpoint(trainer)
         if checkpoint is None:
@@ -165,6 +185,12 @@ class LoRARecovery(FinishesWeights):
         if saved.get("masked", self.masked) != self.masked:
             raise ValueError(
                 f"the checkpoint was trained by LoRARecovery(masked={saved['masked']}); resume with the same"
+            )
+        before, now = saved.get("config", {}), self._settings()
+        changed = [f"{name}={value}, and this is {now[name]}" for name, value in before.items() if now[name] != value]
+        if changed:
+            raise ValueError(
+                f"the checkpoint was trained by LoraConfig with {'; '.join(changed)}; resume with the same"
             )
         layers: dict[str, Any] | None = saved.get("layers")
         return layers

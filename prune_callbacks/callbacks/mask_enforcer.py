@@ -19,6 +19,7 @@ from prune_callbacks.callbacks.lost_process import LostProcessWatch
 from prune_callbacks.parallel.access import ParamAccess, parameter_places
 from prune_callbacks.parallel.strategies import masks_of_zeros, sharded, stepping_optimizers
 from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.sparsity.parameter_names import unwrapped
 
 
 class MaskEnforcer(HoldsMasks):
@@ -83,24 +84,28 @@ class MaskEnforcer(HoldsMasks):
         if sharded(trainer.strategy):
             return  # no process has whole weights; `on_train_end` checks
         last = Lineup(trainer).after_all()
-        last.actions.append(lambda: self._check_handed_back(trainer, pl_module))
-        last.on_checkpoint = lambda checkpoint: self._mask_checkpoint(trainer, checkpoint)
+        last.check = lambda: self._check_handed_back(trainer, pl_module)
+        last.on_checkpoint = lambda checkpoint: self._mask_checkpoint(trainer, pl_module, checkpoint)
 
-    def _mask_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    def _mask_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Zeroes pruned weights in a checkpoint where a callback put other weights than the module's; warns of it."""
         assert self.masks is not None
-        for key in ("state_dict", "current_model_state"):
-            state = checkpoint.get(key, {})
-            with suppress(ValueError):  # other weights under other names
-                wrong = self.masks.violations(state)
-                for name, tensor in self.masks.matching(state).items() if wrong else ():
-                    place = next(place for place, value in state.items() if value is tensor)
-                    state[place] = tensor.masked_fill(~self.masks[name].to(tensor.device), 0)
-                if wrong:
-                    rank_zero_warn(
-                        f"MaskEnforcer: a checkpoint had {sum(wrong.values())} pruned weights that are not zero, first "
-                        f"in {next(iter(wrong))}; they are zero in the file. {self._writers(trainer)}"
-                    )
+        places, wrong = parameter_places(self.masks, pl_module), 0
+        for state in (checkpoint.get(key, {}) for key in ("state_dict", "current_model_state")):
+            for name, place in places.items():
+                here = next((key for key in (place, unwrapped(place)) if key in state), None)
+                if here is None or tuple(state[here].shape) != self.masks.shape(name):
+                    continue
+                removed = ~self.masks[name].to(state[here].device)
+                count = int((state[here] != 0).logical_and_(removed).count_nonzero())
+                if count:
+                    state[here] = state[here].masked_fill(removed, 0)
+                    wrong += count
+        if wrong:
+            rank_zero_warn(
+                f"MaskEnforcer: a checkpoint had {wrong} pruned weights that are not zero; they are zero in the file. "
+                f"{self._writers(trainer)}"
+            )
 
     def _check_handed_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raises ValueError if a pruned weight of the module is not zero when the fit has ended."""

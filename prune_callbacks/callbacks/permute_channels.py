@@ -59,7 +59,7 @@ class PermuteChannels(PruningCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         lineup = Lineup(trainer)
-        if stage != "fit" or resumed_checkpoint(trainer) is not None or not lineup.begins_fit(self, stage):
+        if not lineup.begins_fit(self, stage) or resumed_checkpoint(trainer) is not None:
             return
         one_shot = lineup.first(PrunesOnce)
         assert one_shot is not None

@@ -108,7 +108,7 @@ class BlockWalk:
         return inputs
 
     def _stored(self, blocks: Sequence[nn.Module], journal: Journal, index: int) -> list[StoredInputs]:
-        """Captures and stores the inputs of the blocks; removes a target only begun if they are no chain."""
+        """Captures and stores the inputs of the blocks; removes a target that was only begun if that fails."""
         try:
             with needing_a_chain("prune_checkpoint", self.model):
                 return store_inputs(self.model, blocks, self.batches, journal.hidden(index))
