@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from topologies import WIDTH, WORDS, Block, made, rerun_masks
+from topologies import WIDTH, WORDS, Block, Model, made, rerun_masks
 from torch import nn
 
 from prune_callbacks import (
@@ -333,7 +333,7 @@ def test_blocks_that_write_into_their_inputs_are_no_chain(places, batches):
 def test_an_argument_that_is_there_for_some_outputs_only_is_seen(first, batches):
     def sometimes(model, x, ids):
         for block in model.blocks:
-            x = block(x, 2.0 if bool(x.sum() > 0) is first else None or 1.0)
+            x = block(x, 2.0 if bool(x.sum() > 0) is first else 1.0)
         return x
 
     class Taking(Block):

@@ -77,7 +77,7 @@ def _check_masks(inputs: Mapping[str, Any]) -> None:
     for key, beside in (("attention_mask", ("input_ids", "inputs_embeds")), ("decoder_attention_mask", DECODER_IDS)):
         mask = inputs.get(key)
         given = next((inputs[name] for name in beside if isinstance(inputs.get(name), Tensor)), None)
-        if given is not None and not given[..., 0].numel():
+        if given is not None and 0 in given.shape[:2]:
             raise ValueError(f"a calibration batch of shape {tuple(given.shape)} holds no token")
         if mask is not None and given is not None:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

@@ -87,8 +87,8 @@ class Lineup:
             self._check_rules(other)
         why = self.trial()
         if why is not None and self.after_all().kept is None:
-            self.after_all().kept = KeptWeights(why)
-            self.after_all().kept.add(self._trainer.lightning_module)
+            kept = self.after_all().kept = KeptWeights(why)
+            kept.add(self._trainer.lightning_module)
         return True
 
     def trial(self) -> str | None:
