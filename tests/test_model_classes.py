@@ -33,7 +33,7 @@ VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "n
 HALF = Magnitude(Unstructured(0.5))
 BATCHES = torch.randint(3, 60, (3, 2, 24), generator=torch.Generator().manual_seed(1)).unbind()
 
-warnings.filterwarnings("ignore", ".*calibration tokens for the")
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens for the")
 
 
 def llava(**changes):

@@ -34,7 +34,7 @@ NAME = "model.layers.1.mlp.down_proj"
 HALF = Magnitude(Unstructured(0.5))
 BATCHES = torch.randint(0, 259, (3, 2, 32), generator=torch.Generator().manual_seed(1)).unbind()
 
-warnings.filterwarnings("ignore", ".*calibration tokens for the")
+pytestmark = pytest.mark.filterwarnings("ignore:.*calibration tokens for the", "ignore:CSR takes")
 
 
 def model_with(change, layer=NAME):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from prune_callbacks.anatomy.memory import overlapping, plain, repeats_itself
+from prune_callbacks.anatomy.memory import in_memory, overlapping, plain, repeats_itself
 from prune_callbacks.anatomy.names import naming
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.parallel.shapes import whole_shape
@@ -55,7 +55,8 @@ def _check_values(weight: Tensor, *, unread: bool) -> None:
 
 def refuse_overlaps(targets: Iterable[Target]) -> None:
     """Raises ValueError for two targets that have some numbers in common in memory, but are not one matrix."""
-    found = overlapping((target.name, target.stored) for target in targets)
+    here = (target for target in targets if in_memory(target.parameter))
+    found = overlapping((target.name, target.stored) for target in here)
     if found is not None:
         raise ValueError(
             f"layers {found[0]} and {found[1]} share a part of their weights in memory, which cannot be pruned apart; "

@@ -30,14 +30,13 @@ def repeats_itself(tensor: Tensor) -> bool:
 
 
 def overlapping(named: Iterable[tuple[str, Tensor]]) -> tuple[str, str] | None:
-    """Returns the names of two tensors that have a number in common in memory; None if there are none."""
+    """Returns the names of two tensors, all `in_memory`, that have a number in common there; None if there are none."""
     by_storage: dict[int, list[tuple[int, int, str, Tensor]]] = {}
     for name, tensor in named:
-        if in_memory(tensor):
-            first = int(tensor.storage_offset())
-            reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-            views = by_storage.setdefault(tensor.untyped_storage().data_ptr(), [])
-            views.append((first, first + int(reach), name, tensor))
+        first = int(tensor.storage_offset())
+        reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+        views = by_storage.setdefault(tensor.untyped_storage().data_ptr(), [])
+        views.append((first, first + int(reach), name, tensor))
     for views in by_storage.values():
         views.sort(key=lambda view: view[:2])
         if any(before[1] >= after[0] for before, after in pairwise(views)):

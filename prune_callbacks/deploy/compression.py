@@ -106,7 +106,7 @@ def save_compressed(
 
 
 def _loadable(model: PreTrainedModel) -> PretrainedConfig:
-    """Returns the model's configuration with its class; raises ValueError unless `load_compressed` makes it of that."""
+    """Returns the model's configuration with its class; ValueError if `load_compressed` would make another of it."""
     config: PretrainedConfig = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     if model_class(config) is not type(model):
