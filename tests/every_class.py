@@ -188,9 +188,9 @@ def check_streamed(model) -> str:
         except ValueError:
             assert not (folder / "whole").exists()
             return "refused"
-        loaded = AutoModelForCausalLM.from_pretrained(folder / "source", dtype=torch.float32).eval()
+        loaded = type(model).from_pretrained(folder / "source", dtype=torch.float32).eval()
         report = prune_sequentially(loaded, windows(), PRUNER, progress=False)
-        streamed = AutoModelForCausalLM.from_pretrained(folder / "whole/model", dtype=torch.float32)
+        streamed = type(model).from_pretrained(folder / "whole/model", dtype=torch.float32)
         state = streamed.state_dict()
         for key, value in loaded.state_dict().items():
             assert torch.equal(value, state[key]), f"streamed: {key}"
