@@ -252,8 +252,8 @@ def test_a_class_of_ones_own_is_known_once_it_is_registered(tmp_path):
     Mine.__name__ = "LlamaForCausalLM"
     with pytest.raises(ValueError, match="test_model_classes.LlamaForCausalLM is none of them; save a model of one"):
         save_compressed(model, masks, tmp_path)
-    hf.AutoConfig.register(Registered.model_type, Registered)
-    hf.AutoModelForCausalLM.register(Registered, RegisteredForCausalLM)
+    hf.AutoConfig.register(Registered.model_type, Registered, exist_ok=True)
+    hf.AutoModelForCausalLM.register(Registered, RegisteredForCausalLM, exist_ok=True)
     torch.manual_seed(0)
     model = RegisteredForCausalLM(Registered(**LLAMA))
     save_compressed(model, prune_sequentially(model, None, HALF, progress=False).masks, tmp_path)
