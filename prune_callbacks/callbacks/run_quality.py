@@ -18,6 +18,7 @@ from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.measure.zero_shot import ZeroShot
 from prune_callbacks.memory import free_memory, model_bytes
 from prune_callbacks.parallel.strategies import world
+from prune_callbacks.storage.model_folder import savable
 from prune_callbacks.storage.run_record import Perplexities, RunRecord
 
 
@@ -43,6 +44,7 @@ class RunQuality:
         windows = getattr(trainer.datamodule, "evaluation_windows", None)
         if windows is None:
             raise ValueError("RunReport needs a data module with evaluation_windows, such as TokenDataModule")
+        savable(find_language_model(pl_module))
         further = getattr(trainer.datamodule, "further_evaluation", {})
         for text in (windows, *(others for _, others in further.values())):
             check_window_length(find_language_model(pl_module), text.shape[1], "the evaluation windows")
