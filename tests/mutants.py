@@ -378,8 +378,8 @@ MUTANTS = (
     Mutant(
         "adapters_of_a_failed_fit_stay",
         "callbacks/lora_recovery.py",
-        "            self.peft_model.unload()\n",
-        "            self.peft_model = None\n",
+        "            self.peft_model.unload()\n        self._unfinished = True\n",
+        "            self.peft_model = None\n        self._unfinished = True\n",
         "test_lora.py::test_a_fit_that_failed_leaves_no_adapters_for_the_next",
     ),
     # streaming

@@ -176,9 +176,7 @@ class MaskSet(Mapping[str, Tensor]):
     def apply_(self, named_parameters: NamedTensors) -> None:
         """Zeroes every pruned weight, in place; raises ValueError as `matching` does."""
         for name, parameter in self.matching(named_parameters).items():
-            parameter.detach().masked_fill_(
-                ~self[name].to(parameter.device), 0
-            )  # detached: it may be an inference tensor
+            parameter.detach().masked_fill_(~self[name].to(parameter.device), 0)  # it may be an inference tensor
 
     @torch.no_grad()
     def violations(self, named_parameters: NamedTensors) -> dict[str, int]:
