@@ -7,7 +7,7 @@ import pytest
 from every_class import Outcome, build, check, classes, summary
 from tiers import slow
 
-FEW = ("CpmAnt", "DeepseekV4", "Gemma4Text", "GlmMoeDsa", "OpenAIGPT", "ProphetNet", "XLM", "Zaya", "Git")
+FEW = ("CpmAnt", "DeepseekV4", "Gemma4Text", "GlmMoeDsa", "OpenAIGPT", "ProphetNet", "XLM", "Zaya", "Git", "InternLM3")
 """Classes whose blocks do or get what those of others do not; the rest only in make test-all."""
 
 KINDS = {kind.__name__.removesuffix("Config"): kind for kind in classes()}

@@ -61,7 +61,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             "version that has it, or save the model with a class of transformers"
         )
     wanted = kind.config_class or PretrainedConfig
-    if not isinstance(_config_for(kind, config), wanted):
+    if named not in known and not isinstance(_config_for(kind, config), wanted):  # InternLM3 is a Llama, mapped so
         raise ValueError(
             f"the model's configuration names the class {named} in `architectures`, which takes {wanted.__name__}, and "
             f"its model_type is {config.model_type!r}; correct one of the two in config.json"
