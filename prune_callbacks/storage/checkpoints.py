@@ -3,7 +3,7 @@
 import math
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 from zipfile import is_zipfile
@@ -16,6 +16,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 
 State = dict[str, Any]
+NO_CHECKPOINT = (
+    "it is no checkpoint of Lightning. Give a file or folder that a Trainer wrote (ModelCheckpoint, save_checkpoint), "
+    "not weights alone, be it a state dict or {'state_dict': ...}"
+)
 
 
 class TrainingCheckpoint(ABC):
@@ -28,7 +32,8 @@ class TrainingCheckpoint(ABC):
         step: how many optimizer steps were finished.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, path: Path) -> None:
+        _require(state, path, "global_step")
         self.callbacks: State = state.get("callbacks", {})
         self.weights_only = "callbacks" not in state
         self.step: int = state["global_step"]
@@ -49,7 +54,7 @@ def open_checkpoint(path: str | Path) -> TrainingCheckpoint:
     Only tensors and plain values are unpickled, and from DeepSpeed's files also four classes of DeepSpeed.
 
     Raises:
-        ValueError: there is no checkpoint at `path`, or it holds other objects.
+        ValueError: there is no checkpoint at `path`, it holds other objects, or weights without a training's state.
     """
     folder = Path(path)
     if folder.is_file():
@@ -89,12 +94,26 @@ def _is_complete(path: Path) -> bool:
 
 def _load(path: Path) -> State:
     """Loads a file of tensors and plain values; raises ValueError if it holds other objects."""
+    if not is_zipfile(path):
+        raise ValueError(
+            f"{path} is no file of torch.save (model.safetensors is none), or an incomplete one, so {NO_CHECKPOINT}"
+        )
     try:
-        return dict(torch.load(path, mmap=True, map_location="cpu", weights_only=True))
+        state = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds objects that cannot be read safely, such as the arguments of save_hyperparameters(): {error}"
         ) from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__}, so {NO_CHECKPOINT}")
+    return dict(state)
+
+
+def _require(state: State, path: Path, key: str) -> None:
+    """Raises ValueError if a file lacks what every checkpoint of Lightning has."""
+    if key not in state:
+        first = ", ".join(map(repr, list(state)[:3]))
+        raise ValueError(f"{path} has no {key!r}, its {len(state)} entries are {first}, ..., so {NO_CHECKPOINT}")
 
 
 class _SafeReader(FileSystemReader):
@@ -140,7 +159,8 @@ class _File(TrainingCheckpoint):
 
     def __init__(self, path: Path) -> None:
         state = _load(path)
-        super().__init__(state)
+        super().__init__(state, path)
+        _require(state, path, "state_dict")
         self._weights: dict[str, Tensor] = state["state_dict"]
 
     def names(self) -> Collection[str]:
@@ -154,7 +174,7 @@ class _Sharded(TrainingCheckpoint):
     """A folder of torch.distributed.checkpoint, written by `ModelParallelStrategy` (FSDP2)."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_load(folder / "meta.pt"))
+        super().__init__(_load(folder / "meta.pt"), folder)
         self._folder = folder
         described = _SafeReader(folder).read_metadata().state_dict_metadata
         self._described = {
@@ -188,7 +208,7 @@ class _Zero(TrainingCheckpoint):
         with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
             self._ranks = [_load(path)["optimizer_state_dict"] for path in shards]
             states = [_load(path) for path in sorted(shards[0].parent.glob("*_model_states.pt"), key=_rank)]
-        super().__init__(states[0])
+        super().__init__(states[0], shards[0].parent)
         self._stage_3 = "fp32_flat_groups" in self._ranks[0]
         self._shapes = {name: shape for group in states[0]["param_shapes"] for name, shape in group.items()}
         self._offsets = self._offsets_in_stage_3() if self._stage_3 else {}
