@@ -278,7 +278,7 @@ def test_one_loader_in_a_list_and_batches_that_are_no_list_of_tensors(tmp_path):
     for one in ({"input_ids": ids, "attention_mask": mask}, hf.BatchEncoding({"input_ids": ids.tolist()})):
         with pytest.raises(ValueError, match=r"must be several batches, got one mapping of 'input_ids'.*into a list"):
             pruned(one)
-        with pytest.raises(ValueError, match=r"is the text 'input_ids'.*put that batch into a list"):
+        with pytest.raises(ValueError, match=r"got the text 'input_ids'.*put that batch into a list"):
             masks_of(llama(), one)
     with pytest.raises(ValueError, match=r"must be several batches, got one tensor of shape \(6, 12\)"):
         pruned(ids)

@@ -42,8 +42,8 @@ def named_inputs(batch: Any) -> Batch:
         )
     if isinstance(batch, str):
         raise ValueError(
-            f"a calibration batch is the text {batch[:40]!r}. Text must be token ids; and if it is a key of one batch "
-            "that is a mapping, put that batch into a list, since the batches must be several"
+            f"a calibration batch must be token ids, got the text {batch[:40]!r}. If it is a key of one batch that is "
+            "a mapping, put that batch into a list, since the batches must be several"
         )
     if isinstance(batch, tuple | list):
         found = ", ".join(type(value).__name__ for value in batch)

@@ -26,8 +26,8 @@ from prune_callbacks.writing import replaced_folder, write_json
 
 WEIGHTS_ALONE = "the checkpoint holds weights alone (save_weights_only=True)"
 NO_MASKS = (
-    "the checkpoint holds no masks: no callback in it holds masks, since it was written without MaskEnforcer, "
-    "IterativePrune or OneShotPrune, or before they had any"
+    "the checkpoint holds no masks: it was written without MaskEnforcer, IterativePrune or OneShotPrune, or before "
+    "they had any (no callback in it holds masks)"
 )
 FROM_ZEROS = "so the masks are the zeros of the model"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf", "*.pt")
