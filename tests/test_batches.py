@@ -7,15 +7,16 @@ import pytest
 import torch
 import transformers as hf
 from fits import optimizer, trainer_of
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from prune_callbacks import (
     CubicSchedule,
     IterativePrune,
     MaskEnforcer,
     OneShotPrune,
+    RunReport,
     Unstructured,
     Wanda,
     prune_checkpoint,
@@ -221,8 +222,113 @@ def test_data_that_the_module_makes_in_its_own_setup(tmp_path):
         def train_dataloader(self):
             return DataLoader(self.rows, 2)
 
-    with pytest.raises(AttributeError, match="rows"):  # the user's own error, where setup is not the reason
-        fit(Wrong(), tmp_path)
+    class WithoutSetup(Wrong):
+        def configure_model(self):
+            pass
+
+    for wrong in (Wrong, WithoutSetup):  # the user's own error, where setup is not the reason
+        with pytest.raises(AttributeError, match="rows"):
+            fit(wrong(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "reason"),
+    [
+        ({}, None, "TypeError: .*NoneType.*"),
+        ({"shuffle": True}, [], "ValueError: num_samples .*=0"),
+        ({}, [], "ValueError: there is no calibration batch in the training data"),
+    ],
+)
+def test_data_that_is_empty_until_the_modules_own_setup(settings, data, reason, tmp_path):
+    class Late(Boring):
+        def setup(self, stage):
+            self.data = TensorDataset(padded()[0])
+
+        def train_dataloader(self):
+            return DataLoader(self.data, 2, **settings)
+
+    text = rf"train_dataloader of Late failed \({reason}\). Its own setup\(\) has not run yet"
+    with pytest.raises(ValueError, match=text):
+        fit(Late(data=data), tmp_path)
+    filled = TensorDataset(padded()[0])
+    assert fit(Late(data=filled), tmp_path).masks.sparsity() == 0.5  # the control
+
+
+def test_one_loader_in_a_list_and_batches_that_are_no_list_of_tensors(tmp_path):
+    ids, mask = padded()
+    loader = DataLoader(TensorDataset(ids), 2)
+    expected = masks_of(llama(), list(ids.split(2)))
+
+    class Unpacking(Boring):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[0] if isinstance(batch[0], list) else batch, batch_idx)
+
+    for given in ([loader], CombinedLoader([loader]), CombinedLoader(loader)):
+        assert fit(Unpacking(), tmp_path, given).masks == expected
+        assert fit(Boring(), tmp_path, loader, batches=given).masks == expected
+
+    def pruned(given):
+        return fit(Boring(), tmp_path, loader, batches=given)
+
+    numbers = r"is a \w+ of numbers: numbers must be a tensor of shape \(batch, tokens\)"
+    for given in (ids.tolist(), [ids.tolist()], [ids[:1].tolist()], [5], [ids.numpy()]):
+        for run in (pruned, lambda batches: masks_of(llama(), batches)):
+            with pytest.raises(ValueError, match=numbers):
+                run(given)
+    for one in ({"input_ids": ids, "attention_mask": mask}, hf.BatchEncoding({"input_ids": ids.tolist()})):
+        with pytest.raises(ValueError, match=r"must be several batches, got one mapping of 'input_ids'.*into a list"):
+            pruned(one)
+        with pytest.raises(ValueError, match=r"got the text 'input_ids'.*put that batch into a list"):
+            masks_of(llama(), one)
+    with pytest.raises(ValueError, match=r"must be several batches, got one tensor of shape \(6, 12\)"):
+        pruned(ids)
+
+
+class Seen(Callback):
+    """The ids of every training batch."""
+
+    def __init__(self):
+        self.ids = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.ids.append(batch[0].clone())
+
+
+@pytest.mark.parametrize("kind", ["sampler", "batch_sampler", "given"])
+def test_training_draws_the_same_after_calibration_by_samplers_with_generators(kind, tmp_path):
+    data = TensorDataset(padded()[0])
+    drawn = []
+    for pruned in (False, True):
+        sampler = RandomSampler(data, generator=torch.Generator().manual_seed(3))
+        inner = {"batch_sampler": BatchSampler(sampler, 2, drop_last=False)}
+        loader = DataLoader(data, **(inner if kind == "batch_sampler" else {"sampler": sampler, "batch_size": 2}))
+        prune = OneShotPrune(PRUNER, loader if kind == "given" else None, progress=False)
+        seen = Seen()
+        fit(Boring(), tmp_path, loader, callbacks=[*([prune, MaskEnforcer()] if pruned else []), seen])
+        drawn.append(torch.cat(seen.ids))
+    assert torch.equal(*drawn)
+
+
+def test_training_data_that_can_be_read_once_is_refused(tmp_path):
+    ids, _ = padded()
+    text = r"is a generator, which gives every batch once.*batches="
+    with pytest.raises(ValueError, match=text):
+        fit(Boring(), tmp_path, ((part,) for part in ids.split(2)))
+
+    class Stored(Boring):
+        def train_dataloader(self):
+            return self.data
+
+    with pytest.raises(ValueError, match=text):
+        fit(Stored(data=((part,) for part in ids.split(2))), tmp_path)
+    once = ((part,) for part in ids.split(2))
+    assert fit(Boring(), tmp_path, once, batches=[ids]).masks == masks_of(llama(), [ids])
+
+    class Anew(Boring):
+        def train_dataloader(self):
+            return ((part,) for part in ids.split(2))
+
+    assert fit(Anew(), tmp_path).masks == masks_of(llama(), list(ids.split(2)))
 
 
 @pytest.mark.parametrize("hook", ["setup", "configure_model"])
@@ -233,12 +339,43 @@ def test_a_model_that_the_module_makes_later(hook, tmp_path):
 
     setattr(Late, hook, lambda self, *args: setattr(self, "model", llama()))
     ids, _ = padded()
-    text = "needs the model when the fit begins: build it in __init__. Lightning calls the setup of callbacks before"
-    with pytest.raises(ValueError, match=f"OneShotPrune {text} that of Late"):
+    text = "needs the model when the fit begins: build the model in __init__. Lightning calls the setup of callbacks"
+    with pytest.raises(ValueError, match=f"no nn.ModuleList.*OneShotPrune {text} before that of Late"):
         fit(Late(), tmp_path, batches=[ids])
+    with pytest.raises(ValueError, match=f"OneShotPrune {text}"):
+        fit(Late(), tmp_path, batches=[ids], blocks="model.layers")
     rounds = IterativePrune(CubicSchedule(0.5, 0, 2))
     with pytest.raises(ValueError, match=f"IterativePrune {text}"):
         fit(Late(), tmp_path, DataLoader(TensorDataset(ids)), callbacks=[rounds, MaskEnforcer()])
+
+    class Empty(Late):
+        def __init__(self):
+            LightningModule.__init__(self)
+
+    class Data(LightningDataModule):
+        evaluation_windows = ids
+
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(ids), 2)
+
+    for late, found in ((Late, "no nn.ModuleList"), (Empty, "Empty has no parameters in setup")):
+        prune = OneShotPrune(PRUNER, progress=False)
+        callbacks = [RunReport(tmp_path / "run", progress=False), prune, MaskEnforcer()]
+        with pytest.raises(ValueError, match=rf"{found}.* OneShotPrune {text}"):
+            fit(late(), tmp_path, Data(), callbacks=callbacks)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_name_of_blocks_is_no_model_that_is_made_later(tmp_path):
+    class Own(Boring):
+        def setup(self, stage):
+            pass
+
+    ids, _ = padded()
+    with pytest.raises(ValueError, match=r"^blocks='model.h' is no nn.ModuleList of Ll.*it has \['model.layers'\]$"):
+        fit(Own(), tmp_path, batches=[ids], blocks="model.h")
+    given = DataLoader(TensorDataset(ids), 6)
+    assert fit(Own(), tmp_path, given, blocks="model.layers").masks == masks_of(llama(), [ids])  # the control
 
 
 def gpt2():

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import transformers as hf
 from fits import trainer_of
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
@@ -234,6 +235,76 @@ def test_a_checkpoint_of_weights_alone_is_consolidated_by_its_zeros(tmp_path):
     torch.save({"state_dict": module_of().state_dict(), "global_step": 0}, dense)
     with pytest.raises(ValueError, match=r"weights alone .*none of its matrices has 1% of zeros"):
         consolidate(dense, tmp_path / "template/model", tmp_path / "out2", progress=False)
+
+
+@pytest.fixture
+def template(tmp_path):
+    """The folder of a sparse model, its masks and its weights as a module has them."""
+    module, prune = module_of(), OneShotPrune(Magnitude(NM(1, 4)), progress=False)
+    trainer_of([prune, MaskEnforcer()], tmp_path, max_steps=1).fit(module, batches())
+    save_sparse_model(module.model, prune.report.masks, tmp_path / "template")
+    return tmp_path / "template/model", prune.report.masks, module.state_dict()
+
+
+def test_weights_without_a_trainings_state_are_no_checkpoint(template, tmp_path):
+    folder, _, weights = template
+    text = "so it is no checkpoint of Lightning. Give a file or folder that a Trainer wrote"
+    files = {
+        "plain.pt": (weights, r"has no 'global_step', its \d+ entries are 'model.model.embed_tokens.weight', .*"),
+        "nested.ckpt": ({"state_dict": weights}, "has no 'global_step', its 1 entries are 'state_dict', .*"),
+        "step.ckpt": ({"global_step": 3}, "has no 'state_dict', its 1 entries are 'global_step', .*"),
+        "list.pt": ([1, 2], "holds a list, "),
+    }
+    for name, (state, found) in files.items():
+        torch.save(state, tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} {found}{text}"):
+            consolidate(tmp_path / name, folder, tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, match=rf"model.safetensors is no file of torch.save .*{text}"):
+        consolidate(folder / "model.safetensors", folder, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_zero_rows_of_embeddings_are_no_pruned_weights(template, tmp_path):
+    folder, masks, weights = template
+    padded = {name: value.clone() for name, value in weights.items()}
+    for name in ("model.model.embed_tokens.weight", "model.lm_head.weight"):
+        padded[name][: len(padded[name]) // 8] = 0
+    torch.save({"state_dict": padded, "global_step": 1}, tmp_path / "weights.ckpt")
+    with pytest.warns(UserWarning, match="zeros of the model: 14 matrices with 75.00%"):
+        consolidate(tmp_path / "weights.ckpt", folder, tmp_path / "out", progress=False)
+    assert MaskSet.load(tmp_path / "out/masks.safetensors") == masks
+
+
+def test_zeros_of_a_model_without_blocks_leave_embeddings_out(tmp_path):
+    config = hf.BartConfig(vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1)
+    config.update({"encoder_ffn_dim": 16, "decoder_ffn_dim": 16})
+    config.update({"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 16})
+    model = hf.BartForConditionalGeneration(config)
+    with torch.no_grad():
+        model.model.shared.weight[:8] = 0
+        model.model.decoder.layers[0].fc1.weight[:4] = 0
+    model.save_pretrained(tmp_path / "template")
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "global_step": 1}, tmp_path / "weights.ckpt")
+    with pytest.warns(UserWarning, match="zeros of the model: 1 matrices with 25.00%"):
+        consolidate(tmp_path / "weights.ckpt", tmp_path / "template", tmp_path / "out", progress=False)
+    assert list(MaskSet.load(tmp_path / "out/masks.safetensors")) == ["model.decoder.layers.0.fc1.weight"]
+
+
+def test_a_fit_whose_callbacks_hold_no_masks_is_consolidated_by_its_zeros(template, tmp_path):
+    folder, masks, weights = template
+    module = module_of()
+    module.load_state_dict(weights)
+    _, _, files = run([LoRARecovery()], tmp_path, module, max_steps=1)
+    with pytest.warns(
+        UserWarning, match=r"no callback in it holds masks.* so the masks are the zeros of the model: 14"
+    ):
+        report = consolidate(files[-1], folder, tmp_path / "out", progress=False)
+    assert MaskSet.load(tmp_path / "out/masks.safetensors") == masks
+    assert any("no callback in it holds masks" in text for text in report["warnings"])
+    _, _, files = run([], tmp_path, module_of(), max_steps=1)
+    with pytest.raises(ValueError, match=r"holds no masks: .*without MaskEnforcer.*none of its matrices has 1%"):
+        consolidate(files[-1], folder, tmp_path / "out2", progress=False)
 
 
 def test_the_masks_of_a_subclass_are_found(tmp_path):

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Number
 from typing import Any, get_args
 
 import torch
@@ -20,7 +21,8 @@ def named_inputs(batch: Any) -> Batch:
     Returns a batch as a tensor or a mapping: the only element of a tuple or list; a named tuple by its names.
 
     Raises:
-        ValueError: the batch is a tuple or list of several values, which have no names, or something else.
+        ValueError: the batch is a tuple or list of several values, which have no names, numbers that are no tensor, or
+            something else.
     """
     if isinstance(batch, tuple) and hasattr(batch, "_asdict"):
         batch = batch._asdict()
@@ -30,6 +32,19 @@ def named_inputs(batch: Any) -> Batch:
         return batch
     if isinstance(batch, Mapping):  # transformers' BatchEncoding is a Mapping, but no dict
         return dict(batch)
+    inner = batch
+    while isinstance(inner, tuple | list) and inner:
+        inner = inner[0]
+    if isinstance(inner, Number) or hasattr(batch, "__array__"):
+        raise ValueError(
+            f"a calibration batch is a {type(batch).__name__} of numbers: numbers must be a tensor of shape (batch, "
+            "tokens), e.g. torch.tensor([[5, 6, 7]]), or the result of tokenizer(texts, return_tensors='pt')"
+        )
+    if isinstance(batch, str):
+        raise ValueError(
+            f"a calibration batch must be token ids, got the text {batch[:40]!r}. If it is a key of one batch that is "
+            "a mapping, put that batch into a list, since the batches must be several"
+        )
     if isinstance(batch, tuple | list):
         found = ", ".join(type(value).__name__ for value in batch)
         raise ValueError(

@@ -1,17 +1,19 @@
 """Draws the calibration batches of callbacks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 
 from prune_callbacks.calibration.batches import Batch, accepted_inputs, named_inputs, warn_of_dropped_keys
-from prune_callbacks.callbacks.lightning_internals import makes_in_setup, training_data_source
+from prune_callbacks.callbacks.lightning_internals import training_data_source
 from prune_callbacks.ranks import Ranks
 
 TRAINING_BATCHES = 128
@@ -35,8 +37,9 @@ def calibration_batches(
         num_batches: how many batches to draw; None: all, or the first 128 of the training data.
 
     Raises:
-        ValueError: `num_batches` is below 1, there are fewer batches, a batch has values without names, or the training
-            data comes from several loaders, or is made in the module's own `setup`, which runs later.
+        ValueError: `num_batches` is below 1, there are fewer batches, a batch has values without names, `batches` is
+            one batch, or the training data comes from several loaders, gives its batches once, or is made in the
+            module's own `setup`, which runs later.
     """
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}")
@@ -48,20 +51,14 @@ def calibration_batches(
 
 
 def _drawn(trainer: Trainer, model: nn.Module, batches: Iterable[Any] | None, wanted: int | None) -> list[Batch]:
-    """Draws the batches on this process, without changing the state of a loader's own generator."""
+    """Draws the batches on this process, without changing the state of a loader's own generators."""
     if batches is None:
         calibration = getattr(trainer.datamodule, "calibration_dataloader", None)
         batches = calibration() if calibration is not None else None
     if batches is None:
-        batches = _training_data(trainer)
-        # A loader may shuffle by its own generator, which isolate_rng does not restore.
-        generator = getattr(batches, "generator", None)
-        state = None if generator is None else generator.get_state()
-        taken = list(islice(batches, wanted or TRAINING_BATCHES))
-        if generator is not None:
-            generator.set_state(state)
+        taken = _training_batches(trainer, wanted or TRAINING_BATCHES)
     else:
-        taken = list(islice(_one_loader(batches), wanted))
+        taken = _first(_one_loader(batches), wanted)
     if wanted is not None and len(taken) < wanted:
         raise ValueError(f"asked for {wanted} calibration batches, there are {len(taken)}")
     named = [named_inputs(batch) for batch in taken]
@@ -70,13 +67,33 @@ def _drawn(trainer: Trainer, model: nn.Module, batches: Iterable[Any] | None, wa
     return [accepted_inputs(model, batch) if isinstance(batch, Mapping) else batch for batch in named]
 
 
-def _training_data(trainer: Trainer) -> Iterable[Any]:
-    """Returns the loader of the training data: of the data module, the module or `fit(train_dataloaders=)`."""
+def _training_batches(trainer: Trainer, wanted: int) -> list[Any]:
+    """Returns batches of the training data: of the data module, the module or `fit(train_dataloaders=)`."""
     source: LightningDataModule | LightningModule | None = training_data_source(trainer)
+    make = trainer.fit_loop._data_source.dataloader
+    with _before_setup_of(source):
+        given = make()
+    loader = _one_loader(given)
+    if isinstance(loader, Iterator) and make() is given:
+        raise ValueError(
+            f"the training data is a {type(loader).__name__}, which gives every batch once, so training would not get "
+            "those drawn for calibration: train on a loader, or name the calibration batches with batches="
+        )
+    with _before_setup_of(source):
+        taken = _first(loader, wanted)
+        if not taken:
+            raise ValueError("there is no calibration batch in the training data")
+    return taken
+
+
+@contextmanager
+def _before_setup_of(source: LightningDataModule | LightningModule | None) -> Iterator[None]:
+    """Adds to an error of the training data that the module's own `setup` has not run yet, where it has one."""
     try:
-        return _one_loader(trainer.fit_loop._data_source.dataloader())
-    except (AttributeError, LookupError, TypeError) as error:
-        if source is None or not makes_in_setup(source):
+        yield
+    except (AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        # A data module's setup has run.
+        if not isinstance(source, LightningModule) or not is_overridden("setup", source, LightningModule):
             raise
         raise ValueError(
             f"train_dataloader of {type(source).__name__} failed ({type(error).__name__}: {error}). Its own setup() "
@@ -85,15 +102,47 @@ def _training_data(trainer: Trainer) -> Iterable[Any]:
         ) from error
 
 
+def _first(loader: Iterable[Any], count: int | None) -> list[Any]:
+    """Returns the first batches of a loader, which draws the same ones again afterwards."""
+    # A loader may shuffle by generators of its own, which isolate_rng does not restore.
+    states = [(generator, generator.get_state()) for generator in _generators(loader)]
+    taken = list(islice(loader, count))
+    for generator, state in states:
+        generator.set_state(state)
+    return taken
+
+
+def _generators(loader: Any) -> Iterator[Generator]:
+    """Yields the generators of a loader, of its samplers, and of the samplers inside of these."""
+    generator = getattr(loader, "generator", None)
+    if isinstance(generator, Generator):
+        yield generator
+    for inner in ("sampler", "batch_sampler"):
+        if getattr(loader, inner, None) is not None:
+            yield from _generators(getattr(loader, inner))
+
+
 def _one_loader(loaders: Any) -> Iterable[Any]:
-    """Returns a loader as it is; raises ValueError for several."""
+    """Returns the only loader; raises ValueError for several, or for one batch in place of several."""
     several = loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
+    if isinstance(several, Tensor) and several.ndim < 3:
+        raise ValueError(
+            f"batches must be several batches, got one tensor of shape {tuple(several.shape)}: split it, or put it "
+            "into a list"
+        )
     if isinstance(several, Mapping):
+        if "input_ids" in several or any(isinstance(part, Tensor) for part in several.values()):
+            raise ValueError(
+                f"batches must be several batches, got one mapping of {', '.join(map(repr, several))}: put it into a "
+                "list"
+            )
         found = ", ".join(map(repr, several))
     elif isinstance(several, list | tuple) and any(isinstance(part, DataLoader) for part in several):
+        if len(several) == 1:
+            return several[0]  # type: ignore[no-any-return]
         found = f"{len(several)} in a {type(several).__name__}"
     else:
-        return loaders  # type: ignore[no-any-return]
+        return several  # type: ignore[no-any-return]
     raise ValueError(
         f"the data comes from several loaders ({found}), whose batches are of different kinds: name the calibration "
         "batches with batches=, e.g. one of these loaders"

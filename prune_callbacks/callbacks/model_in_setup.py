@@ -17,17 +17,26 @@ def model_in_setup(who: str, pl_module: LightningModule, blocks: str | None = No
         blocks: name of the list of decoder blocks, where it cannot be found.
 
     Raises:
-        ValueError: there is no model with decoder blocks yet; says so where the module has a `setup` or
-            `configure_model` of its own, which Lightning calls later.
+        ValueError: there is no model with decoder blocks. Says that it is too early for one where the module has no
+            parameters, or has no `nn.ModuleList` and a `setup` or `configure_model` of its own, which run later.
     """
     try:
+        if next(pl_module.parameters(), None) is None:
+            raise ValueError(f"{type(pl_module).__name__} has no parameters in setup")
         model = find_language_model(pl_module)
         find_blocks(model, blocks)
     except ValueError as error:
-        if not makes_in_setup(pl_module):
+        if _has_model(pl_module):
             raise
         raise ValueError(
-            f"{who} needs the model when the fit begins: build it in __init__. Lightning calls the setup of callbacks "
-            f"before that of {type(pl_module).__name__} and before configure_model. At this time: {error}"
+            f"{error}. {who} needs the model when the fit begins: build the model in __init__. Lightning calls the "
+            f"setup of callbacks before that of {type(pl_module).__name__} and before configure_model"
         ) from error
     return model
+
+
+def _has_model(pl_module: LightningModule) -> bool:
+    """Returns whether a module has what could be a model, so that nothing is missing that is made later."""
+    if next(pl_module.parameters(), None) is None:
+        return False
+    return not makes_in_setup(pl_module) or any(isinstance(m, nn.ModuleList) and len(m) for m in pl_module.modules())

@@ -11,7 +11,6 @@ from torch import nn
 
 from prune_callbacks.allocation.measuring import check_allocation
 from prune_callbacks.allocation.protocol import Allocation
-from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
 from prune_callbacks.callbacks.kinds import PrunesOnce, renamed
 from prune_callbacks.callbacks.lightning_internals import logs_now, resumed_checkpoint
@@ -102,14 +101,9 @@ class OneShotPrune(PrunesOnce):
                 "OneShotPrune without MaskEnforcer: the zeros will not last, since the first optimizer steps "
                 "overwrite them. Add MaskEnforcer() to the callbacks."
             )
-        if next(pl_module.parameters(), None) is None:
-            raise ValueError(
-                f"{type(pl_module).__name__} has no parameters in setup: OneShotPrune prunes before the module's own "
-                "setup and configure_model are called, so build the model in __init__"
-            )
-        if self.dirpath is not None:
-            savable(find_language_model(pl_module))
         model = model_in_setup("OneShotPrune", pl_module, self.blocks)
+        if self.dirpath is not None:
+            savable(model)
         with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:
             needed, trial = self._needs_batches(), Lineup(trainer).trial() is not None
             count = 1 if trial else self.num_batches

@@ -14,6 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.calibration.checks import check_window_length
+from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
+from prune_callbacks.callbacks.lineup import Lineup
+from prune_callbacks.callbacks.model_in_setup import model_in_setup
+from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.measure.zero_shot import ZeroShot
 from prune_callbacks.memory import free_memory, model_bytes
@@ -40,10 +44,13 @@ class RunQuality:
     progress: bool
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises ValueError for windows that the model cannot take, or tasks that cannot be measured in this fit."""
+        """Raises ValueError for a missing model, windows that it cannot take, or tasks that this fit cannot measure."""
         windows = getattr(trainer.datamodule, "evaluation_windows", None)
         if windows is None:
             raise ValueError("RunReport needs a data module with evaluation_windows, such as TokenDataModule")
+        prune = Lineup(trainer).first(OneShotPrune)
+        if prune is not None and resumed_checkpoint(trainer) is None:
+            model_in_setup("OneShotPrune", pl_module, prune.blocks)
         savable(find_language_model(pl_module))
         further = getattr(trainer.datamodule, "further_evaluation", {})
         for text in (windows, *(others for _, others in further.values())):

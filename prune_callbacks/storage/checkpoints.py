@@ -3,19 +3,23 @@
 import math
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import metadata
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from prune_callbacks.storage.safe_index import SafeReader
+
 State = dict[str, Any]
+NO_CHECKPOINT = (
+    "it is no checkpoint of Lightning. Give a file or folder that a Trainer wrote (ModelCheckpoint, save_checkpoint), "
+    "not weights alone, be it a state dict or {'state_dict': ...}"
+)
 
 
 class TrainingCheckpoint(ABC):
@@ -28,7 +32,8 @@ class TrainingCheckpoint(ABC):
         step: how many optimizer steps were finished.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, path: Path) -> None:
+        _require(state, path, "global_step")
         self.callbacks: State = state.get("callbacks", {})
         self.weights_only = "callbacks" not in state
         self.step: int = state["global_step"]
@@ -49,7 +54,7 @@ def open_checkpoint(path: str | Path) -> TrainingCheckpoint:
     Only tensors and plain values are unpickled, and from DeepSpeed's files also four classes of DeepSpeed.
 
     Raises:
-        ValueError: there is no checkpoint at `path`, or it holds other objects.
+        ValueError: there is no checkpoint at `path`, it holds other objects, or weights without a training's state.
     """
     folder = Path(path)
     if folder.is_file():
@@ -89,50 +94,26 @@ def _is_complete(path: Path) -> bool:
 
 def _load(path: Path) -> State:
     """Loads a file of tensors and plain values; raises ValueError if it holds other objects."""
+    if not is_zipfile(path):
+        raise ValueError(
+            f"{path} is no file of torch.save (model.safetensors is none), or an incomplete one, so {NO_CHECKPOINT}"
+        )
     try:
-        return dict(torch.load(path, mmap=True, map_location="cpu", weights_only=True))
+        state = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds objects that cannot be read safely, such as the arguments of save_hyperparameters(): {error}"
         ) from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__}, so {NO_CHECKPOINT}")
+    return dict(state)
 
 
-class _SafeReader(FileSystemReader):
-    """Reads the index of a sharded checkpoint, a pickle, and refuses all classes that an index does not need."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            index: Metadata = _IndexUnpickler(file).load()
-        if getattr(index, "storage_meta", None) is None:
-            index.storage_meta = metadata.StorageMeta()
-        return index
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Unpickles the classes of an index only."""
-
-    _ALLOWED: ClassVar = {
-        ("torch.distributed.checkpoint.metadata", "Metadata"),
-        ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-        ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-        ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
-        ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-        ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-        ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("torch.serialization", "_get_layout"),
-        ("torch", "Size"),
-        ("pathlib", "PosixPath"),
-        ("pathlib", "WindowsPath"),
-        ("collections", "OrderedDict"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if dtype or (module, name) in self._ALLOWED:
-            return super().find_class(module, name)
-        raise ValueError(f"the checkpoint's .metadata asks for {module}.{name}, which no index needs: it is not read")
+def _require(state: State, path: Path, key: str) -> None:
+    """Raises ValueError if a file lacks what every checkpoint of Lightning has."""
+    if key not in state:
+        first = ", ".join(map(repr, list(state)[:3]))
+        raise ValueError(f"{path} has no {key!r}, its {len(state)} entries are {first}, ..., so {NO_CHECKPOINT}")
 
 
 class _File(TrainingCheckpoint):
@@ -140,7 +121,8 @@ class _File(TrainingCheckpoint):
 
     def __init__(self, path: Path) -> None:
         state = _load(path)
-        super().__init__(state)
+        super().__init__(state, path)
+        _require(state, path, "state_dict")
         self._weights: dict[str, Tensor] = state["state_dict"]
 
     def names(self) -> Collection[str]:
@@ -154,9 +136,9 @@ class _Sharded(TrainingCheckpoint):
     """A folder of torch.distributed.checkpoint, written by `ModelParallelStrategy` (FSDP2)."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(_load(folder / "meta.pt"))
+        super().__init__(_load(folder / "meta.pt"), folder)
         self._folder = folder
-        described = _SafeReader(folder).read_metadata().state_dict_metadata
+        described = SafeReader(folder).read_metadata().state_dict_metadata
         self._described = {
             name.removeprefix("state_dict."): data
             for name, data in described.items()
@@ -169,7 +151,7 @@ class _Sharded(TrainingCheckpoint):
     def read(self, name: str) -> Tensor:
         data = self._described[name]
         tensor = torch.empty(data.size, dtype=data.properties.dtype)
-        load({"state_dict": {name: tensor}}, storage_reader=_SafeReader(self._folder), no_dist=True)
+        load({"state_dict": {name: tensor}}, storage_reader=SafeReader(self._folder), no_dist=True)
         return tensor
 
 
@@ -188,7 +170,7 @@ class _Zero(TrainingCheckpoint):
         with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
             self._ranks = [_load(path)["optimizer_state_dict"] for path in shards]
             states = [_load(path) for path in sorted(shards[0].parent.glob("*_model_states.pt"), key=_rank)]
-        super().__init__(states[0])
+        super().__init__(states[0], shards[0].parent)
         self._stage_3 = "fp32_flat_groups" in self._ranks[0]
         self._shapes = {name: shape for group in states[0]["param_shapes"] for name, shape in group.items()}
         self._offsets = self._offsets_in_stage_3() if self._stage_3 else {}

@@ -14,16 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from prune_callbacks.anatomy.targets import SPARSE
 from prune_callbacks.parallel.packed import count_removed
 from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.storage.checkpoint_masks import checkpoint_masks, from_zeros, held_masks
 from prune_callbacks.storage.checkpoints import TrainingCheckpoint, newest_checkpoint, open_checkpoint
 from prune_callbacks.storage.model_card import write_model_card
 from prune_callbacks.storage.model_folder import empty_model, unread
 from prune_callbacks.storage.run_record import RunRecord, Zeros
 from prune_callbacks.writing import replaced_folder, write_json
 
-FROM_ZEROS = "the checkpoint holds weights alone (save_weights_only=True), so the masks are the zeros of the model"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf", "*.pt")
 
 
@@ -43,7 +42,8 @@ def consolidate(
     `dirpath/model` is equivalent to `save_pretrained` of the trained model. The weights are the fp32 masters if the
     checkpoint has them, converted to `dtype`. Weights are read and written one file of at most `max_shard_size` at a
     time, so no more memory is needed. Zeros and violations are counted in the written weights. A checkpoint of weights
-    alone (`save_weights_only=True`) has no masks: they are the zeros of its matrices, as a warning and the report say.
+    alone (`save_weights_only=True`), or of callbacks without masks, has none: they are the zeros of the matrices in
+    its decoder blocks, as a warning and the report say.
 
     Args:
         checkpoint: a checkpoint of one device, DDP, FSDP2 or DeepSpeed ZeRO, or a folder of checkpoints, of which the
@@ -78,7 +78,7 @@ def consolidate(
     config.dtype = getattr(torch, dtype) if dtype is not None else config.dtype or torch.float32
     config.architectures = config.architectures or [type(skeleton).__name__]
     places = _places(skeleton, source, prefix)
-    masks = _masks(source, places, skeleton)
+    masks = checkpoint_masks(source, places, skeleton)
     with replaced_folder(Path(dirpath) / "model") as partial:
         shutil.copytree(template, partial, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
         config.save_pretrained(partial)
@@ -133,45 +133,6 @@ def _refuse_unknown(skeleton: PreTrainedModel, known: set[str], prefix: str) -> 
         )
 
 
-def _masks(source: TrainingCheckpoint, places: dict[str, str], skeleton: nn.Module) -> MaskSet:
-    """Returns the checkpoint's masks under the names of the model; there they may have names of an outer module."""
-    if source.weights_only:
-        return _masks_of_zeros(source, places)
-    # The callbacks by name, the one that holds the masks first; then subclasses, which have names of their own.
-    names = dict.fromkeys(["MaskEnforcer", "IterativePrune", "OneShotPrune", *source.callbacks])
-    states = [source.callbacks.get(name) for name in names]
-    held = [state["masks"] for state in states if isinstance(state, dict) and isinstance(state.get("masks"), dict)]
-    if not held:
-        raise ValueError(
-            "the checkpoint holds no masks: it was written without MaskEnforcer, IterativePrune or OneShotPrune, or "
-            "before they had any"
-        )
-    found = MaskSet.from_state_dict(held[0])
-    tensors = {name: t for name, t in skeleton.state_dict(keep_vars=True).items() if name in places}
-    own = {id(tensor): name for name, tensor in tensors.items()}
-    theirs = found.matching({places[name]: tensor for name, tensor in tensors.items()})
-    state = found.state_dict()
-    return MaskSet.from_state_dict(
-        {part: {own[id(t)]: state[part][mask] for mask, t in theirs.items()} for part in ("bits", "shapes")}
-    )
-
-
-def _masks_of_zeros(source: TrainingCheckpoint, places: dict[str, str]) -> MaskSet:
-    """Returns the zeros of the matrices that are sparse, for a checkpoint without the states of callbacks."""
-    found: list[MaskSet] = []
-    for name, place in places.items():
-        weight = source.read(place)
-        if weight.ndim > 1 and float((weight == 0).float().mean()) >= SPARSE:
-            found.append(MaskSet.from_nonzero({name: weight}))
-    if not found:
-        raise ValueError(
-            "the checkpoint holds weights alone (save_weights_only=True), so no masks, and none of its matrices has "
-            f"{SPARSE:.0%} of zeros that could stand for them"
-        )
-    warnings.warn(f"{FROM_ZEROS}: {len(found)} matrices with {MaskSet.join(found).sparsity():.2%}", stacklevel=3)
-    return MaskSet.join(found)
-
-
 def _write(
     source: TrainingCheckpoint,
     places: dict[str, str],
@@ -224,6 +185,6 @@ def _report(source: TrainingCheckpoint, counted: dict[str, tuple[int, int, int]]
     layers = {name: zeros / size for name, (zeros, _, size) in counted.items()}
     record.sparsity = Zeros(record.sparsity.target, zeros / max(1, total), layers)
     record.optimizer_steps = source.step
-    if source.weights_only:
-        record.warnings = [*(record.warnings or ()), FROM_ZEROS]
+    if not held_masks(source):
+        record.warnings = [*(record.warnings or ()), from_zeros(source)]
     return record
