@@ -468,3 +468,23 @@ def test_masks_that_do_not_tell_padding_and_windows_without_tokens_are_refused()
     with pytest.raises(ValueError, match=r"of shape \(2, 0\) holds no token"):
         masks_of(llama(), [ids[:2, :0]])
     assert masks_of(llama(), [{"input_ids": ids, "attention_mask": None}]) == masks_of(llama(), [ids])
+
+
+def test_keys_of_other_names_are_shown_and_a_decoder_needs_its_own(tmp_path):
+    ids, mask = padded()
+    given = [{"ids": ids, "mask": mask}]
+    with pytest.raises(ValueError, match=r"must hold input_ids.*got \['ids', 'mask'\]"):
+        fit(Boring(), tmp_path, DataLoader(TensorDataset(ids)), batches=given)
+    torch.manual_seed(0)
+    t5 = hf.T5ForConditionalGeneration(
+        hf.T5Config(vocab_size=99, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    ).eval()
+    with pytest.raises(ValueError, match=r"hold nothing for its decoder: give labels or decoder_input_ids too"):
+        masks_of(t5, [ids], blocks="encoder.block")
+    with pytest.raises(ValueError, match=r'e.g. blocks="encoder.block"; found \[.encoder.block., .decoder.block.\]'):
+        masks_of(t5, [ids])
+
+
+def test_evaluation_windows_of_another_tokenizer_are_refused():
+    with pytest.raises(ValueError, match=r"the evaluation windows have token ids from 0 to 150, and LlamaForCausalLM"):
+        perplexity(llama(), torch.arange(151)[None, ::5], progress=False)

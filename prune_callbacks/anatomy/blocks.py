@@ -48,9 +48,8 @@ class NoBlocksError(ValueError):
     """
 
     def __init__(self, reason: str, lists: Sequence[str]) -> None:
-        super().__init__(
-            f'{reason}. Name the list of blocks with blocks="...", e.g. blocks="model.layers"; found {list(lists)}'
-        )
+        example = f', e.g. blocks="{lists[0]}"' if lists else ""
+        super().__init__(f'{reason}. Name the list of blocks with blocks="..."{example}; found {list(lists)}')
         self.reason = reason
 
 

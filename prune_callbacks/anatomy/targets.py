@@ -52,7 +52,7 @@ def _chosen(
             found[target.name] = target
         else:
             warnings.warn(
-                f"{target.name} shares its weight with {owner} and is pruned with it, on the inputs of {owner}",
+                f"{target.name} shares its weight with {owner} and is pruned with it",
                 stacklevel=4,
             )
     if not found:

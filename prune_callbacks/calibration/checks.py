@@ -66,7 +66,7 @@ def check_batch(model: PreTrainedModel, batch: Batch) -> None:
             check_window_length(model, inputs[key].shape[1], "the calibration windows")
     for key in ("input_ids", "decoder_input_ids"):
         if isinstance(inputs.get(key), Tensor) and inputs[key].ndim == 2:
-            _check_ids(model, inputs[key])
+            check_ids(model, inputs[key])
 
 
 MASKS = ("attention_mask", "decoder_attention_mask")
@@ -108,7 +108,7 @@ def _is_embedded(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point()
 
 
-def _check_ids(model: PreTrainedModel, ids: Tensor) -> None:
+def check_ids(model: PreTrainedModel, ids: Tensor, what: str = "the calibration batches") -> None:
     """Raises ValueError for token ids outside of the model's embeddings, if these are known."""
     try:
         embedding = model.get_input_embeddings()
@@ -119,7 +119,7 @@ def _check_ids(model: PreTrainedModel, ids: Tensor) -> None:
     lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or highest >= embedding.num_embeddings:
         raise ValueError(
-            f"the calibration batches have token ids from {lowest} to {highest}, and {type(model).__name__} has "
+            f"{what} have token ids from {lowest} to {highest}, and {type(model).__name__} has "
             f"embeddings for 0 to {embedding.num_embeddings - 1}: they were made by the tokenizer of another model"
         )
 
@@ -152,10 +152,22 @@ def _positions(model: nn.Module) -> int | None:
     return next((value for value in found if isinstance(value, int)), None)
 
 
-def name_lengths(model: nn.Module, batch: Batch, error: Exception) -> None:
-    """Raises ValueError in place of an error of the model if the windows are longer than the configuration says."""
+def explain(model: nn.Module, batch: Batch, error: Exception) -> None:
+    """
+    Raises ValueError in place of an error of the model where the reason is known.
+
+    That is where windows are longer than the configuration says, or where a sequence-to-sequence model gets one
+    sequence only.
+    """
     positions = _positions(model)
     inputs = accepted_inputs(model, batch)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not {"labels", *DECODER_IDS} & {
+        *inputs
+    }:
+        raise ValueError(
+            f"{type(model).__name__} is a sequence-to-sequence model, and the calibration batches hold nothing for its "
+            f"decoder: give labels or decoder_input_ids too. The error: {error}"
+        ) from error
     shapes = [inputs[key].shape for key in ("input_ids", "inputs_embeds") if isinstance(inputs.get(key), Tensor)]
     if positions is not None and shapes and len(shapes[0]) > 1 and shapes[0][1] > positions:
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_callbacks.calibration.batches import Batch, real_tokens, run_model
-from prune_callbacks.calibration.checks import name_lengths
+from prune_callbacks.calibration.checks import explain
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and keyword arguments of a block, without the hidden states."""
@@ -92,8 +92,8 @@ class StandIns:
         except (NotAChainError, torch.OutOfMemoryError):
             raise
         except FAILURES as error:
+            explain(model, batch, error)
             if self._last < 0:
-                name_lengths(model, batch, error)
                 raise
             raise NotAChainError(
                 f"after block {self._last} its forward fails without what the blocks return "

@@ -64,7 +64,8 @@ def _drawn(trainer: Trainer, model: nn.Module, batches: Iterable[Any] | None, wa
     named = [named_inputs(batch) for batch in taken]
     warn_of_dropped_keys(model, named)
     # Only what the model takes, since all ranks get a copy.
-    return [accepted_inputs(model, batch) if isinstance(batch, Mapping) else batch for batch in named]
+    kept = [accepted_inputs(model, batch) if isinstance(batch, Mapping) else batch for batch in named]
+    return [new if isinstance(new, Tensor) or new else old for new, old in zip(kept, named, strict=True)]
 
 
 def _training_batches(trainer: Trainer, wanted: int) -> list[Any]:
@@ -144,6 +145,6 @@ def _one_loader(loaders: Any) -> Iterable[Any]:
     else:
         return several  # type: ignore[no-any-return]
     raise ValueError(
-        f"the data comes from several loaders ({found}), whose batches are of different kinds: name the calibration "
+        f"the data comes from several loaders ({found}): name those that give the calibration "
         "batches with batches=, e.g. one of these loaders"
     )

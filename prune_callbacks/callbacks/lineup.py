@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -80,6 +81,8 @@ class Lineup:
         Raises:
             ValueError: the strategy does not support the callback, or one of its rules (`order.RULES`) is broken.
         """
+        if stage == "fit" and self._searches() and self.first(PruningCallback) is callback:
+            rank_zero_info("the Tuner searches on the model as it is: nothing is pruned, and no adapters are added")
         if stage != "fit" or self._searches():
             return False
         check_strategy(self._trainer.strategy, type(callback).__name__, whole_weights=callback.needs_whole_weights)

@@ -110,6 +110,7 @@ class RunReport(PruningCallback):
         self._finished = lineup.trial() is not None
         if self._finished:  # nothing of a trial run is measured or written
             self._one_shot = self._iterative = None
+            self._quality.check(trainer, pl_module)
             return
         self._warnings.start()
         self._one_shot, self._iterative = lineup.first(OneShotPrune), lineup.first(IterativePrune)

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from rich.progress import track
 from torch import Tensor, nn
 from torchmetrics import Metric
+from transformers import PreTrainedModel
 
-from prune_callbacks.calibration.checks import check_window_length
+from prune_callbacks.calibration.checks import check_ids, check_window_length
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.solvers.float64 import float64_device, in_float64
 
@@ -89,6 +90,8 @@ def perplexity(
     if windows.shape[0] == 0 or windows.shape[1] < 2:
         raise ValueError(f"perplexity needs windows of two or more tokens, got {tuple(windows.shape)}")
     check_window_length(model, windows.shape[1], "the evaluation windows")
+    if isinstance(model, PreTrainedModel):
+        check_ids(model, windows, "the evaluation windows")
     device = next(model.parameters()).device
     metric = Perplexity(sync_on_compute=False).to(device)
     training = model.training
