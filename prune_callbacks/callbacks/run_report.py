@@ -108,13 +108,12 @@ class RunReport(PruningCallback):
         if not lineup.begins_fit(self, stage):
             return
         self._finished = lineup.trial() is not None
+        self._quality.check(trainer, pl_module)
         if self._finished:  # nothing of a trial run is measured or written
             self._one_shot = self._iterative = None
-            self._quality.check(trainer, pl_module)
             return
         self._warnings.start()
         self._one_shot, self._iterative = lineup.first(OneShotPrune), lineup.first(IterativePrune)
-        self._quality.check(trainer, pl_module)
         if resumed_checkpoint(trainer) is None:
             # Only rank 0 looks: other ranks could see files that rank 0 has just written.
             world(trainer).attempt(lambda: refuse_existing_run(self.dirpath) if trainer.is_global_zero else None)
