@@ -196,7 +196,9 @@ def test_several_loaders_have_no_one_kind_of_batch(kind, tmp_path):
     loader = DataLoader(TensorDataset(ids), 2)
     loaders = {"dict": {"text": loader, "code": loader}, "list": [loader, loader]}
     loaders["combined"] = CombinedLoader(loaders["dict"])
-    with pytest.raises(ValueError, match=r"comes from several loaders \(.*name those that give the calibration batches with batches="):
+    with pytest.raises(
+        ValueError, match=r"comes from several loaders \(.*name those that give the calibration batches with batches="
+    ):
         fit(Boring(), tmp_path, loaders[kind])
 
 
