@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from hypothesis import strategies as st
+from lightning.pytorch import Callback
 from torch import nn
 from torch.nn import functional
 
@@ -298,6 +299,21 @@ OPTIMIZERS = {
     "SGD": {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
 }
 """Every optimizer of `torch.optim` that takes dense parameters, with what could bring a pruned weight back."""
+
+
+class PrunedPlaces(Callback):
+    """The largest value at a pruned place after every batch, in weights and in what the optimizer keeps of them."""
+
+    def __init__(self, masks):
+        self.masks, self.worst, self.steps = masks, 0.0, 0
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        for name, parameter in self.masks().matching(dict(pl_module.named_parameters())).items():
+            kept = self.masks()[name]
+            state = trainer.optimizers[0].state.get(parameter, {}).values()
+            for value in (parameter, *(v for v in state if torch.is_tensor(v) and v.shape == parameter.shape)):
+                self.worst = max(self.worst, float(value.detach().masked_fill(kept, 0).abs().max()))
+        self.steps += 1
 
 
 @dataclass(frozen=True)

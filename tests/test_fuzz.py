@@ -9,6 +9,7 @@ from fuzz import (
     OPTIMIZERS,
     BlockPlan,
     ModelPlan,
+    PrunedPlaces,
     Training,
     agree,
     batches_of,
@@ -19,7 +20,7 @@ from fuzz import (
     trainings,
 )
 from hypothesis import HealthCheck, given, settings
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from torch.nn import functional
 
 from prune_callbacks import (
@@ -102,27 +103,12 @@ class Module(LightningModule):
         return getattr(torch.optim, name)(chosen, **OPTIMIZERS[name])
 
 
-class Watch(Callback):
-    """The largest value at a pruned place after every batch, in weights and in what the optimizer keeps of them."""
-
-    def __init__(self, masks):
-        self.masks, self.worst, self.changed = masks, 0.0, False
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        parameters = dict(pl_module.named_parameters())
-        for name, parameter in self.masks().matching(parameters).items():
-            kept = self.masks()[name]
-            state = trainer.optimizers[0].state.get(parameter, {}).values()
-            for value in (parameter, *(v for v in state if torch.is_tensor(v) and v.shape == parameter.shape)):
-                self.worst = max(self.worst, float(value.detach().masked_fill(kept, 0).abs().max()))
-
-
 def check_training(plan, folder):
     """After every step, zeros in the weights and in the optimizer's state; the keys of the state as before."""
     module, enforcer = Module(plan), MaskEnforcer()
     keys = list(module.state_dict())
     dense = {name: value.clone() for name, value in module.named_parameters()}
-    watch = Watch(lambda: enforcer.masks)
+    watch = PrunedPlaces(lambda: enforcer.masks)
     ids = torch.randint(17, (12, 2, 5), generator=torch.Generator().manual_seed(plan.seed))
     once = OneShotPrune(Wanda(Unstructured(0.4)), num_batches=2, progress=False)
     rounds = IterativePrune(CubicSchedule(0.6, 0, plan.steps - 1, initial=0.45), scope="layer")

@@ -38,6 +38,11 @@ def has_forward(module: nn.Module) -> bool:
     return own is not nn.Module.forward and own.__qualname__ != "LightningModule.forward"
 
 
+def is_sequence_to_sequence(model: nn.Module) -> bool:
+    """Returns whether a model has an encoder and a decoder, by its configuration."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 class NoBlocksError(ValueError):
     """
     The decoder blocks of a model cannot be found by structure.
@@ -87,7 +92,7 @@ def _found(model: nn.Module, lists: Mapping[str, nn.ModuleList]) -> str:
     """Returns the name of the list of decoder blocks; raises NoBlocksError if there is none, or there are two."""
     who = type(model).__name__
     outer = [n for n in lists if not any(n != o and n.startswith(o + ".") for o in lists)]
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_sequence_to_sequence(model):
         raise NoBlocksError(
             f"{who} is a sequence-to-sequence model: its encoder and its decoder are two lists of blocks, and one list "
             "is pruned at a time",

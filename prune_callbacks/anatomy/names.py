@@ -4,10 +4,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import nn
+
 
 def inside(name: str, module: str) -> bool:
     """Returns whether a dotted name is that of `module` or of a member of it."""
     return f"{name}.".startswith(f"{module}.")
+
+
+def names_by_tensor(module: nn.Module) -> dict[int, list[str]]:
+    """Returns the names of every tensor in a module's `state_dict`, by the tensor's id; tied ones have several."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return names
 
 
 @contextmanager

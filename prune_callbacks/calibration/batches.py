@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prune_callbacks.anatomy.blocks import is_sequence_to_sequence
+
 Batch = Tensor | Mapping[str, Any]
 
 TARGETS = ("labels", "decoder_labels")
@@ -69,8 +71,7 @@ def accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
         return {"input_ids": batch}
     parameters = _parameters(model)
     known = _known(model)
-    config = getattr(model, "config", None)
-    shifts = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in batch
+    shifts = is_sequence_to_sequence(model) and "decoder_input_ids" not in batch
     wanted = {
         key for key in TARGETS if shifts or (key in parameters and parameters[key].default is inspect.Parameter.empty)
     }
@@ -115,20 +116,29 @@ def _known(model: nn.Module) -> set[str] | None:
     """Returns the arguments that a forward names; None if it takes any."""
     known: set[str] = set()
     for forward in _forwards(model):
-        parameters = inspect.signature(forward).parameters
-        known |= {name for name, parameter in parameters.items() if parameter.kind not in (VARIABLE, REST)}
-        rest = next((parameter for parameter in parameters.values() if parameter.kind is VARIABLE), None)
+        names, rest = named_arguments(forward)
+        known |= names
         if rest is None:
             return known
         if not isinstance(model, PreTrainedModel):
             return None
-        described = get_args(rest.annotation)
-        if described:  # transformers annotates what else its models take, such as the lengths of packed sequences
-            return known.union(*(getattr(kind, "__annotations__", {}) for kind in described))
+        if get_args(rest.annotation):
+            return known
     return known
 
 
-VARIABLE, REST = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL
+def named_arguments(forward: Callable[..., Any]) -> tuple[set[str], inspect.Parameter | None]:
+    """
+    Returns the arguments that a forward names, and its `**kwargs`, if any.
+
+    Among the names are those in the annotation of `**kwargs`: transformers describes there what else its models take,
+    such as the lengths of packed sequences.
+    """
+    parameters = inspect.signature(forward).parameters.values()
+    rest = next((parameter for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD), None)
+    names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    described = () if rest is None else get_args(rest.annotation)
+    return names.union(*(getattr(kind, "__annotations__", {}) for kind in described)), rest
 
 
 def _forwards(model: nn.Module) -> Iterator[Callable[..., Any]]:

@@ -25,10 +25,10 @@ def capture_inputs(model: nn.Module, blocks: Sequence[nn.Module], batches: Itera
     Runs the model without its blocks and records the arguments of every block, for all batches.
 
     During the capture a block does not run: a stand-in returns the hidden states that it received, in a tuple if the
-    real block returns one. The first block alone runs once, to see what it returns. So the capture shows whether the
-    blocks form a chain: what enters a block must be the very object that the stand-in of the block before it returned,
-    no block may be called twice, and no other argument may depend on what blocks return. The first batch is captured
-    twice, with other returned values, to see that.
+    real block returns one. Only the first block runs, once, which shows the type of its output. The capture also checks
+    that the blocks form a chain. What enters a block must be the very object that the stand-in of the block before it
+    returned. No block may be called twice. No other argument may depend on what blocks return: the first batch is
+    captured a second time, with other returned values, to see that.
 
     Args:
         model: a causal language model.
@@ -121,7 +121,7 @@ def run_block(index: int, block: nn.Module, inputs: BlockInputs, device: torch.d
 
 @torch.no_grad()
 def block_output(index: int, block: nn.Module, inputs: BlockInputs, device: torch.device) -> Any:
-    """Runs block `index` and returns what it returns."""
+    """Runs block `index`; returns its output as it is, in a tuple or list if the block makes one."""
     call, hidden, place = inputs.calls[index], inputs.hidden.to(device), inputs.place
     assert call is not None
     args, kwargs = to_device(call, device)

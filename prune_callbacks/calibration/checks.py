@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prune_callbacks.anatomy.blocks import has_forward
+from prune_callbacks.anatomy.blocks import has_forward, is_sequence_to_sequence
 from prune_callbacks.calibration.batches import TARGETS, Batch, accepted_inputs
 
 
@@ -70,6 +70,7 @@ def check_batch(model: PreTrainedModel, batch: Batch) -> None:
 
 
 MASKS = ("attention_mask", "decoder_attention_mask")
+DECODER_IDS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
 def _check_masks(inputs: Mapping[str, Any]) -> None:
@@ -88,12 +89,9 @@ def _check_masks(inputs: Mapping[str, Any]) -> None:
                 )
 
 
-DECODER_IDS = ("decoder_input_ids", "decoder_inputs_embeds")
-
-
 def _refuse_padded_pairs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     """Raises ValueError for padding in a batch of a sequence-to-sequence model, whose two sequences have two masks."""
-    if not getattr(model.config, "is_encoder_decoder", False):
+    if not is_sequence_to_sequence(model):
         return
     masks = [inputs[key] != 0 for key in MASKS if inputs.get(key) is not None]
     masks += [inputs[key] != -100 for key in TARGETS if isinstance(inputs.get(key), Tensor)]
@@ -161,9 +159,7 @@ def explain(model: nn.Module, batch: Batch, error: Exception) -> None:
     """
     positions = _positions(model)
     inputs = accepted_inputs(model, batch)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not {"labels", *DECODER_IDS} & {
-        *inputs
-    }:
+    if is_sequence_to_sequence(model) and not any(key in inputs for key in ("labels", *DECODER_IDS)):
         raise ValueError(
             f"{type(model).__name__} is a sequence-to-sequence model, and the calibration batches hold nothing for its "
             f"decoder: give labels or decoder_input_ids too. The error: {error}"

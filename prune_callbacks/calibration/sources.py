@@ -14,7 +14,6 @@ from prune_callbacks.anatomy.target import Target
 from prune_callbacks.calibration.batches import Batch, named_inputs
 from prune_callbacks.calibration.capture import run_block
 from prune_callbacks.calibration.chain import chain_inputs, hidden_states, order_of_execution
-from prune_callbacks.calibration.checks import check_batches
 from prune_callbacks.calibration.collect import collect, collect_by_running
 from prune_callbacks.calibration.prefetch import Visit, visited
 from prune_callbacks.calibration.stand_ins import BlockInputs, NotAChainError
@@ -186,7 +185,6 @@ def calibration_source(model: nn.Module, blocks: Sequence[nn.Module], batches: I
             f"{type(model).__name__}: {problem}. So the whole model runs again for every block, which is slower",
             stacklevel=4,
         )
-    ranks.attempt(lambda: check_batches(model, mine))
     order = ranks.attempt(lambda: [] if idle else order_of_execution(model, blocks, mine[0]))
     return Rerun(model, next(filter(None, ranks.gather(order))), mine, ranks)
 

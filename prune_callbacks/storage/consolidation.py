@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from prune_callbacks.anatomy.names import names_by_tensor
 from prune_callbacks.parallel.packed import count_removed
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.checkpoint_masks import checkpoint_masks, from_zeros, held_masks
@@ -99,10 +100,7 @@ def consolidate(
 
 def _places(skeleton: PreTrainedModel, source: TrainingCheckpoint, prefix: str | None) -> dict[str, str]:
     """Returns the checkpoint's name of every weight; of tied weights only the first, as transformers saves it."""
-    aliases: dict[int, list[str]] = {}
-    for name, tensor in skeleton.state_dict(keep_vars=True).items():
-        aliases.setdefault(id(tensor), []).append(name)
-    known, groups = set(source.names()), list(aliases.values())
+    known, groups = set(source.names()), list(names_by_tensor(skeleton).values())
     first = groups[0][0]
     possible = {name.removesuffix(first) for name in known if name == first or name.endswith(f".{first}")}
     candidates = sorted(possible) if prefix is None else [prefix]

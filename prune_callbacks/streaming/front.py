@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prune_callbacks.anatomy.names import names_by_tensor
 from prune_callbacks.calibration.batches import Batch
 from prune_callbacks.streaming.skeleton import drop, fill
 from prune_callbacks.streaming.source import CheckpointFolder
@@ -49,9 +50,7 @@ class Front:
         The output layer is left out, because a capture ends in front of it.
         """
         tensors = self.model.state_dict(keep_vars=True)
-        alike: dict[int, list[str]] = {}
-        for name, tensor in tensors.items():
-            alike.setdefault(id(tensor), []).append(name)
+        alike = names_by_tensor(self.model)
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         ends = head is not None and head is not self._embedding
         place = next((name for name, module in self.model.named_modules() if module is head), None) if ends else None

@@ -17,6 +17,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from prune_callbacks.anatomy.names import names_by_tensor
 from prune_callbacks.storage.model_folder import unread
 from prune_callbacks.streaming.source import CheckpointFolder
 
@@ -64,11 +65,8 @@ def find_places(model: PreTrainedModel, checkpoint: CheckpointFolder) -> dict[st
     """
     state = model.state_dict(keep_vars=True)
     found = _found(model, checkpoint, state)
-    aliases: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        aliases.setdefault(id(tensor), []).append(name)
     places: dict[str, Place] = {}
-    for names in aliases.values():
+    for names in names_by_tensor(model).values():
         present = [found[name] for name in names if name in found]
         if not present:
             raise ValueError(

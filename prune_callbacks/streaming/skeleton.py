@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from prune_callbacks.anatomy.names import names_by_tensor
 from prune_callbacks.storage.model_folder import empty_model
 from prune_callbacks.streaming.source import CheckpointFolder
 
@@ -57,10 +58,7 @@ def model_dtype(checkpoint: CheckpointFolder, dtype: str | torch.dtype | None) -
 
 def refuse_shared(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> None:
     """Raises ValueError if a block shares a weight with another module."""
-    aliases: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        aliases.setdefault(id(tensor), []).append(name)
-    for names in aliases.values():
+    for names in names_by_tensor(model).values():
         if len(names) > 1 and any(name.startswith(f"{block}.") for name in names for block, _ in blocks):
             raise ValueError(
                 f"{' and '.join(names)} are one weight, and blocks that share weights cannot be pruned one at a time; "

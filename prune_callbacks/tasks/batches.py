@@ -1,11 +1,12 @@
 """What a training batch says: the model's arguments, their labels, and which tokens are predicted."""
 
-import inspect
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 from jaxtyping import Bool
 from torch import Tensor
+
+from prune_callbacks.calibration.batches import named_arguments
 
 NAMES = '{"input_ids": ids, "attention_mask": mask, "labels": labels}, the last two if there are any'
 
@@ -50,13 +51,7 @@ def taken(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the inputs that the forward pass of a model has a name for, if need be in its typed `**kwargs`."""
     if hasattr(model, "get_base_model"):  # peft's wrapper takes what the model in it takes
         model = model.get_base_model()
-    parameters = inspect.signature(model.forward).parameters.values()
-    names = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
-    for parameter in parameters:
-        if parameter.kind is parameter.VAR_KEYWORD:
-            names.update(
-                name for kind in get_args(parameter.annotation) for name in getattr(kind, "__annotations__", ())
-            )
+    names, _ = named_arguments(model.forward)
     if not names & {"input_ids", "inputs_embeds"}:  # a wrapper, such as torch.compile's, does not say what it takes
         return dict(inputs)
     return {name: value for name, value in inputs.items() if name in names}
