@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_callbacks.allocation.protocol import Allocation, layer_sizes, with_counts
-from prune_callbacks.anatomy.names import inside
+from prune_callbacks.anatomy.names import belongs
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.calibration.sources import Source
 from prune_callbacks.pruners import Pruner
@@ -45,7 +45,7 @@ def allocate(
     """
     Returns a pruner for every layer: `pruner` with the layer's own pattern. The model is not changed.
 
-    Experts that no token reached get the sparsity of `pruner`.
+    Experts that no token reached, grouped convolutions and recurrent layers get the sparsity of `pruner`.
 
     Args:
         allocation: chooses the patterns.
@@ -84,10 +84,12 @@ def _measured(
 ) -> dict[str, Any]:
     """Returns the allocation's values of all layers that a token reaches, measured in a pass over the dense blocks."""
     shown = source.copy()
+    # Of grouped convolutions and recurrent layers no statistic of one matrix is known.
+    measurable = {name: t for name, t in targets.items() if t.groups == 1 and t.seen_by != "never"}
     values: dict[str, Any] = {}
     with closing(shown.visits(blocks, device)) as visits:
         for index, block_name, block, where in visits:
-            mine = {name: target for name, target in targets.items() if inside(name, block_name)}
+            mine = {name: target for name, target in measurable.items() if belongs(name, block_name)}
             statistics = _seen(mine, shown.collect(allocation.statistic, index, block, mine, where))
             weights = _weights({name: target for name, target in mine.items() if name in statistics})
             values |= ranks.share(ranks.attempt(lambda w=weights, s=statistics: allocation.measure(pruner, w, s)))  # type: ignore[misc]
@@ -107,7 +109,7 @@ def _seen(targets: Mapping[str, Target], statistics: Mapping[str, Statistic]) ->
     Raises:
         ValueError: calibration saw no inputs of another layer, or of all experts in a tensor.
     """
-    experts = {name for name, target in targets.items() if target.shares_parameter}
+    experts = {name for name, target in targets.items() if target.routed}
     seen = {name: found for name, found in statistics.items() if found.tokens or name not in experts}
     reached = {targets[name].parameter_name for name in seen}
     for name in sorted(targets.keys() - seen.keys()):

@@ -1,6 +1,7 @@
 """Finds the language model in a module, and the decoder blocks of a model."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -73,11 +74,7 @@ def find_blocks(model: nn.Module, name: str | None = None) -> list[tuple[str, nn
         ValueError: `name` is not an `nn.ModuleList`, or a lazy layer of the model has no weights yet.
         NoBlocksError: no list of blocks is found, or the model has one for its encoder and one for its decoder.
     """
-    empty = next((n for n, parameter in model.named_parameters() if is_lazy(parameter)), None)
-    if empty is not None:
-        raise ValueError(
-            f"layer {empty.rpartition('.')[0]} is lazy and has no weights yet; run the model once on a batch first"
-        )
+    refuse_lazy(model)
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     if name is None:
         chosen = _found(model, lists)
@@ -88,14 +85,45 @@ def find_blocks(model: nn.Module, name: str | None = None) -> list[tuple[str, nn
     return [(f"{chosen}.{i}", block) for i, block in enumerate(lists[chosen])]
 
 
+def refuse_lazy(model: nn.Module) -> None:
+    """Raises ValueError if a lazy layer of a model has no weights yet."""
+    empty = next((n for n, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if empty is not None:
+        raise ValueError(
+            f"layer {empty.rpartition('.')[0]} is lazy and has no weights yet; run the model once on a batch first"
+        )
+
+
+def outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Returns the `nn.ModuleList`s of a model that are inside of no other one and not empty, by name."""
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    return {n: m for n, m in lists.items() if not any(n != o and n.startswith(o + ".") for o in lists)}
+
+
+def encoder_and_decoder(model: nn.Module) -> list[str]:
+    """
+    Returns the names of the lists of blocks in the encoder and in the decoder of a sequence-to-sequence model.
+
+    Raises:
+        NoBlocksError: the encoder or the decoder has no such list.
+    """
+    lists, found = outer_lists(model), []
+    for part in ("encoder", "decoder"):
+        inside = [n for n in lists if f".{part}." in f".{n}"]
+        if not inside:
+            raise NoBlocksError(f"no blocks found in the {part} of {type(model).__name__}", list(lists))
+        found.append(max(inside, key=lambda n: sum(p.numel() for p in lists[n].parameters())))
+    return found
+
+
 def _found(model: nn.Module, lists: Mapping[str, nn.ModuleList]) -> str:
     """Returns the name of the list of decoder blocks; raises NoBlocksError if there is none, or there are two."""
     who = type(model).__name__
-    outer = [n for n in lists if not any(n != o and n.startswith(o + ".") for o in lists)]
+    outer = list(outer_lists(model))
     if is_sequence_to_sequence(model):
         raise NoBlocksError(
-            f"{who} is a sequence-to-sequence model: its encoder and its decoder are two lists of blocks, and one list "
-            "is pruned at a time",
+            f"{who} is a sequence-to-sequence model: its encoder and its decoder are two lists of blocks, and this takes "
+            "one list at a time",
             outer,
         )
     depth = _configured_depth(model)
@@ -103,7 +131,18 @@ def _found(model: nn.Module, lists: Mapping[str, nn.ModuleList]) -> str:
     if not candidates:
         why = f"no nn.ModuleList has the configuration's {depth} layers" if depth else "it has no nn.ModuleList"
         raise NoBlocksError(f"no decoder blocks found in {who}: {why}", sorted(lists))
+    candidates = _of_the_text(model, candidates) or candidates
     return max(candidates, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
+
+
+def _of_the_text(model: nn.Module, candidates: Sequence[str]) -> list[str]:
+    """Returns the lists in the part of a model that has the configuration of its text, if that is a part of it."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    if text is config:
+        return []
+    owners = {n: [model.get_submodule(".".join(n.split(".")[:i])) for i in range(n.count(".") + 1)] for n in candidates}
+    return [n for n, above in owners.items() if any(type(getattr(o, "config", None)) is type(text) for o in above)]
 
 
 def _configured_depth(model: nn.Module) -> int | None:

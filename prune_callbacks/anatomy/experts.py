@@ -6,11 +6,15 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from prune_callbacks.anatomy.convolution import CONVOLUTIONS
 from prune_callbacks.anatomy.names import inside
 from prune_callbacks.anatomy.target import ExpertTarget, Target
+from prune_callbacks.anatomy.torch_modules import LEFT_DENSE
 from prune_callbacks.parallel.shapes import whole_shape
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+OTHERS = (*CONVOLUTIONS, *LEFT_DENSE)
+"""Modules whose parameters of three dimensions or more hold no experts."""
+
 NOT_TAKEN = "it holds the weights of several layers (experts) in one tensor, which this pruner does not support"
 UNKNOWN = (
     "it holds the weights of several layers (experts) in one tensor, and its module does not say which dimension is "
@@ -25,7 +29,7 @@ def fused_parameters(block: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn
         for attribute, parameter in owner.named_parameters(recurse=False):
             shape = whole_shape(parameter)
             several = len(shape) >= 3 and sum(size > 1 for size in shape) > 1  # RWKV stores vectors as (1, 1, features)
-            if several and not isinstance(owner, CONVOLUTIONS):
+            if several and not isinstance(owner, OTHERS):
                 yield name, owner, attribute, parameter
 
 
@@ -39,9 +43,11 @@ def expert_targets(name: str, owner: nn.Module) -> Iterator[ExpertTarget]:
     stored = getattr(owner, "is_transposed", None)
     for attribute, parameter in owner.named_parameters(recurse=False):
         shape = whole_shape(parameter)
-        if isinstance(stored, bool) and len(shape) == 3 and not isinstance(owner, CONVOLUTIONS):
+        if isinstance(stored, bool) and len(shape) == 3 and not isinstance(owner, OTHERS):
             for index in range(shape[0]):
-                yield ExpertTarget(f"{name}.{attribute}.{index}", owner, attribute, stored, index)
+                yield ExpertTarget(
+                    ".".join(filter(None, (name, attribute, str(index)))), owner, attribute, stored, index
+                )
 
 
 def routers(block: nn.Module) -> dict[str, str]:

@@ -7,9 +7,19 @@ from contextlib import contextmanager
 from torch import nn
 
 
+def dotted(*names: str) -> str:
+    """Joins names by dots; empty ones, such as that of a whole model, are left out."""
+    return ".".join(filter(None, names))
+
+
 def inside(name: str, module: str) -> bool:
     """Returns whether a dotted name is that of `module` or of a member of it."""
     return f"{name}.".startswith(f"{module}.")
+
+
+def belongs(name: str, part: str) -> bool:
+    """Returns whether a name is that of a part of a model or of a member of it; all belong to the whole model, ""."""
+    return not part or inside(name, part)
 
 
 def names_by_tensor(module: nn.Module) -> dict[int, list[str]]:

@@ -1,96 +1,120 @@
-"""Finds the matrices to prune in the decoder blocks, and further weights that a pruning may have zeroed."""
+"""Finds the matrices to prune in the parts of a model, and further weights that a pruning may have zeroed."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from prune_callbacks.anatomy.adapters import adapter_modules
+from prune_callbacks.anatomy.convolution import CONVOLUTIONS, ConvTarget
 from prune_callbacks.anatomy.experts import expert_targets, fused_parameters, routers
+from prune_callbacks.anatomy.names import dotted
 from prune_callbacks.anatomy.target import LINEAR, LayerTarget, Target
+from prune_callbacks.anatomy.torch_modules import RECURRENT, attention_targets, recurrent_targets
 
 SPARSE = 0.01
 """The least fraction of zeros in a tensor that counts as pruned."""
 
 
 def find_targets(
-    blocks: Sequence[tuple[str, nn.Module]], targets: Sequence[str] | str | None = None, *, experts: bool = False
+    parts: Sequence[tuple[str, nn.Module]], targets: Sequence[str] | str | None = None, *, every_kind: bool = False
 ) -> dict[str, Target]:
     """
-    Finds the matrices to prune inside the blocks; returns them by full name, in the model's order.
+    Finds the matrices to prune in parts of a model; returns them by full name, in the model's order.
 
     Warns of matrices that share their weight with an earlier one, and leaves them out.
 
     Args:
-        blocks: the result of `find_blocks`.
-        targets: shell-style patterns, matched against full names ("*.mlp.*") or their last part ("down_proj"). None:
-            every `nn.Linear` and `Conv1D` in the blocks except the `routers`.
-        experts: whether to include the matrices of fused experts, as `ExpertTarget`. A pattern matches one expert by
-            its name, which ends in the expert's index ("*.experts.down_proj.3"), or all experts by the name of their
-            parameter ("down_proj").
+        parts: decoder blocks or other modules, by full name; see `find_blocks` and `find_stages`.
+        targets: see `matching`. None: all but the `routers`.
+        every_kind: whether to include, besides linear layers, convolutions, the matrices of attention and recurrent
+            layers of torch, and those of fused experts.
 
     Raises:
         ValueError: a pattern matches nothing, there is nothing to prune, or the weight of a matching layer is no
             parameter, such as under `torch.nn.utils.prune` or a parametrization.
     """
-    chosen = _chosen(blocks, targets, experts=experts)
-    for name, target in chosen.items():
-        if target.why_no_parameter is not None:
-            raise ValueError(f"layer {name}: {target.why_no_parameter}, or choose other layers with `targets`")
+    found = all_targets(parts, every_kind=every_kind)
+    if targets is None:
+        deciding = {dotted(part_name, name) for part_name, part in parts for name in routers(part)}
+        chosen = {name: target for name, target in found.items() if name not in deciding}
+    else:
+        chosen = matching(found, targets, first=parts[0][0])
+    check_parameters(chosen.values())
     return chosen
 
 
-def _chosen(
-    blocks: Sequence[tuple[str, nn.Module]], targets: Sequence[str] | str | None, *, experts: bool
-) -> dict[str, Target]:
+def all_targets(parts: Sequence[tuple[str, nn.Module]], *, every_kind: bool) -> dict[str, Target]:
+    """Returns every matrix in the parts, routers among them; warns of tied ones, of which only the first is there."""
     found: dict[str, Target] = {}
     owners: dict[tuple[object, ...], str] = {}
-    for target in _prunable(blocks, experts=experts):
+    for target in _prunable(parts, every_kind=every_kind):
         owner = owners.setdefault(target.identity, target.name)
         if owner == target.name:
             found[target.name] = target
         else:
-            warnings.warn(
-                f"{target.name} shares its weight with {owner} and is pruned with it",
-                stacklevel=4,
-            )
+            warnings.warn(f"{target.name} shares its weight with {owner} and is pruned with it", stacklevel=4)
     if not found:
         raise ValueError(
-            "the decoder blocks hold no nn.Linear or Conv1D to prune. Packed or quantized layers cannot be pruned: "
-            "load the model with its weights dequantized"
+            f"there is no nn.Linear or Conv1D{', convolution or other matrix' if every_kind else ''} to prune in the "
+            "decoder blocks, or in a model without blocks. Packed or quantized layers cannot be pruned: load the model "
+            "with its weights dequantized"
         )
-    if targets is None:
-        deciding = {f"{block_name}.{name}" for block_name, block in blocks for name in routers(block)}
-        return {name: target for name, target in found.items() if name not in deciding}
+    return found
+
+
+def matching(found: Mapping[str, Target], targets: Sequence[str] | str, *, first: str) -> dict[str, Target]:
+    """
+    Returns the targets that match one of the shell-style patterns, in the model's order.
+
+    A pattern is compared with full names ("*.mlp.*") and their last part ("down_proj"). It matches one expert by its
+    name, which ends in the expert's index ("*.experts.down_proj.3"), or all experts by the name of their parameter
+    ("down_proj"); the parts of an attention's `in_proj_weight` likewise.
+
+    Args:
+        found: the targets to choose from, by name.
+        targets: the patterns.
+        first: the name of the part whose layers an error lists.
+
+    Raises:
+        ValueError: there is no pattern, or one matches nothing.
+    """
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if not patterns:
         raise ValueError("targets is empty, so nothing would be pruned; None prunes every linear layer of the blocks")
     for pattern in patterns:
-        if not any(_matches(target, pattern) for target in found.values()):
-            first = [target for name, target in found.items() if name.startswith(blocks[0][0] + ".")]
-            shown = [f"{t.parameter_name}.*" if t.shares_parameter else t.name for t in first]
+        if not any(matches(target, pattern) for target in found.values()):
+            near = [t for name, t in found.items() if name == first or name.startswith(f"{first}." if first else "")]
+            shown = [f"{t.parameter_name}.*" if t.parts > 1 else t.name for t in near or found.values()]
             raise ValueError(
-                f"target {pattern!r} matches no layer. The first block has {', '.join(dict.fromkeys(shown))}"
+                f"target {pattern!r} matches no layer. The first block has {', '.join(list(dict.fromkeys(shown))[:20])}"
             )
-    return {name: target for name, target in found.items() if any(_matches(target, p) for p in patterns)}
+    return {name: target for name, target in found.items() if any(matches(target, p) for p in patterns)}
 
 
-def matrices(blocks: Sequence[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
+def check_parameters(targets: Iterable[Target]) -> None:
+    """Raises ValueError, naming the layer, for a weight that is no parameter."""
+    for target in targets:
+        if target.why_no_parameter is not None:
+            raise ValueError(f"layer {target.name}: {target.why_no_parameter}, or choose other layers with `targets`")
+
+
+def matrices(parts: Sequence[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
     """
-    Returns all floating-point weights in the blocks that a pruning may have zeroed, by name; tied ones once.
+    Returns all floating-point weights in the parts that a pruning may have zeroed, by name; tied ones once.
 
-    They are the weights of every `nn.Linear` and `Conv1D`, of routers, and the tensors of fused experts, including
-    experts whose module does not say how it stores them.
+    They are the weights of all kinds of targets, of routers, and the tensors of fused experts, including experts whose
+    module does not say how it stores them.
     """
     found: dict[str, nn.Parameter] = {}
-    for block_name, block in blocks:
-        plain = (t for t in _prunable([(block_name, block)], experts=False) if t.why_no_parameter is None)
+    for part_name, part in parts:
+        plain = (t for t in _prunable([(part_name, part)], every_kind=True) if t.why_no_parameter is None)
         found |= parameters_of(plain)
-        for name in routers(block):
-            weight = block.get_submodule(name)._parameters.get("weight")
-            found |= {} if weight is None else {f"{block_name}.{name}.weight": weight}
-        found |= _fused(block_name, block)
+        for name in routers(part):
+            weight = part.get_submodule(name)._parameters.get("weight")
+            found |= {} if weight is None else {dotted(part_name, name, "weight"): weight}
+        found |= _fused(part_name, part)
     once = {id(parameter): name for name, parameter in reversed(found.items())}
     return {name: p for name, p in found.items() if once[id(p)] == name and p.is_floating_point()}
 
@@ -117,31 +141,44 @@ def sparse_experts(
     }
 
 
-def _fused(block_name: str, block: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the tensors of a block that hold one matrix per expert, by full name."""
-    return {
-        ".".join(filter(None, (block_name, place, attribute))): parameter
-        for place, _, attribute, parameter in fused_parameters(block)
-    }
+def _fused(part_name: str, part: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the tensors of a part that hold one matrix per expert, by full name."""
+    return {dotted(part_name, place, name): parameter for place, _, name, parameter in fused_parameters(part)}
 
 
 def _expert_matches(name: str, pattern: str) -> bool:
     return any(fnmatchcase(known, pattern) for known in (name, name.rsplit(".", 1)[-1], f"{name}.0"))
 
 
-def _prunable(blocks: Sequence[tuple[str, nn.Module]], *, experts: bool) -> Iterator[Target]:
-    for block_name, block in blocks:
-        inner = adapter_modules(block)
-        for name, module in block.named_modules():
-            path = f"{block_name}.{name}" if name else block_name
-            if isinstance(module, LINEAR) and name not in inner:
-                yield LayerTarget.of(path, module)
-            if experts:
-                yield from expert_targets(path, module)
+def _prunable(parts: Sequence[tuple[str, nn.Module]], *, every_kind: bool) -> Iterator[Target]:
+    for part_name, part in parts:
+        inner = adapter_modules(part)
+        for name, module in part.named_modules():
+            if every_kind and isinstance(module, nn.MultiheadAttention):
+                inner.add(dotted(name, "out_proj"))
+            if name not in inner:
+                yield from targets_of(dotted(part_name, name), module, every_kind=every_kind)
 
 
-def _matches(target: Target, pattern: str) -> bool:
-    whole = target.parameter_name if target.shares_parameter else target.name
+def targets_of(path: str, module: nn.Module, *, every_kind: bool = True) -> Iterator[Target]:
+    """Yields the targets in a module's own parameters, with full name `path`; see `find_targets` for the kinds."""
+    if isinstance(module, LINEAR):
+        yield LayerTarget.of(path, module)
+    elif not every_kind:
+        return
+    elif isinstance(module, CONVOLUTIONS):
+        yield ConvTarget.of(path, module)
+    elif isinstance(module, nn.MultiheadAttention):
+        yield from attention_targets(path, module)
+    elif isinstance(module, RECURRENT):
+        yield from recurrent_targets(path, module)
+    else:
+        yield from expert_targets(path, module)
+
+
+def matches(target: Target, pattern: str) -> bool:
+    """Returns whether a pattern matches a target; see `matching`."""
+    whole = target.parameter_name if target.parts > 1 else target.name
     return any(fnmatchcase(known, pattern) for known in (target.name, whole, whole.rsplit(".", 1)[-1]))
 
 

@@ -12,7 +12,44 @@ from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.blocks import is_sequence_to_sequence
 
-Batch = Tensor | Mapping[str, Any]
+
+class OwnStep:
+    """
+    A batch together with the function that runs it, for modules that make of their batches what only they know.
+
+    Args:
+        batch: the batch, of any kind.
+        run: runs a model on the batch, on the device of the model: a step of a LightningModule, for example.
+        seed: of torch's random numbers in every run, so that repeated runs draw the same.
+    """
+
+    def __init__(self, batch: Any, run: Callable[[nn.Module, Any], object], seed: int = 0) -> None:
+        self.batch = batch
+        self.tokens: Tensor | None = None
+        self._run = run
+        self._seed = seed
+
+    def __call__(self, model: nn.Module) -> None:
+        """Runs the model on the batch."""
+        device = device_of(model)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self._seed)
+            self._run(model, to_device(self.batch, device))
+
+    def note_padding(self, model: nn.Module) -> None:
+        """Runs a model of transformers once, and keeps the attention mask that its forward gets, if it has padding."""
+
+        def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            self.tokens = real_tokens(kwargs)
+
+        hook = model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            self(model)
+        finally:
+            hook.remove()
+
+
+Batch = Tensor | Mapping[str, Any] | OwnStep
 
 TARGETS = ("labels", "decoder_labels")
 """Keys that a loss needs and the layers do not."""
@@ -30,7 +67,7 @@ def named_inputs(batch: Any) -> Batch:
         batch = batch._asdict()
     if isinstance(batch, tuple | list) and len(batch) == 1:
         batch = batch[0]
-    if isinstance(batch, Tensor):
+    if isinstance(batch, Tensor | OwnStep):
         return batch
     if isinstance(batch, Mapping):  # transformers' BatchEncoding is a Mapping, but no dict
         return dict(batch)
@@ -67,6 +104,8 @@ def accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     Token ids alone are `input_ids`. Of a mapping, everything that the forward names is passed. Labels are left out
     unless the model makes its inputs from them (a sequence-to-sequence model does), or its forward demands them.
     """
+    if isinstance(batch, OwnStep):
+        return {}
     if not isinstance(batch, Mapping):
         return {"input_ids": batch}
     parameters = _parameters(model)
@@ -153,7 +192,10 @@ def _forwards(model: nn.Module) -> Iterator[Callable[..., Any]]:
 @torch.no_grad()
 def run_model(model: nn.Module, batch: Batch) -> None:
     """Runs a whole forward pass on a batch, on the device of the model's parameters, for the hooks to observe."""
-    device = next(p.device for p in model.parameters() if not p.is_meta)  # streaming loads a few at a time
+    if isinstance(batch, OwnStep):
+        batch(model)
+        return
+    device = device_of(model)
     if not isinstance(model, PreTrainedModel) and isinstance(batch, Tensor):
         model(batch.to(device))
         return
@@ -163,8 +205,15 @@ def run_model(model: nn.Module, batch: Batch) -> None:
     model(**inputs)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Returns the device of a model's parameters that have values; streaming loads a few at a time."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 def real_tokens(batch: Batch) -> Tensor | None:
     """Returns the attention mask as bools, (batch, tokens); None if all tokens are real."""
+    if isinstance(batch, OwnStep):
+        return batch.tokens
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return None if mask is None or mask.ndim != 2 or bool(mask.all()) else mask.bool()
 

@@ -8,13 +8,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.blocks import has_forward, is_sequence_to_sequence
-from prune_callbacks.calibration.batches import TARGETS, Batch, accepted_inputs
+from prune_callbacks.calibration.batches import TARGETS, Batch, OwnStep, accepted_inputs
 
 
 def check_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Raises ValueError for one tensor, a model without a forward, or a batch that the model cannot take."""
     if isinstance(batches, Tensor):
         raise ValueError(f"batches must be several batches, got one tensor of shape {tuple(batches.shape)}; split it")
+    own = [batch for batch in batches if isinstance(batch, OwnStep)]
+    if own:
+        for step in own if isinstance(model, PreTrainedModel) else ():
+            step.note_padding(model)
+        return
     if not has_forward(model):
         raise ValueError(
             f"{type(model).__name__} has no forward, and calibration runs it on the batches: define forward, e.g. as "

@@ -7,24 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from prune_callbacks.anatomy.target import Target
+from prune_callbacks.anatomy.torch_modules import AttentionTarget
 from prune_callbacks.calibration.batches import Batch, real_tokens, run_model
 from prune_callbacks.calibration.capture import run_block
 from prune_callbacks.calibration.observer import Observer, Pass, SometimesSharedError
-from prune_callbacks.calibration.products import watched, watched_experts
+from prune_callbacks.calibration.products import watched, watched_attention, watched_experts
 from prune_callbacks.calibration.stand_ins import BlockInputs
 from prune_callbacks.ranks import ALONE, Ranks
-from prune_callbacks.solvers import Gram, InputNorm
+from prune_callbacks.solvers.statistics import GroupedStatistic, Statistic
 
 
 def collect(
-    statistic: Callable[[int, torch.device], Gram | InputNorm | None],
+    statistic: Callable[[int, torch.device], Statistic | None],
     index: int,
     block: nn.Module,
     targets: Mapping[str, Target],
     inputs: list[BlockInputs],
     where: torch.device,
     ranks: Ranks = ALONE,
-) -> dict[str, Gram | InputNorm]:
+) -> dict[str, Statistic]:
     """
     Streams the layers' inputs into statistics; layers with the same input tensor share one statistic.
 
@@ -55,43 +56,43 @@ def collect(
 
 
 def collect_by_running(
-    statistic: Callable[[int, torch.device], Gram | InputNorm | None],
+    statistic: Callable[[int, torch.device], Statistic | None],
     model: nn.Module,
     block: nn.Module,
     targets: Mapping[str, Target],
     batches: Sequence[Batch],
     where: torch.device,
     ranks: Ranks = ALONE,
-) -> dict[str, Gram | InputNorm]:
+) -> dict[str, Statistic]:
     """Streams the inputs of a block's layers into statistics as `collect` does, in passes of the whole model."""
     passes: list[Pass] = [(real_tokens(b), lambda b=b: run_model(model, b)) for b in batches]  # type: ignore[misc]
     return _collected(statistic, block, targets, passes, where, ranks)
 
 
 def _collected(
-    statistic: Callable[[int, torch.device], Gram | InputNorm | None],
+    statistic: Callable[[int, torch.device], Statistic | None],
     block: nn.Module,
     targets: Mapping[str, Target],
     passes: Sequence[Pass],
     where: torch.device,
     ranks: Ranks,
-) -> dict[str, Gram | InputNorm]:
-    def make(size: int) -> Gram | InputNorm:
-        made = statistic(size, where)
-        assert made is not None
-        return made
+) -> dict[str, Statistic]:
+    def make(target: Target) -> Statistic:
+        parts = [statistic(target.shape[1], where) for _ in range(target.groups)]
+        assert parts[0] is not None
+        return parts[0] if len(parts) == 1 else GroupedStatistic(parts)
 
     found = ranks.attempt(lambda: _observe(make, block, targets, passes, where))
-    return _reduce(make, found, ranks)
+    return _reduce(lambda name: make(targets[name]), found, ranks)
 
 
 def _observe(
-    make: Callable[[int], Gram | InputNorm],
+    make: Callable[[Target], Statistic],
     block: nn.Module,
     targets: Mapping[str, Target],
     passes: Sequence[Pass],
     where: torch.device,
-) -> dict[str, tuple[str, Gram | InputNorm]]:
+) -> dict[str, tuple[str, Statistic]]:
     """Returns, for every layer, its leader (the first layer with the same input tensor) and the leader's statistic."""
     alone: set[str] = set()
     while True:
@@ -102,17 +103,18 @@ def _observe(
 
 
 def _observed(
-    make: Callable[[int], Gram | InputNorm],
+    make: Callable[[Target], Statistic],
     block: nn.Module,
     targets: Mapping[str, Target],
     passes: Sequence[Pass],
     where: torch.device,
     alone: Set[str],
-) -> dict[str, tuple[str, Gram | InputNorm]]:
+) -> dict[str, tuple[str, Statistic]]:
     """Returns what `_observe` does; the layers in `alone` share no statistic."""
-    called = {name: target for name, target in targets.items() if not target.shares_parameter}
-    experts = {name: target for name, target in targets.items() if target.shares_parameter}
-    observer = Observer(make, sorted(targets), alone)
+    called = {name: target for name, target in targets.items() if target.seen_by == "call"}
+    experts = {name: target for name, target in targets.items() if target.seen_by == "expert"}
+    attentions = {name: target for name, target in targets.items() if target.seen_by == "attention"}
+    observer = Observer(make, targets, alone)
     with ExitStack() as stack:
         for name, target in called.items():
             hook = target.module.register_forward_pre_hook(
@@ -123,6 +125,8 @@ def _observed(
         for owner, weights in _by_owner(experts):
             label = next(iter(weights)).rsplit(".", 2)[0]
             stack.enter_context(watched_experts(label, owner, weights, observer.count, lambda: observer.tokens))
+        for attention, names in _by_attention(attentions):
+            stack.enter_context(watched_attention(attention, names, observer.observe))
         reached = observer.run(block, passes, where)
     uncalled = {name: target for name, target in called.items() if name not in observer.leaders}
     if uncalled and reached:  # Mamba's mixer, for example, multiplies with dt_proj.weight without calling the layer
@@ -142,6 +146,15 @@ def _by_owner(experts: Mapping[str, Target]) -> list[tuple[nn.Module, dict[str, 
     ]
 
 
+def _by_attention(targets: Mapping[str, Target]) -> list[tuple[nn.MultiheadAttention, dict[str, str]]]:
+    """Returns the attentions, each with the names of its targets by their roles."""
+    found: dict[int, tuple[nn.MultiheadAttention, dict[str, str]]] = {}
+    for name, target in targets.items():
+        assert isinstance(target, AttentionTarget)
+        found.setdefault(id(target.attention), (target.attention, {}))[1][target.role] = name
+    return list(found.values())
+
+
 def _by_parent(block: nn.Module, targets: Mapping[str, Target]) -> list[tuple[nn.Module, dict[str, Tensor]]]:
     """Returns the modules with targets among their direct children, each with the targets' matrices by name."""
     found = [
@@ -152,22 +165,20 @@ def _by_parent(block: nn.Module, targets: Mapping[str, Target]) -> list[tuple[nn
 
 
 def _reduce(
-    make: Callable[[int], Gram | InputNorm], found: dict[str, tuple[str, Gram | InputNorm]], ranks: Ranks
-) -> dict[str, Gram | InputNorm]:
+    make: Callable[[str], Statistic], found: dict[str, tuple[str, Statistic]], ranks: Ranks
+) -> dict[str, Statistic]:
     """Sums the statistics over the ranks; raises ValueError if layers share their input on some ranks only."""
     if ranks.size == 1:
         return {name: statistic for name, (_, statistic) in found.items()}
     # Some ranks may not have observed a layer: they have no batches, or none of their tokens reached it (an expert).
     leaders: dict[str, str] = {}
-    sizes: dict[str, int] = {}
-    for part in ranks.gather({name: (lead, len(s.squared_norm)) for name, (lead, s) in found.items()}):
-        for name, (leader, size) in part.items():
+    for part in ranks.gather({name: leader for name, (leader, _) in found.items()}):
+        for name, leader in part.items():
             if leaders.setdefault(name, leader) != leader:
                 raise ValueError(f"{name} shares its input with {leader} on one rank and not on another")
-            sizes[leader] = size
-    reduced: dict[str, Gram | InputNorm] = {}
-    for leader, size in sizes.items():
-        statistic = found[leader][1] if leader in found else make(size)
+    reduced: dict[str, Statistic] = {}
+    for leader in dict.fromkeys(leaders.values()):
+        statistic = found[leader][1] if leader in found else make(leader)
         statistic.reduce(ranks)
         reduced[leader] = statistic
     return {name: reduced[leader] for name, leader in leaders.items()}

@@ -1,13 +1,15 @@
 """Adds what enters the layers of a block to statistics, pass by pass."""
 
 import warnings
-from collections.abc import Callable, Sequence, Set
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
-from prune_callbacks.solvers import Gram, InputNorm
+from prune_callbacks.anatomy.target import Target
+from prune_callbacks.solvers.statistics import Statistic
 
 Pass = tuple[Tensor | None, Callable[[], object]]
 """A forward pass on one batch: the mask of its real tokens, (batch, tokens) or None, and the function that runs it."""
@@ -29,20 +31,26 @@ class Observer:
     """
     Adds the inputs of a block's layers to statistics, one batch after another.
 
+    Args:
+        make: makes the empty statistic of a target.
+        targets: the targets, by name.
+        alone: the names of targets that share no statistic.
+
     Attributes:
-        statistics: the statistic of every leader: the first of the layers with the same input tensor.
+        statistics: the statistic of every leader: the first of the layers with the same input features.
         leaders: the leader of every layer observed so far.
         tokens: True for the real tokens of the running batch, (batch, tokens); None: all are real.
     """
 
-    def __init__(self, make: Callable[[int], Gram | InputNorm], names: list[str], alone: Set[str]) -> None:
-        self.statistics: dict[str, Gram | InputNorm] = {}
+    def __init__(self, make: Callable[[Target], Statistic], targets: Mapping[str, Target], alone: Set[str]) -> None:
+        self.statistics: dict[str, Statistic] = {}
         self.leaders: dict[str, str] = {}
         self.tokens: Tensor | None = None
         self._make = make
-        self._names = names
+        self._targets = targets
+        self._names = sorted(name for name, target in targets.items() if target.seen_by != "never")
         self._alone = alone
-        self._seen: dict[int, tuple[Tensor, str]] = {}
+        self._seen: dict[Hashable, tuple[weakref.ref[Tensor], int, str]] = {}
         self._calls: list[tuple[str, torch.Size]] = []
         # The calls of a complete pass, if later passes may end at the last of them.
         self._whole: list[tuple[str, torch.Size]] | None = None
@@ -73,8 +81,7 @@ class Observer:
 
     def observe(self, name: str, x: Tensor) -> None:
         """Records a call of layer `name` with `x`."""
-        # The tensor is kept alive during one pass, so that its id stays unique.
-        leader = name if name in self._alone else self._seen.setdefault(id(x), (x, name))[1]
+        leader = name if name in self._alone else self._leader(name, x)
         if self.leaders.setdefault(name, leader) != leader:
             raise SometimesSharedError(name)
         if leader == name:
@@ -83,9 +90,20 @@ class Observer:
         if self._calls == self._whole:
             raise _AllSeenError
 
+    def _leader(self, name: str, x: Tensor) -> str:
+        """Returns the first layer that had the same input tensor in this pass, with the same contents, or `name`."""
+        key = (id(x), self._targets[name].reading)
+        version = 0 if x.is_inference() else x._version
+        tensor, before, leader = self._seen.get(key, (lambda: None, 0, name))
+        if tensor() is x and before == version:
+            return leader
+        self._seen[key] = (weakref.ref(x), version, name)  # an id may be used again, and contents change in place
+        return name
+
     def count_real(self, name: str, x: Tensor) -> None:
         """Adds the inputs of real tokens; if they cannot be identified, warns once and adds all inputs."""
-        real = x if self.tokens is None else _real(x, self.tokens)
+        patches = self._targets[name].convolution
+        real = x if self.tokens is None else None if patches else _real(x, self.tokens)
         if real is None and name not in self._untold:
             self._untold.add(name)
             warnings.warn(
@@ -96,11 +114,12 @@ class Observer:
         self.count(name, x if real is None else real)
 
     def count(self, name: str, x: Tensor) -> None:
-        """Adds all inputs `x`, (..., in)."""
+        """Adds all inputs `x` of a layer."""
         self.leaders[name] = name
         if name not in self.statistics:
-            self.statistics[name] = self._make(x.shape[-1])
-        self.statistics[name].update(x)
+            self.statistics[name] = self._make(self._targets[name])
+        for vectors in self._targets[name].vectors(x):
+            self.statistics[name].update(vectors)
 
 
 def _real(x: Tensor, tokens: Tensor) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Observes the inputs of weights that are used without calling a layer's forward: in a mixer, a module of experts."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -106,6 +107,47 @@ def watched_experts(
         real = real_tokens()
         with _one_by_one(module), WeightUses(weights, observe):
             return forward(*args, **kwargs) if real is None else _without(real.flatten(), name, forward, args, kwargs)
+
+    with _wrapped(module, around):
+        yield
+
+
+@contextmanager
+def watched_attention(module: nn.MultiheadAttention, names: Mapping[str, str], observe: Observe) -> Iterator[None]:
+    """
+    Observes, inside the `with` block, what the four matrices of an attention are multiplied with.
+
+    The forward runs with the identity as the output's matrix, which returns what enters it; then the real matrix
+    follows. The results are those of the module to the bit.
+
+    Args:
+        module: the attention.
+        names: the names of the targets by role: "query", "key", "value", "output".
+        observe: is called with the name of a target and its inputs, (batch, tokens, in) or (tokens, in).
+    """
+    signature = inspect.signature(module.forward)
+    # The mask of real tokens is (batch, tokens).
+    batch_first = getattr(module, "batch_first", False)
+
+    def see(role: str, x: Tensor) -> None:
+        if role in names:
+            observe(names[role], x)
+
+    def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        swapped: dict[int, Tensor] = {}  # one object for one input, so that matrices with the same input share it
+        for role in ("query", "key", "value"):
+            x = given[role]
+            see(role, swapped.setdefault(id(x), x if batch_first or x.ndim < 3 else x.transpose(0, 1)))
+        weight, bias = module.out_proj.weight, module.out_proj.bias
+        unit = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        module.out_proj.weight, module.out_proj.bias = nn.Parameter(unit, requires_grad=False), None  # type: ignore[assignment]
+        try:
+            inner, weights = forward(*args, **kwargs)
+        finally:
+            module.out_proj.weight, module.out_proj.bias = weight, bias
+        see("output", inner if batch_first or inner.ndim < 3 else inner.transpose(0, 1))
+        return functional.linear(inner, weight, bias), weights
 
     with _wrapped(module, around):
         yield

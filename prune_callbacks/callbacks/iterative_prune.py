@@ -9,11 +9,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
+from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.anatomy.changeable import refuse_overlaps
 from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
+from prune_callbacks.anatomy.stages import find_stages, stage_targets
 from prune_callbacks.anatomy.target import Target
-from prune_callbacks.anatomy.targets import SPARSE, find_targets, parameters_of
+from prune_callbacks.anatomy.targets import SPARSE, parameters_of
+from prune_callbacks.anatomy.torch_modules import other_matrices
 from prune_callbacks.callbacks.iterative_settings import check_length, check_restored, settings_of
 from prune_callbacks.callbacks.kinds import PrunesInRounds
 from prune_callbacks.callbacks.lightning_internals import random_state, restore_random_state
@@ -22,8 +24,7 @@ from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.model_in_setup import model_in_setup
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
 from prune_callbacks.engine.iterative import Scope, check_shrinkable, shrink_masks
-from prune_callbacks.engine.plan import check_prunable
-from prune_callbacks.parallel.shapes import whole_shape
+from prune_callbacks.engine.plan import check_prunable, without_misfits
 from prune_callbacks.parallel.strategies import masks_of_zeros, world
 from prune_callbacks.pruners import Magnitude, Pruner
 from prune_callbacks.sparsity import MaskSet, Schedule, Unstructured
@@ -51,8 +52,8 @@ class IterativePrune(PrunesInRounds):
         pruner: `Magnitude`, or another whose scores need no calibration. The sparsity of its pattern must be the
             schedule's target. None: `Magnitude(Unstructured(schedule.target))`.
         rewind: every round starts again from an early state of the training; None: training continues.
-        targets: patterns of layer names, e.g. `["*.mlp.*"]`; None for all linear layers of the decoder blocks.
-        blocks: name of the list of decoder blocks, where it cannot be found.
+        targets: patterns of layer names, e.g. `["*.mlp.*"]`; None for those that `prune_sequentially` takes.
+        blocks: the name of the list of blocks, or of several, where they cannot be found.
 
     Attributes:
         masks: the `MaskSet` in force.
@@ -69,7 +70,7 @@ class IterativePrune(PrunesInRounds):
         pruner: Pruner | None = None,
         rewind: Rewind | None = None,
         targets: Sequence[str] | str | None = None,
-        blocks: str | None = None,
+        blocks: str | Sequence[str] | None = None,
     ) -> None:
         check_schedule("IterativePrune", schedule)
         if rewind is not None and not isinstance(rewind, Rewind):
@@ -94,24 +95,22 @@ class IterativePrune(PrunesInRounds):
         self._file = None if self.rewind is None else RewindFile(self.rewind)
         self._restored: dict[str, Any] | None = None
         self._random_states: list[dict[str, Any]] = []
-        self._names: list[str] = []
-        self._input_first: list[str] = []
+        self._targets: dict[str, list[Target]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not Lineup(trainer).begins_fit(self, stage):
             return
         self._begin()
-        blocks = find_blocks(model_in_setup("IterativePrune", pl_module, self.blocks), self.blocks)
+        stages = find_stages(model_in_setup("IterativePrune", pl_module, self.blocks), self.blocks)
         layers = self._layers(pl_module)
         if self.targets is None:
-            for text in describe_dense(*dense_in_mixtures(blocks, layers)):
+            for text in describe_dense(*dense_in_mixtures(stages.parts, layers), other_matrices(stages.parts, layers)):
                 rank_zero_warn(f"IterativePrune: {text}")
         for target in layers.values():
             check_prunable(target, self.pruner.pattern, unread=True)
         refuse_overlaps(layers.values())
         self.masks = MaskSet.all_kept({name: p.shape for name, p in parameters_of(layers.values()).items()})
-        self._names = list(self.masks)
-        self._input_first = [target.parameter_name for target in layers.values() if target.input_first]
+        self._targets = {name: [t for t in layers.values() if t.parameter_name == name] for name in self.masks}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.fast_dev_run:
@@ -172,7 +171,7 @@ class IterativePrune(PrunesInRounds):
         target = self.schedule(now)
         assert self.masks is not None
         weights = Lineup(trainer).weights(self.masks)
-        masks = shrink_masks(weights, self._names, target, self.pruner, self.scope, self._input_first)
+        masks = shrink_masks(weights, self._targets, target, self.pruner, self.scope)
         if self._file is not None:
             self._file.go_back(trainer)
         self._enforcer(trainer).hold(masks, trainer)
@@ -231,13 +230,19 @@ class IterativePrune(PrunesInRounds):
             self._file.load_state_dict(state_dict["rewind_file"])
 
     def _layers(self, pl_module: LightningModule) -> dict[str, Target]:
-        layers = find_targets(find_blocks(find_language_model(pl_module), self.blocks), self.targets, experts=True)
-        counts = Counter(target.parameter_name for target in layers.values() if target.shares_parameter)
-        for name, parameter in parameters_of(layers.values()).items():
-            if name in counts and counts[name] < whole_shape(parameter)[0]:
+        model = find_language_model(pl_module)
+        stages = find_stages(model, self.blocks)
+        layers, _ = stage_targets(model, stages, self.targets)
+        if self.targets is None and not stages.found_in_blocks:
+            layers, _ = without_misfits(layers, self.pruner.pattern)
+        counts = Counter(target.parameter_name for target in layers.values())
+        for target in layers.values():
+            if counts[target.parameter_name] < target.parts:
                 raise ValueError(
-                    f"IterativePrune prunes all experts of {name} or none, and the targets choose {counts[name]} of "
-                    f"{whole_shape(parameter)[0]}; choose all, e.g. with targets={name!r}"
+                    f"IterativePrune prunes all {'experts' if target.routed else 'parts'} of {target.parameter_name} or "
+                    "none, and the targets choose "
+                    f"{counts[target.parameter_name]} of {target.parts}; choose all, e.g. with "
+                    f"targets={target.parameter_name!r}"
                 )
         return layers
 

@@ -1,5 +1,6 @@
 """MaskEnforcer: keeps pruned weights exactly zero while a model is trained."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
-from prune_callbacks.anatomy.targets import SPARSE, find_targets, matrices, parameters_of
+from prune_callbacks.anatomy.blocks import find_language_model
+from prune_callbacks.anatomy.stages import find_stages, prunable_weights, stage_targets
+from prune_callbacks.anatomy.targets import SPARSE, parameters_of
 from prune_callbacks.callbacks.kinds import HoldsMasks
 from prune_callbacks.callbacks.lightning_internals import logs_now
 from prune_callbacks.callbacks.lineup import Lineup, access_to
@@ -40,7 +42,7 @@ class MaskEnforcer(HoldsMasks):
 
     Args:
         masks: a `MaskSet`, or the path of a file that `MaskSet.save` wrote.
-        blocks: name of the list of decoder blocks, where it cannot be found; used only to look for zeros.
+        blocks: the name of the list of blocks, or of several, where they cannot be found; used to look for zeros only.
 
     Attributes:
         masks: the `MaskSet` in force, once training has started.
@@ -51,7 +53,7 @@ class MaskEnforcer(HoldsMasks):
         ValueError: when the fit has ended: a pruned weight is not zero, although it was after the last optimizer step.
     """
 
-    def __init__(self, masks: MaskSet | str | Path | None = None, *, blocks: str | None = None) -> None:
+    def __init__(self, masks: MaskSet | str | Path | None = None, *, blocks: str | Sequence[str] | None = None) -> None:
         self.given = masks
         self.blocks = blocks
         self.masks: MaskSet | None = None
@@ -215,17 +217,18 @@ class MaskEnforcer(HoldsMasks):
         if self.given is not None:
             assert isinstance(self.given, MaskSet)
             return self.given
-        blocks = find_blocks(find_language_model(pl_module), self.blocks)
-        layers = find_targets(blocks, experts=True)
-        zeros = masks_of_zeros(trainer, matrices(blocks), find_language_model(pl_module))
-        # Routers and experts of an unknown kind stay dense by default, but may have been pruned elsewhere.
+        model = find_language_model(pl_module)
+        stages = find_stages(model, self.blocks)
+        layers, _ = stage_targets(model, stages)
+        zeros = masks_of_zeros(trainer, prunable_weights(model, stages), model)
+        # What stays dense by default, such as routers, the last layer or other stacks, may have been pruned elsewhere.
         known, sparsity = parameters_of(layers.values()), zeros.layer_sparsity()
         held = [name for name in zeros if name in known or sparsity[name] >= SPARSE]
         masks = MaskSet.join(MaskSet({name: zeros[name]}) for name in held)
         if masks.sparsity() == 0:
             raise ValueError(
                 "MaskEnforcer found no masks: there is no OneShotPrune among the callbacks, masks= was not given, and "
-                f"none of the {len(layers)} linear layers in the decoder blocks holds a zero"
+                f"none of the {len(layers)} layers that are pruned by default holds a zero"
             )
         report = rank_zero_info if masks.sparsity() >= SPARSE else rank_zero_warn
         report(f"MaskEnforcer holds the zeros of the model: {masks.sparsity():.2%} of {len(masks)} layers")

@@ -1,6 +1,6 @@
 """Raises the sparsity of masks: chooses survivors to remove, over all layers or layer by layer."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prune_callbacks.anatomy.names import naming
+from prune_callbacks.anatomy.target import Target
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.pruners.questions import pool, scores_of_weights
 from prune_callbacks.ranks import Ranks
@@ -36,11 +37,10 @@ class SharedWeights(Protocol):
 @torch.no_grad()
 def shrink_masks(
     weights: SharedWeights,
-    names: Collection[str],
+    targets: Mapping[str, Sequence[Target]],
     sparsity: float,
     pruner: Pruner,
     scope: Scope,
-    input_first: Collection[str] = (),
 ) -> MaskSet:
     """
     Returns masks of a higher sparsity: removed weights stay removed, and the survivors of lowest score are removed.
@@ -52,39 +52,39 @@ def shrink_masks(
 
     Args:
         weights: the weights, and the masks in force.
-        names: the masked parameters to choose from.
-        sparsity: the fraction of weights in `names` that the returned masks remove, in [0, 1).
+        targets: the matrices in the masked parameters to choose from, by the parameter's name.
+        sparsity: the fraction of weights in these parameters that the returned masks remove, in [0, 1).
         pruner: gives the scores, and the pattern for `scope="layer"`; the sparsity of its pattern is not used.
         scope: "global": one pool of all layers. "layer": the same sparsity in every layer.
-        input_first: the names of weights stored as (in, out), as in GPT-2's `Conv1D`, or (experts, in, out).
     """
     if scope == "global":
-        total = sum(torch.Size(weights.masks.shape(name)).numel() for name in names)
+        total = sum(torch.Size(weights.masks.shape(name)).numel() for name in targets)
         kept = total - round(sparsity * total)
-        chosen = weights.joined(keep_largest_of_all(_OwnScores(weights, names, pruner), kept, weights.ranks))
+        chosen = weights.joined(keep_largest_of_all(_OwnScores(weights, targets, pruner), kept, weights.ranks))
     else:
         pattern = in_pool(at_sparsity(pruner.pattern, sparsity), pool(pruner))
         chosen = MaskSet.join(
-            MaskSet({name: _keep_in_layer(weights, name, pruner, pattern, name in input_first)}) for name in names
+            MaskSet({name: _keep_in_layer(weights, name, pruner, pattern, own)}) for name, own in targets.items()
         )
     return weights.masks & chosen
 
 
-def _keep_in_layer(weights: SharedWeights, name: str, pruner: Pruner, pattern: Pattern, input_first: bool) -> Tensor:
+def _keep_in_layer(
+    weights: SharedWeights, name: str, pruner: Pruner, pattern: Pattern, targets: Sequence[Target]
+) -> Tensor:
     # A removed weight adds 0 to its structure's score; a single one must lose even against survivors that score 0.
     lowest = -torch.inf if removes_single_weights(pattern) else 0.0
     weight = weights.read(name)
 
     def choose() -> Tensor:
         removed = ~weights.masks[name].to(weight.device)
-        stored = [weight, removed] if weight.ndim == 3 else [weight[None], removed[None]]  # experts
-        matrices, gone = (tensor.mT if input_first else tensor for tensor in stored)
-        kept = [
-            pattern.keep(_scores(pruner)(matrix).masked_fill(without, lowest))
-            for matrix, without in zip(matrices, gone, strict=True)
-        ]
-        keep = torch.stack([mask.T if input_first else mask for mask in kept])
-        return (keep if weight.ndim == 3 else keep[0]).cpu()
+        keep = torch.ones_like(removed)
+        for target in targets:
+            matrix, gone = (target.oriented(target.part_of(whole)) for whole in (weight, removed))
+            groups = zip(matrix.chunk(target.groups), gone.chunk(target.groups), strict=True)
+            kept = [pattern.keep(_scores(pruner)(part).masked_fill(without, lowest)) for part, without in groups]
+            target.part_of(keep).copy_(target.as_stored(torch.cat(kept)))
+        return keep.cpu()
 
     with naming(name):
         return weights.ranks.share(weights.ranks.attempt(choose))

@@ -10,20 +10,20 @@ from torch import nn
 
 from prune_callbacks.allocation.measuring import check_allocation
 from prune_callbacks.allocation.protocol import Allocation
-from prune_callbacks.anatomy.blocks import find_blocks
 from prune_callbacks.anatomy.changeable import check_changeable, refuse_overlaps
 from prune_callbacks.anatomy.coupling import Coupled, coupled_targets
 from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
 from prune_callbacks.anatomy.names import naming
-from prune_callbacks.anatomy.products import other_matrices
 from prune_callbacks.anatomy.resized import planned_removal
+from prune_callbacks.anatomy.stages import Stages, stage_targets
 from prune_callbacks.anatomy.target import Target
-from prune_callbacks.anatomy.targets import find_targets
+from prune_callbacks.anatomy.torch_modules import other_matrices
 from prune_callbacks.calibration.batches import Batch
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import coupled, needs_calibration, rounds
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.sparsity import Pattern
+from prune_callbacks.sparsity.questions import kept_of_group
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Plan:
     The plan of a pruning: targets, pruner and device. `make_plan` makes it once.
 
     Attributes:
-        blocks: the decoder blocks, (name, module), in order.
+        blocks: the stages, (name, module), in order: decoder blocks, or single layers.
         pruner: the pruner of all targets.
         targets: the matrices to prune, by full name, in the model's order.
         skipped: the reason for every layer that stays dense, by name.
@@ -40,6 +40,7 @@ class Plan:
         removed: how many units every pool of a reader loses, by the reader's name; empty for other pruners.
         allocation: gives every target a pattern of its own; None: every target has the pruner's pattern.
         device: the device to move blocks to, one at a time; None: blocks stay on their device.
+        lists: for every stage the name of its list of blocks, None for a single layer; see `calibration_source`.
     """
 
     blocks: Sequence[tuple[str, nn.Module]]
@@ -50,6 +51,7 @@ class Plan:
     removed: Mapping[str, int] = field(default_factory=dict)
     allocation: Allocation | None = None
     device: torch.device | None = None
+    lists: Sequence[str | None] | None = None
 
     @cached_property
     def last(self) -> int:
@@ -62,7 +64,7 @@ class Plan:
         found: list[dict[str, Target]] = [{} for _ in self.blocks]
         for name, target in self.targets.items():
             parts = name.split(".")
-            owner = next(".".join(parts[:i]) for i in range(1, len(parts) + 1) if ".".join(parts[:i]) in numbers)
+            owner = next(".".join(parts[:i]) for i in range(len(parts) + 1) if ".".join(parts[:i]) in numbers)
             found[numbers[owner]][name] = target
         return found
 
@@ -82,7 +84,8 @@ class Plan:
 
     def calibrated_in_block(self, index: int) -> dict[str, Target]:
         """Returns the targets of a block that need statistics of their inputs; of coupled layers only the readers."""
-        return {name: t for name, t in self.in_block(index).items() if not self.coupled or name in self.coupled}
+        seen = {name: target for name, target in self.in_block(index).items() if target.seen_by != "never"}
+        return {name: target for name, target in seen.items() if not self.coupled or name in self.coupled}
 
 
 def make_plan(
@@ -92,7 +95,7 @@ def make_plan(
     batches: Iterable[Batch] | None,
     *,
     targets: Sequence[str] | str | None = None,
-    blocks: str | None = None,
+    stages: Stages,
     allocation: Allocation | None = None,
     device: torch.device | str | None = None,
     ranks: Ranks = ALONE,
@@ -101,16 +104,16 @@ def make_plan(
     """
     Checks all arguments and makes the plan of a pruning.
 
-    If `targets` is None, warns once of experts and routers that stay dense. See `prune_sequentially` for the arguments
-    that are not explained here.
+    If `targets` is None, warns once of what stays dense. See `prune_sequentially` for the arguments that are not
+    explained here.
 
     Args:
         name: the function or class that received the arguments, for messages.
-        model: a model with decoder blocks.
+        model: the model.
         pruner: the pruner of all targets.
         batches: the calibration batches; not read, only compared with None.
         targets: patterns of layer names.
-        blocks: name of the list of decoder blocks.
+        stages: the stages of the model.
         allocation: spreads sparsity over targets.
         device: the device to work on.
         ranks: the processes; all of them fail if one lacks the device.
@@ -123,35 +126,68 @@ def make_plan(
     check_pruner(name, pruner)
     if allocation is not None:
         check_allocation(allocation, pruner)
-    found = find_blocks(model, blocks)
+    found = stages.parts
     for block_name, block in found:
         refuse_compiled(block_name, block)
-    chosen = find_targets(found, targets, experts=takes_experts(pruner))
-    skipped = stays_dense(found, chosen) if targets is None else {}
+    chosen, left = stage_targets(model, stages, targets, every_kind=takes_every_kind(pruner))
+    skipped = stays_dense(found, chosen) | left if targets is None else {}
+    chosen = {target: as_pattern_needs(chosen[target], pruner.pattern) for target in chosen}
     for target in chosen.values():
         check_changeable(target, unread=unread)
     refuse_overlaps(chosen.values())
     groups: list[Coupled] = []
     removed: dict[str, int] = {}
     if coupled(pruner):
-        groups, left = coupled_targets(found, chosen)
-        chosen = {target: chosen[target] for target in chosen if target not in left}
+        groups, without = coupled_targets(found, chosen)
+        chosen = {target: chosen[target] for target in chosen if target not in without}
         removed = planned_removal(model, groups, chosen, pruner.pattern, coupled(pruner).removed)
-        skipped = left | skipped
+        skipped = without | skipped
+    if targets is None and not stages.found_in_blocks:
+        chosen, misfits = without_misfits(chosen, pruner.pattern)
+        skipped |= misfits
     for target in chosen.values():
         check_prunable(target, pruner.pattern, unread=unread)
     where = ranks.attempt(lambda: None if device is None else parsed_device(device))
     by_reader = {group.reader: group for group in groups}
-    plan = Plan(found, pruner, chosen, skipped, by_reader, removed, allocation, where)
+    plan = Plan(found, pruner, chosen, skipped, by_reader, removed, allocation, where, stages.lists)
     if plan.observed and batches is None:
         asking = pruner if plan.calibrated else allocation
         raise ValueError(f"{type(asking).__name__} needs calibration batches, got None")
     return plan
 
 
-def takes_experts(pruner: Pruner) -> bool:
-    """Returns whether a pruner takes fused experts; pruners of coupled units or with a grid take linear layers only."""
+def takes_every_kind(pruner: Pruner) -> bool:
+    """Returns whether a pruner takes all kinds of targets; those of coupled units or with a grid take linear layers."""
     return not coupled(pruner) and not rounds(pruner)
+
+
+def as_pattern_needs(target: Target, pattern: Pattern) -> Target:
+    """Returns the target with its columns in the order that the pattern needs: N:M goes along input channels."""
+    return target.by_channel() if kept_of_group(pattern) is not None else target
+
+
+def without_misfits(chosen: Mapping[str, Target], pattern: Pattern) -> tuple[dict[str, Target], dict[str, str]]:
+    """
+    Returns the targets whose shapes fit a pattern, and why the others stay dense, by name; warns of those once.
+
+    Raises:
+        ValueError: none fits.
+    """
+    fitting: dict[str, Target] = {}
+    misfits: dict[str, str] = {}
+    for name, target in chosen.items():
+        try:
+            check_shape(target, pattern)
+        except ValueError as error:
+            misfits[target.stored_name] = str(error)
+        else:
+            fitting[name] = target
+    if misfits:
+        first = next(iter(misfits))
+        if not fitting:
+            raise ValueError(f"no layer fits {pattern}; first {first}: {misfits[first]}")
+        warnings.warn(f"{len(misfits)} layers stay dense, first {first}: {misfits[first]}", stacklevel=4)
+    return fitting, misfits
 
 
 def stays_dense(blocks: Sequence[tuple[str, nn.Module]], chosen: Mapping[str, Target]) -> dict[str, str]:
@@ -162,7 +198,7 @@ def stays_dense(blocks: Sequence[tuple[str, nn.Module]], chosen: Mapping[str, Ta
         ValueError: experts are packed in integers.
     """
     fused, routers = dense_in_mixtures(blocks, chosen)
-    others = other_matrices(blocks)
+    others = other_matrices(blocks, chosen)
     for text in describe_dense(fused, routers, others):
         warnings.warn(text, stacklevel=4)
     return fused | routers | others
@@ -194,7 +230,19 @@ def check_prunable(target: Target, pattern: Pattern, *, unread: bool = False) ->
     """
     check_changeable(target, unread=unread)
     with naming(target.name):
-        pattern.check_shape(target.shape)
+        check_shape(target, pattern)
+
+
+def check_shape(target: Target, pattern: Pattern) -> None:
+    """Raises ValueError for a matrix that the pattern does not fit; groups of N:M must lie inside of `target.run`."""
+    rows, columns = target.shape
+    pattern.check_shape((rows // target.groups, columns))
+    group = kept_of_group(pattern)
+    if group is not None and target.run % group[1]:
+        raise ValueError(
+            f"{pattern} needs input channels (of a group) divisible by {group[1]}, got {target.run}. Choose another m, "
+            "or leave this layer out of `targets`"
+        )
 
 
 def refuse_compiled(name: str, block: nn.Module) -> None:

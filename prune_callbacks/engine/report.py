@@ -49,8 +49,9 @@ class PruneReport(Result):
         peak_memory_bytes: the process's peak memory; on a CUDA device, the peak of allocated device memory.
         input_first: names of masks stored as (in, out), as in `Conv1D` layers.
         by_magnitude: experts that were pruned by Magnitude because too few calibration tokens reached them, with the
-            number of tokens.
+            number of tokens; and matrices of recurrent layers, with 0.
         scales: the scales of layers that were also rounded, by parameter name: (out, groups), float16; see `Grid`.
+        convolutions: the masks of convolutions, (out, in / groups, ...), by name, with the number of groups.
     """
 
     masks: MaskSet
@@ -61,6 +62,7 @@ class PruneReport(Result):
     input_first: frozenset[str] = frozenset()
     scales: dict[str, Tensor] = field(default_factory=dict)
     by_magnitude: dict[str, int] = field(default_factory=dict)
+    convolutions: dict[str, int] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -78,6 +80,7 @@ class PruneReport(Result):
             "input_first": sorted(self.input_first),
             "scales": dict(self.scales),
             "by_magnitude": dict(self.by_magnitude),
+            "convolutions": dict(self.convolutions),
         }
 
     @classmethod
@@ -92,6 +95,7 @@ class PruneReport(Result):
             input_first=frozenset(state["input_first"]),
             scales=state.get("scales", {}),  # absent from checkpoints of 0.1
             by_magnitude=state.get("by_magnitude", {}),
+            convolutions=state.get("convolutions", {}),
         )
 
 

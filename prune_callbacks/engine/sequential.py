@@ -1,15 +1,18 @@
 """Prunes a model block by block; every block is calibrated on the outputs of the pruned blocks before it."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from prune_callbacks.allocation.measuring import allocate
 from prune_callbacks.allocation.protocol import Allocation
-from prune_callbacks.calibration.batches import Batch
+from prune_callbacks.anatomy.stages import find_stages
+from prune_callbacks.calibration.batches import Batch, OwnStep
 from prune_callbacks.calibration.sources import Chain, Source, calibration_source, evaluating
 from prune_callbacks.engine.plan import Plan, make_plan
 from prune_callbacks.engine.progress import layer_progress
@@ -21,6 +24,8 @@ from prune_callbacks.pruners import Pruner
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.sparsity import MaskSet
 
+Order = Literal["sequential", "at_once"]
+
 
 @torch.no_grad()
 def prune_sequentially(
@@ -29,7 +34,9 @@ def prune_sequentially(
     pruner: Pruner,
     *,
     targets: Sequence[str] | str | None = None,
-    blocks: str | None = None,
+    blocks: str | Sequence[str] | None = None,
+    forward: Callable[[nn.Module, Any], object] | None = None,
+    order: Order = "sequential",
     device: torch.device | str | None = None,
     allocation: Allocation | None = None,
     min_expert_tokens: int = 32,
@@ -37,21 +44,29 @@ def prune_sequentially(
     ranks: Ranks = ALONE,
 ) -> PruneReport:
     """
-    Prunes a causal language model in place, block by block.
+    Prunes a model in place, stage by stage: block by block, or layer by layer where it has no blocks.
 
-    Equivalent to running the whole model again for every block, with all earlier blocks pruned, to collect the block's
-    inputs. Where the blocks form a chain, each block's inputs are computed once instead, from the outputs of the block
-    before it. Where they do not (see `capture_inputs`), the whole model does run again, and a warning says so.
+    Equivalent to running the whole model again for every stage, with all earlier stages pruned, to collect the stage's
+    inputs. Stages come in the order of their execution. Where blocks form a chain, each block's inputs are computed once
+    instead, from the outputs of the block before it. Where they do not (see `capture_inputs`), the whole model does run
+    again, and a warning says so.
 
     Args:
-        model: a `transformers` causal LM, or any module with an `nn.ModuleList` of blocks.
-        batches: token ids (batch, tokens), or mappings of arguments of the model's forward, such as `input_ids`,
-            `attention_mask` (padding does not count toward the statistics), `inputs_embeds` or `pixel_values`. Keys
+        model: a model of `transformers`, or any other module.
+        batches: tensors, such as token ids (batch, tokens) or images, or mappings of arguments of the model's forward,
+            such as `input_ids`, `attention_mask` (padding does not count), `inputs_embeds` or `pixel_values`. Keys
             that the forward does not accept are named in a warning. May be None for a pruner that needs no calibration.
         pruner: chooses the masks and the values of survivors.
-        targets: patterns of layer names; None for every Linear, Conv1D and fused expert inside the blocks, except
-            routers.
-        blocks: name of the list of decoder blocks, where it cannot be found.
+        targets: patterns of layer names. None: of a model of transformers every linear layer, convolution (except
+            depthwise ones) and expert inside of the blocks, except routers; of other modules every linear layer,
+            convolution, attention and recurrent layer, except the last layer, which makes the output, those whose
+            weight is an embedding's, frozen ones beside trained ones, and those whose shape does not fit the pattern.
+            `report.skipped` names what is left out.
+        blocks: the name of the list of blocks, or of several. None: of a model of transformers the stack of the
+            language model, or encoder and decoder; of other modules every `nn.ModuleList`.
+        forward: runs the model on a batch, which may then be of any kind; it is called with both. None: the model's own
+            forward.
+        order: "sequential", as above; "at_once": the statistics of all layers come from one pass of the dense model.
         device: the device to run and solve blocks on, one at a time; None: the model's own. While a GPU solves for one
             block, the next is copied to it, so the GPU holds two.
         allocation: spreads the pattern's sparsity over the layers, e.g. `OWL()`; None: the same in every layer.
@@ -69,6 +84,8 @@ def prune_sequentially(
         ValueError: before any work, for targets, shapes or blocks that do not fit; during the work, naming the layer,
             for activations that are not finite or a Gram that cannot be factorised.
     """
+    if order not in ("sequential", "at_once"):
+        raise ValueError(f'order must be "sequential" or "at_once", got {order!r}')
     begin = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model
     plan = make_plan(
@@ -77,11 +94,15 @@ def prune_sequentially(
         pruner,
         batches,
         targets=targets,
-        blocks=blocks,
+        stages=find_stages(model, blocks),
         allocation=allocation,
         device=device,
         ranks=ranks,
     )
+    if order == "at_once":
+        plan = replace(plan, blocks=[("", model)], lists=[None])
+    if forward is not None and batches is not None:
+        batches = [OwnStep(batch, forward, seed) for seed, batch in enumerate(batches)]
     if plan.device is not None and plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
     run = BlockPruning(plan, ranks, min_expert_tokens)
@@ -102,6 +123,7 @@ def prune_sequentially(
         frozenset(run.input_first),
         run.scales,
         run.by_magnitude,
+        run.convolutions,
     )
 
 
@@ -114,7 +136,7 @@ def _prune_blocks(
         source: Source = Chain([], ranks)  # of a pruner that needs no inputs
         if plan.observed and batches is not None:
             bar.update(task, description="embedding the calibration windows")
-            source = calibration_source(model, [block for _, block in plan.blocks], batches, ranks)
+            source = calibration_source(model, [block for _, block in plan.blocks], batches, ranks, plan.lists)
         if plan.allocation is not None:
             bar.update(task, description=f"{type(plan.allocation).__name__}: measuring the dense model")
             run.pruners = allocate(plan.allocation, plan.pruner, reached, plan.targets, source, plan.device, ranks)

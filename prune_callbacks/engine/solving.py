@@ -14,11 +14,12 @@ from prune_callbacks.engine.report import LayerReport
 from prune_callbacks.pruners import Magnitude, Pruned, Pruner, check_weight
 from prune_callbacks.pruners.questions import coupled, joint, needs_calibration
 from prune_callbacks.ranks import Ranks
-from prune_callbacks.solvers import Gram, InputNorm
+from prune_callbacks.solvers import Gram
 from prune_callbacks.solvers.linalg import quadratic_form
+from prune_callbacks.solvers.statistics import GroupedStatistic, Statistic
 from prune_callbacks.sparsity import MaskSet
 
-Statistics = dict[str, Gram | InputNorm]
+Statistics = dict[str, Statistic]
 
 
 class BlockPruning:
@@ -42,6 +43,7 @@ class BlockPruning:
         self.by_magnitude: dict[str, int] = {}
         self.scales: dict[str, Tensor] = {}
         self.input_first: set[str] = set()
+        self.convolutions: dict[str, int] = {}
         self.few_tokens = False
 
     def prune(self, targets: dict[str, Target], statistics: Statistics, advance: Callable[[int], None]) -> None:
@@ -54,6 +56,7 @@ class BlockPruning:
             advance: called with the number of targets finished since the last call.
         """
         statistics = self._without_few(targets, statistics)
+        self._never_seen(targets)
         groups = [[c.reader, *c.writers] for reader, c in self.plan.coupled.items() if reader in targets]
         groups = groups or _sharing_an_input(targets, statistics, self._pruner_of)
         owners = _shared_out(
@@ -95,7 +98,7 @@ class BlockPruning:
         for name, target in targets.items():
             # If no expert of the tensor has statistics, tokens are not the reason; `_solve` reports it.
             fused = target.parameter_name
-            if target.shares_parameter and fused in seen and needs_calibration(self._pruner_of(name)):
+            if target.routed and fused in seen and needs_calibration(self._pruner_of(name)):
                 tokens = statistics[name].tokens if name in statistics else 0
                 if tokens < self.min_expert_tokens:
                     few.setdefault(fused, {})[name] = tokens
@@ -113,13 +116,26 @@ class BlockPruning:
                 )
         return {name: s for name, s in statistics.items() if s.tokens or name not in self.by_magnitude}
 
+    def _never_seen(self, targets: Mapping[str, Target]) -> None:
+        """Assigns Magnitude to matrices whose inputs no calibration sees, and warns with the first of their names."""
+        never = [n for n, t in targets.items() if t.seen_by == "never" and needs_calibration(self._pruner_of(n))]
+        for name in never:
+            self.pruners[name] = Magnitude(self._pruner_of(name).pattern)
+            self.by_magnitude[name] = 0
+        if never and self.ranks.rank == 0:
+            warnings.warn(
+                f"{', '.join(never[:3])}{f' and {len(never) - 3} more' if len(never) > 3 else ''}: "
+                f"{targets[never[0]].unseen}, so they are pruned by Magnitude (report.by_magnitude has all)",
+                stacklevel=3,
+            )
+
     def _pruner_of(self, name: str) -> Pruner:
         """Returns the pruner of a target: the plan's, unless an allocation or Magnitude replaced it."""
         return self.pruners.get(name, self.plan.pruner)
 
     def _note(self, targets: Mapping[str, Target], outcomes: Mapping[str, "_Outcome"]) -> None:
-        """Records the outcomes of a block's targets, in order; joins the masks of one tensor's experts."""
-        experts: dict[str, dict[str, Tensor]] = {}
+        """Records the outcomes of a block's targets, in order; joins the masks of targets in one parameter."""
+        shared: dict[str, dict[str, Tensor]] = {}
         for name, target in targets.items():
             outcome = outcomes[name]
             if isinstance(outcome, str):
@@ -131,13 +147,15 @@ class BlockPruning:
             self.layers.append(report)
             if target.input_first:
                 self.input_first.add(target.parameter_name)
-            if target.shares_parameter:
-                experts.setdefault(target.parameter_name, {})[name] = masks[target.stored_name]
+            if target.convolution:
+                self.convolutions[target.parameter_name] = target.groups
+            if target.parts > 1:
+                shared.setdefault(target.parameter_name, {})[name] = masks[target.stored_name]
             else:
                 self.masks.append(masks)
-        self.masks += [_fused_mask(fused, targets, keeps) for fused, keeps in experts.items()]
+        self.masks += [_joined_mask(holder, targets, keeps) for holder, keeps in shared.items()]
 
-    def _solve(self, targets: dict[str, Target], statistic: Gram | InputNorm | None) -> dict[str, "_Outcome"]:
+    def _solve(self, targets: dict[str, Target], statistic: Statistic | None) -> dict[str, "_Outcome"]:
         """Prunes targets that share their input in place; returns an outcome for each."""
         leader, first = next(iter(targets.items()))
         pruner = self._pruner_of(leader)
@@ -157,7 +175,8 @@ class BlockPruning:
         weights = [target.matrix() for target in targets.values()]
         for name, weight in zip(targets, weights, strict=True):
             with naming(name):
-                check_weight(weight, pruner.pattern)
+                for part in weight.chunk(first.groups):
+                    check_weight(part, pruner.pattern)
         with naming(", ".join(targets)):
             results = self._results(leader, pruner, weights, statistic)
             relative = [_relative_loss(w, pruned, statistic) for w, pruned in zip(weights, results, strict=True)]
@@ -169,7 +188,7 @@ class BlockPruning:
         }
 
     def _results(
-        self, leader: str, pruner: Pruner, weights: Sequence[Tensor], statistic: Gram | InputNorm | None
+        self, leader: str, pruner: Pruner, weights: Sequence[Tensor], statistic: Statistic | None
     ) -> list[Pruned]:
         """Calls `prune_units` for coupled layers, `prune_together` for layers with one input, else `prune` for each."""
         by_units, together = coupled(pruner), joint(pruner)
@@ -179,9 +198,9 @@ class BlockPruning:
                 weights[0], weights[1:], statistic, group.width, group.pools, removed
             )
             return pruned
-        if together is not None:
+        if together is not None and self.plan.targets[leader].groups == 1:
             return together.prune_together(weights, statistic)
-        return [pruner.prune(weight, statistic) for weight in weights]
+        return [_prune_by_group(pruner, weight, statistic, self.plan.targets[leader].groups) for weight in weights]
 
 
 _Outcome = tuple[LayerReport, MaskSet, Tensor | None] | str
@@ -191,25 +210,37 @@ _Outcome = tuple[LayerReport, MaskSet, Tensor | None] | str
 def _assign(target: Target, pruned: Pruned, relative: float | None, seconds: float) -> _Outcome:
     """Writes the pruned weight into the target and returns the outcome."""
     target.assign_(pruned.weight)
-    masks = MaskSet({target.stored_name: target.oriented(pruned.keep)})
+    masks = MaskSet({target.stored_name: target.as_stored(pruned.keep)})
     report = LayerReport(target.stored_name, target.shape, masks.sparsity(), pruned.loss, relative, seconds)
     return report, masks, pruned.scale
 
 
-def _fused_mask(fused: str, targets: Mapping[str, Target], keeps: Mapping[str, Tensor]) -> MaskSet:
-    """Joins the masks of experts into the mask of their tensor; experts that are no targets are kept whole."""
-    first = targets[next(iter(keeps))]
-    keep = torch.ones(first.parameter.shape, dtype=torch.bool)
+def _joined_mask(holder: str, targets: Mapping[str, Target], keeps: Mapping[str, Tensor]) -> MaskSet:
+    """Joins the masks of targets that share a parameter; the rest of the parameter is kept whole."""
+    keep = torch.ones(targets[next(iter(keeps))].parameter.shape, dtype=torch.bool)
     for name, mask in keeps.items():
-        keep[int(name.rpartition(".")[2])] = mask
-    return MaskSet({fused: keep})
+        targets[name].part_of(keep).copy_(mask)
+    return MaskSet({holder: keep})
 
 
-def _cost(targets: Sequence[Target], statistic: Gram | InputNorm | None) -> float:
+def _prune_by_group(pruner: Pruner, weight: Tensor, statistic: Statistic | None, groups: int) -> Pruned:
+    """Prunes a weight whose rows fall into groups, each with inputs of its own, group by group."""
+    if groups == 1:
+        return pruner.prune(weight, statistic)
+    statistics = statistic.parts if isinstance(statistic, GroupedStatistic) else [statistic] * groups
+    done = [pruner.prune(part, known) for part, known in zip(weight.chunk(groups), statistics, strict=True)]
+    losses = [part.loss for part in done if part.loss is not None]
+    loss = sum(losses) if len(losses) == groups else None
+    return Pruned(torch.cat([part.weight for part in done]), torch.cat([part.keep for part in done]), loss)
+
+
+def _cost(targets: Sequence[Target], statistic: Statistic | None) -> float:
     """Returns the relative cost of solving: with a Gram a factorisation and a product per row, else one per weight."""
     shapes = [target.shape for target in targets]
     rows, size = sum(out for out, _ in shapes), shapes[0][1]
-    return float(size**2 * (size / 3 + rows) if isinstance(statistic, Gram) else size * rows)
+    whole = statistic.parts[0] if isinstance(statistic, GroupedStatistic) else statistic
+    groups = targets[0].groups
+    return float(size**2 * (size * groups / 3 + rows) if isinstance(whole, Gram) else size * rows)
 
 
 def _shared_out(costs: Sequence[float], ranks: Ranks) -> list[int]:
@@ -229,13 +260,16 @@ def _sharing_an_input(
     for name, target in targets.items():
         weight, statistic, pruner = target.parameter, statistics.get(name), pruner_of(name)
         together = (id(statistic), weight.dtype, weight.device, repr(pruner.pattern))
-        groups.setdefault(together if statistic is not None and joint(pruner) else name, []).append(name)
+        shared = statistic is not None and target.groups == 1 and joint(pruner)
+        groups.setdefault(together if shared else name, []).append(name)
     return list(groups.values())
 
 
-def _relative_loss(weight: Tensor, pruned: Pruned, statistic: Gram | InputNorm | None) -> float | None:
+def _relative_loss(weight: Tensor, pruned: Pruned, statistic: Statistic | None) -> float | None:
     """Returns the loss over the squared norm of the dense output; None without a Gram. Costs one product `W G`."""
-    if pruned.loss is None or not isinstance(statistic, Gram):
+    grams = statistic.parts if isinstance(statistic, GroupedStatistic) else [statistic]
+    if pruned.loss is None or not isinstance(grams[0], Gram):
         return None
-    output = quadratic_form(weight.to(statistic.matrix), statistic.matrix)
+    parts = zip(weight.chunk(len(grams)), grams, strict=True)
+    output = sum(quadratic_form(part.to(gram.matrix), gram.matrix) for part, gram in parts)
     return pruned.loss / output if output > 0 else 0.0

@@ -1,7 +1,7 @@
 """Streamed calibration statistics: sums over tokens, which add up over batches and ranks."""
 
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,8 +20,9 @@ STRIP = 256
 class Statistic(Protocol):
     """A sum over the tokens that reach a layer. Raw activations are never kept."""
 
-    tokens: int
-    """Number of input vectors summed so far."""
+    @property
+    def tokens(self) -> int:
+        """Returns the number of input vectors summed so far."""
 
     def update(self, x: Float[Tensor, "*batch in"]) -> None:
         """Adds the input vectors `x`, of shape (..., in) and any floating dtype."""
@@ -121,3 +122,35 @@ class InputNorm:
     def squared_norm(self) -> Float[Tensor, " in"]:
         """Returns the sums of squares, (in,)."""
         return self.squares
+
+
+class GroupedStatistic:
+    """
+    The statistics of a layer whose rows fall into groups, each with input features of its own: a grouped convolution.
+
+    Args:
+        parts: the empty statistic of every group.
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = list(parts)
+
+    @property
+    def tokens(self) -> int:
+        """Returns the number of input vectors of every group."""
+        return int(self.parts[0].tokens)
+
+    def update(self, x: Float[Tensor, "*batch in"]) -> None:
+        """Adds the input vectors `x` of all groups, (..., groups * in)."""
+        for part, inputs in zip(self.parts, x.chunk(len(self.parts), -1), strict=True):
+            part.update(inputs)
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Sums over the ranks; see `Statistic`."""
+        for part in self.parts:
+            part.reduce(ranks)
+
+    @property
+    def squared_norm(self) -> Float[Tensor, " features"]:
+        """Returns the sums of squares of all groups' features, (groups * in,)."""
+        return torch.cat([part.squared_norm for part in self.parts])

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from prune_callbacks.sparsity.parameter_names import Parameters
 from prune_callbacks.sparsity.patterns import Pattern
+from prune_callbacks.sparsity.questions import kept_of_group
 from prune_callbacks.writing import whole_file
 
 METADATA = "prune_callbacks.masks"
@@ -187,7 +189,13 @@ class MaskSet(Mapping[str, Tensor]):
         }
         return {name: count for name, count in counts.items() if count}
 
-    def check(self, pattern: Pattern, *, input_first: Collection[str] = ()) -> None:
+    def check(
+        self,
+        pattern: Pattern,
+        *,
+        input_first: Collection[str] = (),
+        convolutions: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         """
         Raises ValueError naming the masks that do not have `pattern`.
 
@@ -197,13 +205,25 @@ class MaskSet(Mapping[str, Tensor]):
         Args:
             pattern: the pattern that every mask must have.
             input_first: names of masks stored as (in, out), as for GPT-2's `Conv1D`, or (experts, in, out).
+            convolutions: names of masks of convolutions, (out, in / groups, ...), with the number of groups. N:M is
+                checked along the input channels. Masks of four dimensions and more are those of convolutions anyway.
         """
-        wrong = [name for name in self if not self._has(name, pattern, name in input_first)]
+        groups = {name: convolutions.get(name, 1 if len(shape) > 3 else 0) for name, shape in self._shapes.items()}
+        wrong = [n for n in self if not self._has(self._matrices(n, pattern, n in input_first, groups[n]), pattern)]
         if wrong:
             raise ValueError(f"{len(wrong)} of {len(self)} masks do not have {pattern}: {', '.join(wrong[:3])}")
 
-    def _has(self, name: str, pattern: Pattern, input_first: bool) -> bool:
-        keep = self[name].mT if input_first and len(self._shapes[name]) > 1 else self[name]
+    def _matrices(self, name: str, pattern: Pattern, input_first: bool, groups: int) -> Tensor:
+        """Returns a mask as (out, in) or (matrices, out, in); of a convolution (`groups` is not 0) one per group."""
+        keep = self[name]
+        if groups and keep.ndim > 2:
+            by_channel = kept_of_group(pattern) is not None
+            rows = (keep.movedim(1, -1) if by_channel else keep).flatten(1)
+            return rows.unflatten(0, (groups, -1)) if groups > 1 else rows
+        return keep.mT if input_first and keep.ndim > 1 else keep
+
+    @staticmethod
+    def _has(keep: Tensor, pattern: Pattern) -> bool:
         if keep.ndim == 3:
             return not keep.all() and all(bool(matrix.all()) or pattern.holds(matrix) for matrix in keep)
         return keep.ndim == 2 and pattern.holds(keep)

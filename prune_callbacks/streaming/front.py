@@ -35,7 +35,7 @@ class Front:
         self.checkpoint = checkpoint
         self.model = model
         self._embedding: Any = model.get_input_embeddings()
-        ids = [batch.get("input_ids") if isinstance(batch, Mapping) else batch for batch in batches]
+        ids: list[Any] = [batch.get("input_ids") if isinstance(batch, Mapping) else batch for batch in batches]
         self._ids = [batch for batch in ids if _are_ids(batch)]
         plain = len(self._ids) == len(ids) > 0 and isinstance(self._embedding, nn.Embedding)
         self._names = self._names_of(outside)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prune_callbacks.anatomy.stages import block_stages
 from prune_callbacks.calibration.batches import Batch, named_inputs
 from prune_callbacks.engine.plan import make_plan
 from prune_callbacks.pruners import Pruner, check_pruner
@@ -86,7 +87,14 @@ def prune_checkpoint(
         model = build_skeleton(checkpoint.config, model_dtype(checkpoint, dtype))
         device = device or "cpu"
         plan = make_plan(
-            "prune_checkpoint", model, pruner, given, targets=targets, blocks=blocks, device=device, unread=True
+            "prune_checkpoint",
+            model,
+            pruner,
+            given,
+            targets=targets,
+            stages=block_stages(model, blocks),
+            device=device,
+            unread=True,
         )
         walk = BlockWalk(checkpoint, model, plan, given, min_expert_tokens)
         setting = {

@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from prune_callbacks.anatomy.names import naming
+from prune_callbacks.anatomy.stages import block_stages
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.calibration.batches import Batch, named_inputs
 from prune_callbacks.calibration.capture import block_output, capture_inputs, forwards_replaced, hidden_of, run_block
@@ -25,9 +26,10 @@ from prune_callbacks.pruners import Magnitude, Pruner
 from prune_callbacks.pruners.questions import coupled
 from prune_callbacks.ranks import ALONE
 from prune_callbacks.results import Result
-from prune_callbacks.solvers import Gram, InputNorm
+from prune_callbacks.solvers import Gram
 from prune_callbacks.solvers.float64 import in_float64
 from prune_callbacks.solvers.linalg import quadratic_form
+from prune_callbacks.solvers.statistics import Statistic
 from prune_callbacks.storage.cells import open_results
 from prune_callbacks.writing import write_json
 
@@ -123,9 +125,9 @@ def sensitivity(
         raise ValueError(
             f"{type(pruner).__name__} removes coupled layers' units together; there is no single layer to prune by it"
         )
-    plan = make_plan("sensitivity", model, pruner, batches, targets=targets, blocks=blocks)
+    plan = make_plan("sensitivity", model, pruner, batches, targets=targets, stages=block_stages(model, blocks))
     described = {"pruner": repr(pruner), "unit": unit, "windows": list(windows.shape)} | dict(setting or {})
-    if any(target.shares_parameter for target in plan.targets.values()):
+    if any(target.routed for target in plan.targets.values()):
         described["min_expert_tokens"] = min_expert_tokens
     results: dict[str, Any] = {"setting": described, "cells": {}} if path is None else open_results(path, described)
     modules = [block for _, block in plan.blocks]
@@ -163,7 +165,7 @@ def _units(layers: Mapping[str, Target]) -> dict[str, dict[str, Target]]:
     """Returns the layers by unit: each layer alone, but all experts of one tensor together."""
     units: dict[str, dict[str, Target]] = {}
     for name, layer in layers.items():
-        unit = layer.parameter_name if layer.shares_parameter else name
+        unit = layer.parameter_name if layer.parts > 1 else name
         units.setdefault(unit, {})[name] = layer
     return units
 
@@ -188,7 +190,7 @@ def _shift(index: int, block: nn.Module, inputs: Sequence[BlockInputs], dense: S
 @contextmanager
 def _pruned(
     layers: Mapping[str, Target],
-    statistics: Mapping[str, Gram | InputNorm],
+    statistics: Mapping[str, Statistic],
     pruner: Pruner,
     min_expert_tokens: int,
 ) -> Iterator[float]:
@@ -202,7 +204,7 @@ def _pruned(
                 raise ValueError(f"{name}: {layer.unseen} during calibration; leave it out of `targets`")
             statistic, weight = statistics.get(name), layer.matrix()
             assert statistic is None or isinstance(statistic, Gram)
-            few = layer.shares_parameter and (statistic is None or statistic.tokens < max(min_expert_tokens, 1))
+            few = layer.routed and (statistic is None or statistic.tokens < max(min_expert_tokens, 1))
             with naming(name):
                 pruned = Magnitude(pruner.pattern).prune(weight, None) if few else pruner.prune(weight, statistic)
             if statistic is not None:

@@ -1,0 +1,222 @@
+"""Finds the stages of a model, the modules that are pruned one after another, and their targets."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from prune_callbacks.anatomy.blocks import (
+    NoBlocksError,
+    encoder_and_decoder,
+    find_blocks,
+    has_forward,
+    is_sequence_to_sequence,
+    outer_lists,
+    refuse_lazy,
+)
+from prune_callbacks.anatomy.experts import routers
+from prune_callbacks.anatomy.names import dotted
+from prune_callbacks.anatomy.target import Target
+from prune_callbacks.anatomy.targets import all_targets, check_parameters, matches, matching, matrices, targets_of
+
+MAKES_OUTPUT = "it is the last layer, which makes the output; name it in `targets` to prune it too"
+TIED = "its weight is that of an nn.Embedding too, which is never pruned"
+FROZEN = "its weight is not trained (requires_grad=False); name it in `targets` to prune it too"
+DEPTHWISE = "it is a depthwise convolution, which has few weights; name it in `targets` to prune it too"
+TOWER = "it is a list of blocks besides those that are pruned; name it with `blocks` to prune it"
+OUTSIDE = "it is outside of the blocks"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """
+    The stages of a model, in the order of their definition.
+
+    Attributes:
+        parts: the stages, (name, module).
+        lists: for every stage, the name of the list of blocks that it is a member of; None for a layer that is a stage
+            by itself.
+        left: the reason for every layer, or list of blocks, that is in no stage, by name.
+        found_in_blocks: whether the stages are the blocks of lists. Elsewhere layers have all kinds of shapes: the
+            layer that makes the output, and those that do not fit the pattern, stay dense unless they are named.
+    """
+
+    parts: Sequence[tuple[str, nn.Module]]
+    lists: Sequence[str | None]
+    left: Mapping[str, str] = field(default_factory=dict)
+    found_in_blocks: bool = True
+
+
+def find_stages(model: nn.Module, blocks: str | Sequence[str] | None = None) -> Stages:
+    """
+    Returns the stages of a model.
+
+    They are the blocks of the lists in `blocks`; else of a model of transformers the blocks of its stack, or of its
+    encoder and its decoder; else the members of every outermost `nn.ModuleList`, and all layers outside of these.
+
+    Args:
+        model: any module.
+        blocks: the name of a list of blocks, or of several.
+
+    Raises:
+        ValueError: there is no list of a name in `blocks`, a lazy layer has no weights yet, or there is no layer.
+    """
+    if blocks is not None:
+        return _of_lists(model, [blocks] if isinstance(blocks, str) else list(blocks))
+    refuse_lazy(model)
+    if is_sequence_to_sequence(model):
+        return _with_left(model, _of_lists(model, encoder_and_decoder(model)))
+    if isinstance(model, PreTrainedModel):
+        try:
+            first, _ = find_blocks(model)[0]
+        except NoBlocksError:
+            return _of_layers(model)
+        return _with_left(model, _of_lists(model, [first.rpartition(".")[0]]))
+    return _of_layers(model)
+
+
+def block_stages(model: nn.Module, blocks: str | None = None) -> Stages:
+    """Returns the decoder blocks of a model as its stages; see `find_blocks`. For work that needs one list of blocks."""
+    found = find_blocks(model, blocks)
+    return Stages(found, [found[0][0].rpartition(".")[0]] * len(found))
+
+
+def _of_lists(model: nn.Module, names: Sequence[str]) -> Stages:
+    if not names:
+        raise ValueError("blocks is empty: name a list of blocks, or leave it out")
+    members = [(name, part) for name in names for part in find_blocks(model, name)]
+    return Stages([part for _, part in members], [name for name, _ in members])
+
+
+def _of_layers(model: nn.Module) -> Stages:
+    found = list(_walked("", model, None, set()))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no layer to prune: no linear layer, convolution, attention or recurrent layer"
+        )
+    held = {id(parameter) for _, part, _ in found for parameter in part.parameters()}
+    left = {
+        name: f"it is a parameter of {type(owner).__name__}, which is no layer that can be pruned"
+        for name, owner, parameter in _own_parameters(model)
+        if parameter.ndim > 1 and id(parameter) not in held and not isinstance(owner, nn.Embedding)
+    }
+    return Stages([(name, part) for name, part, _ in found], [name for _, _, name in found], left, False)
+
+
+def _walked(
+    name: str, module: nn.Module, owner: str | None, seen: set[int]
+) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """Yields the stages in a module; `owner` is the list of blocks that the module is a member of."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if next(targets_of(name, module), None) is not None:
+        yield name, module, None
+    elif owner is not None and has_forward(module):
+        inner = {id(part) for part in module.modules()}
+        if any(next(targets_of("", part), None) is not None for part in module.modules()):
+            yield name, module, owner
+        seen |= inner
+    else:
+        for own, child in module.named_children():
+            yield from _walked(dotted(name, own), child, name if isinstance(module, nn.ModuleList) else None, seen)
+
+
+def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    for path, owner in model.named_modules():
+        for own, parameter in owner.named_parameters(recurse=False):
+            yield dotted(path, own), owner, parameter
+
+
+def _with_left(model: nn.Module, stages: Stages) -> Stages:
+    """Returns the stages of a model of transformers with what is outside: other lists of blocks, and single layers."""
+    known = {id(module) for _, part in stages.parts for module in part.modules()} | {id(output_layer(model))}
+    left: dict[str, str] = {}
+    for name, members in outer_lists(model).items():
+        inner = [module for module in members.modules() if id(module) not in known]
+        if name not in stages.lists and any(next(targets_of("", module), None) is not None for module in inner):
+            left[name] = TOWER
+            known |= {id(module) for module in inner}
+    for name, module in model.named_modules():
+        if id(module) not in known:
+            left |= {target.name: OUTSIDE for target in targets_of(name, module)}
+    return Stages(stages.parts, stages.lists, left)
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """Returns the output layer of a model of transformers, if it has one that transformers can find."""
+    try:
+        return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
+    except (AttributeError, NotImplementedError):  # a custom model
+        return None
+
+
+def stage_targets(
+    model: nn.Module, stages: Stages, targets: Sequence[str] | str | None = None, *, every_kind: bool = True
+) -> tuple[dict[str, Target], dict[str, str]]:
+    """
+    Chooses the targets in stages.
+
+    Returns:
+        the targets by name, in the model's order, and why each other layer stays dense, by name; of named targets none.
+
+    Args:
+        model: the model.
+        stages: its stages.
+        targets: patterns of names, see `matching`. A pattern that matches no layer which is a target by default is
+            looked for among the others. None: all targets by default.
+        every_kind: see `find_targets`.
+
+    Raises:
+        ValueError: see `find_targets`; or a pattern matches an embedding's weight.
+    """
+    found = all_targets(stages.parts, every_kind=every_kind)
+    kept = _kept_dense(model, stages, found)
+    deciding = {dotted(part_name, name) for part_name, part in stages.parts for name in routers(part)}
+    default = {name: target for name, target in found.items() if name not in kept and name not in deciding}
+    if targets is None:
+        if not default:
+            name, reason = next(iter(kept.items()))
+            raise ValueError(f"no layer of {type(model).__name__} is a target by default; {name}: {reason}")
+        check_parameters(default.values())
+        return default, {**stages.left, **{found[name].stored_name: reason for name, reason in kept.items()}}
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    chosen = {} if patterns else matching(found, patterns, first="")  # which refuses that
+    for pattern in patterns:
+        inside = default if any(matches(target, pattern) for target in default.values()) else found
+        chosen |= matching(inside, pattern, first=stages.parts[0][0])
+    tied = next((name for name in chosen if kept.get(name) == TIED), None)
+    if tied is not None:
+        raise ValueError(f"layer {tied} cannot be pruned: {TIED}")
+    check_parameters(chosen.values())
+    return {name: target for name, target in found.items() if name in chosen}, {}
+
+
+def prunable_weights(model: nn.Module, stages: Stages) -> dict[str, nn.Parameter]:
+    """
+    Returns all weights of a model that a pruning may have zeroed, by name; see `matrices`.
+
+    In a model without blocks these are all of its layers', else those of its lists of blocks. Weights of embeddings and
+    of the output layer of a model of transformers are left out.
+    """
+    towers = [(name, model.get_submodule(name)) for name, reason in stages.left.items() if reason == TOWER]
+    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    found = matrices([*stages.parts, *towers])
+    return {name: parameter for name, parameter in found.items() if id(parameter) not in embedded}
+
+
+def _kept_dense(model: nn.Module, stages: Stages, found: Mapping[str, Target]) -> dict[str, str]:
+    """Returns the targets that stay dense unless they are named, with the reason."""
+    if stages.found_in_blocks:
+        return {name: DEPTHWISE for name, target in found.items() if target.depthwise}
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    plain = {name: target for name, target in found.items() if target.why_no_parameter is None}
+    kept = {name: TIED for name, target in plain.items() if id(target.parameter) in embedded}
+    if any(target.parameter.requires_grad for target in plain.values()):
+        kept |= {name: FROZEN for name, target in plain.items() if not target.parameter.requires_grad}
+    trained = [name for name in found if name not in kept]
+    (last, part), owner = stages.parts[-1], stages.lists[-1]
+    if owner is None and trained and len(own := list(targets_of(last, part))) == 1 and own[0].name == trained[-1]:
+        kept[trained[-1]] = MAKES_OUTPUT
+    return kept
