@@ -241,15 +241,15 @@ MUTANTS = (
     Mutant(
         "rounds_do_not_transpose_conv1d",
         "engine/iterative.py",
-        "    with naming(name):\n        return weights.ranks",
-        "    input_first = False\n    with naming(name):\n        return weights.ranks",
+        "target.oriented(target.part_of(whole)) for whole",
+        "target.part_of(whole) for whole",
         "test_iterative.py::test_shrinking_reads_conv1d_the_other_way_round",
     ),
     Mutant(
         "matrices_of_experts_transposed",
         "anatomy/experts.py",
-        'yield ExpertTarget(f"{name}.{attribute}.{index}", owner, attribute, stored, index)',
-        'yield ExpertTarget(f"{name}.{attribute}.{index}", owner, attribute, not stored, index)',
+        "owner, attribute, stored, index)",
+        "owner, attribute, not stored, index)",
         "test_experts.py::test_pruning_equals_rerunning_the_whole_model",
     ),
     Mutant(

@@ -342,7 +342,7 @@ def test_a_model_that_the_module_makes_later(hook, tmp_path):
     setattr(Late, hook, lambda self, *args: setattr(self, "model", llama()))
     ids, _ = padded()
     text = "needs the model when the fit begins: build the model in __init__. Lightning calls the setup of callbacks"
-    with pytest.raises(ValueError, match=f"no nn.ModuleList.*OneShotPrune {text} before that of Late"):
+    with pytest.raises(ValueError, match=f"no layer of Linear is a target.*OneShotPrune {text} before that of Late"):
         fit(Late(), tmp_path, batches=[ids])
     with pytest.raises(ValueError, match=f"OneShotPrune {text}"):
         fit(Late(), tmp_path, batches=[ids], blocks="model.layers")
@@ -360,7 +360,7 @@ def test_a_model_that_the_module_makes_later(hook, tmp_path):
         def train_dataloader(self):
             return DataLoader(TensorDataset(ids), 2)
 
-    for late, found in ((Late, "no nn.ModuleList"), (Empty, "Empty has no parameters in setup")):
+    for late, found in ((Late, "no layer of Linear is a target"), (Empty, "Empty has no parameters in setup")):
         prune = OneShotPrune(PRUNER, progress=False)
         callbacks = [RunReport(tmp_path / "run", progress=False), prune, MaskEnforcer()]
         with pytest.raises(ValueError, match=rf"{found}.* OneShotPrune {text}"):
@@ -434,11 +434,9 @@ def seq2seq():
     return hf.BartForConditionalGeneration(config).eval()
 
 
-def test_sequence_to_sequence_models_are_refused_until_a_stack_is_named():
+def test_one_stack_of_a_sequence_to_sequence_model_can_be_named():
     ids, mask = padded()
     batches = [{"input_ids": ids, "labels": ids[:, :7].contiguous()}]
-    with pytest.raises(ValueError, match=r"BartForConditionalGeneration is a sequence-to-sequence .*model.encoder"):
-        masks_of(seq2seq(), batches)
     for stack in ("encoder", "decoder"):
         masks = masks_of(seq2seq(), batches, blocks=f"model.{stack}.layers")
         assert all(name.startswith(f"model.{stack}.layers.") for name in masks)
@@ -483,7 +481,7 @@ def test_keys_of_other_names_are_shown_and_a_decoder_needs_its_own(tmp_path):
     ).eval()
     with pytest.raises(ValueError, match=r"hold nothing for its decoder: give labels or decoder_input_ids too"):
         masks_of(t5, [ids], blocks="encoder.block")
-    with pytest.raises(ValueError, match=r'e.g. blocks="encoder.block"; found \[.encoder.block., .decoder.block.\]'):
+    with pytest.raises(ValueError, match=r"hold nothing for its decoder: give labels or decoder_input_ids too"):
         masks_of(t5, [ids])
 
 

@@ -83,7 +83,8 @@ def test_sequential_pruning_equals_rerunning_the_whole_model(family, batches, pr
     reference.load_state_dict(model.state_dict())
     before = set(model.state_dict())
     report = prune_sequentially(model, batches, pruner, progress=False)
-    assert report.skipped == {}
+    # OPT's projections beside the blocks, Mamba's depthwise convolutions
+    assert all("project_" in name or name.endswith("mixer.conv1d.weight") for name in report.skipped)
     for i in range(3):
         layers = [n.removesuffix(".weight") for n in report.masks if n.startswith(f"{blocks}.{i}.")]
         inputs = oracles.layer_inputs(reference, [n for n in layers if not n.endswith("dt_proj")], batches)

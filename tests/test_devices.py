@@ -32,6 +32,8 @@ from prune_callbacks import (
     prune_checkpoint,
     prune_sequentially,
 )
+from prune_callbacks.anatomy.blocks import find_blocks
+from prune_callbacks.anatomy.targets import find_targets
 from prune_callbacks.engine.iterative import shrink_masks
 from prune_callbacks.measure.perplexity import Perplexity, perplexity
 from prune_callbacks.memory import peak_memory
@@ -142,9 +144,12 @@ def test_masks_are_chosen_held_and_counted(mps):
     def work(model, device):
         names = [name for name, _ in model.named_parameters() if name.endswith("down_proj.weight")]
         dense = MaskSet.all_kept({name: model.get_parameter(name).shape for name in names})
+        found = find_targets(find_blocks(model), "down_proj").values()
+        layers = {target.parameter_name: [target] for target in found}
         for scope in ("global", "layer"):
             access = PlainAccess(model, dense, [torch.optim.SGD(model.parameters(), 0.1)])
-            dense = shrink_masks(access, names, 0.25 if scope == "global" else 0.5, Magnitude(Unstructured(0.5)), scope)
+            share = 0.25 if scope == "global" else 0.5
+            dense = shrink_masks(access, layers, share, Magnitude(Unstructured(0.5)), scope)
         access = PlainAccess(model, dense)
         violations = access.violations(), dense.violations(model.named_parameters())
         access.project()

@@ -262,7 +262,7 @@ def test_masks_of_experts(tmp_path, batches):
     masks.save(tmp_path / "masks.safetensors")
     assert MaskSet.load(tmp_path / "masks.safetensors") == masks
     assert (tmp_path / "masks.safetensors").stat().st_size < masks[name].numel() * 12  # packed, header and all
-    fused = parameters_of(find_targets(find_blocks(model), experts=True).values())
+    fused = parameters_of(find_targets(find_blocks(model), every_kind=True).values())
     assert MaskSet.from_nonzero(fused) == masks
     model.get_parameter(name).data[2, 5] = 1.0
     assert masks.violations(model.named_parameters()) == {name: int((~masks[name])[2, 5].sum())}
@@ -367,7 +367,8 @@ def direct(family):
 
 def test_a_router_beside_a_norm_is_one_and_a_layer_with_as_many_outputs_as_experts_is_not(batches):
     report = pruned(direct("gemma4"), batches, Wanda(Unstructured(0.5)), min_expert_tokens=1)
-    assert list(report.skipped) == [f"model.layers.{i}.router.proj" for i in (0, 1)]
+    routers = [f"model.layers.{i}.router.proj" for i in (0, 1)]
+    assert list(report.skipped) == [*routers, "model.per_layer_model_projection"]  # outside of the blocks
     assert report.masks["model.layers.0.per_layer_input_gate.weight"].shape == (4, 16)
 
 

@@ -391,10 +391,8 @@ def test_shrinking_reads_conv1d_the_other_way_round():
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=16))
     layers = find_targets(find_blocks(model))
     whole = MaskSet({f"{n}.weight": torch.ones(t.stored.shape) > 0 for n, t in layers.items()})
-    conv1d = [f"{name}.weight" for name in layers]
-    masks = shrink_masks(
-        PlainAccess(model, whole), conv1d, 0.5, Magnitude(Unstructured(0.5, per="row")), "layer", conv1d
-    )
+    own = {f"{name}.weight": [target] for name, target in layers.items()}
+    masks = shrink_masks(PlainAccess(model, whole), own, 0.5, Magnitude(Unstructured(0.5, per="row")), "layer")
     assert {n: m.shape for n, m in masks.items()} == {f"{n}.weight": t.stored.shape for n, t in layers.items()}
     for name, target in layers.items():  # rows are outputs: columns of a Conv1D's weight
         assert bool((masks[f"{name}.weight"].sum(0) == target.stored.shape[0] // 2).all())

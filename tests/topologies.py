@@ -56,7 +56,8 @@ def rerun_masks(model, order, batches, sparsity=0.5, only=None):
     model, masks = copy.deepcopy(model), {}
     blocks = dict(model.named_modules())
     for block in order:
-        layers = {f"{block}.{n}": m for n, m in blocks[block].named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+        inner = blocks[block].named_modules()
+        layers = {f"{block}.{n}".strip("."): m for n, m in inner if isinstance(m, (nn.Linear, Conv1D))}
         layers = {n: m for n, m in layers.items() if f"{n}.weight" not in masks and (only is None or n in only)}
         sums = {}
 

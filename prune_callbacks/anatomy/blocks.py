@@ -122,8 +122,8 @@ def _found(model: nn.Module, lists: Mapping[str, nn.ModuleList]) -> str:
     outer = list(outer_lists(model))
     if is_sequence_to_sequence(model):
         raise NoBlocksError(
-            f"{who} is a sequence-to-sequence model: its encoder and its decoder are two lists of blocks, and this takes "
-            "one list at a time",
+            f"{who} is a sequence-to-sequence model: its encoder and its decoder are two lists of blocks, and this "
+            "takes one list at a time",
             outer,
         )
     depth = _configured_depth(model)

@@ -22,8 +22,8 @@ class ConvTarget(Target):
     """
     The weight of a convolution, as the matrix that its input patches are multiplied with.
 
-    The matrix has shape (out, in / groups x kernel), as `weight.flatten(1)`, for patches as `torch.nn.functional.unfold`
-    orders them. Of a grouped convolution every group of rows has input features of its own.
+    The matrix has shape (out, in / groups x kernel), as `weight.flatten(1)`, for patches in the order of
+    `torch.nn.functional.unfold`. Of a grouped convolution every group of rows has input features of its own.
 
     Attributes:
         channels_last: whether the columns are ordered with the input channel running fastest (kernel x in / groups), so
@@ -65,8 +65,8 @@ class ConvTarget(Target):
     def as_stored(self, matrix: Tensor) -> Tensor:
         kernel: tuple[int, ...] = cast(Any, self.module).kernel_size
         if self.channels_last:
-            return matrix.unflatten(1, (*kernel, self.run)).movedim(-1, 1)
-        return matrix.unflatten(1, (self.run, *kernel))
+            return matrix.view(len(matrix), *kernel, self.run).movedim(-1, 1)
+        return matrix.view(len(matrix), self.run, *kernel)
 
     @property
     def shape(self) -> tuple[int, int]:

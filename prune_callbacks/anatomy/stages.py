@@ -7,7 +7,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.blocks import (
-    NoBlocksError,
     encoder_and_decoder,
     find_blocks,
     has_forward,
@@ -61,6 +60,7 @@ def find_stages(model: nn.Module, blocks: str | Sequence[str] | None = None) -> 
 
     Raises:
         ValueError: there is no list of a name in `blocks`, a lazy layer has no weights yet, or there is no layer.
+        NoBlocksError: a model of transformers has lists, of which none has as many members as its configuration says.
     """
     if blocks is not None:
         return _of_lists(model, [blocks] if isinstance(blocks, str) else list(blocks))
@@ -68,16 +68,15 @@ def find_stages(model: nn.Module, blocks: str | Sequence[str] | None = None) -> 
     if is_sequence_to_sequence(model):
         return _with_left(model, _of_lists(model, encoder_and_decoder(model)))
     if isinstance(model, PreTrainedModel):
-        try:
-            first, _ = find_blocks(model)[0]
-        except NoBlocksError:
+        if not outer_lists(model):
             return _of_layers(model)
+        first, _ = find_blocks(model)[0]
         return _with_left(model, _of_lists(model, [first.rpartition(".")[0]]))
     return _of_layers(model)
 
 
 def block_stages(model: nn.Module, blocks: str | None = None) -> Stages:
-    """Returns the decoder blocks of a model as its stages; see `find_blocks`. For work that needs one list of blocks."""
+    """Returns the decoder blocks of a model as its stages, for work that needs one list; see `find_blocks`."""
     found = find_blocks(model, blocks)
     return Stages(found, [found[0][0].rpartition(".")[0]] * len(found))
 

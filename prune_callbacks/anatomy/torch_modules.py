@@ -1,4 +1,4 @@
-"""Matrices that torch's own modules keep outside of linear layers: attention, recurrent layers, and those left dense."""
+"""Matrices that torch's own modules keep outside of linear layers: of attention, recurrent layers, and others."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prune_callbacks.calibration.batches import Batch, accepted_inputs, run_model, warn_of_dropped_keys
 from prune_callbacks.calibration.capture import capture_inputs, forwards_replaced, hidden_of, run_block
-from prune_callbacks.calibration.checks import check_batches
+from prune_callbacks.calibration.checks import check_batches, explain
 from prune_callbacks.calibration.stand_ins import FAILURES, BlockInputs, NotAChainError, inside
 
 
@@ -56,7 +56,11 @@ def order_of_execution(model: nn.Module, blocks: Sequence[nn.Module], batch: Bat
         return forward
 
     with forwards_replaced([blocks[index] for index in once.values()], [noted(index) for index in once.values()]):
-        run_model(model, batch)
+        try:
+            run_model(model, batch)
+        except FAILURES as error:
+            explain(model, batch, error)
+            raise
     if not order:
         raise ValueError(f"the forward pass of {type(model).__name__} calls none of its {len(blocks)} decoder blocks")
     return [*order, *(index for index in range(len(blocks)) if index not in order)]

@@ -1,4 +1,4 @@
-"""Sources of a stage's inputs: a chain of blocks, the whole model, which runs again for every stage, or both in turn."""
+"""Sources of a stage's inputs: a chain of blocks; the whole model, which runs again for every stage; both in turn."""
 
 import warnings
 from abc import ABC, abstractmethod

@@ -22,7 +22,7 @@ EARLY = ("train_dataloader", "name the calibration batches with batches=")
 
 
 def calibration_batches(
-    trainer: Trainer, ranks: Ranks, model: nn.Module, batches: Iterable[Any] | None, num_batches: int | None
+    trainer: Trainer, ranks: Ranks, model: nn.Module | None, batches: Iterable[Any] | None, num_batches: int | None
 ) -> list[Batch]:
     """
     Returns this rank's share of the calibration batches, as inputs for the model; a collective of the ranks.
@@ -33,7 +33,8 @@ def calibration_batches(
     Args:
         trainer: the trainer, for its data module and training data if `batches` is None.
         ranks: the processes that share the batches.
-        model: the model, which gets of a batch what its forward accepts; a warning names the rest once.
+        model: the model, which gets of a batch what its forward accepts; a warning names the rest once. None: batches
+            are what a module's own step takes, of any kind.
         batches: token ids (batch, tokens), or mappings of the arguments of the model's forward. None: the data module's
             `calibration_dataloader()`, else the training data.
         num_batches: how many batches to draw; None: all, or the first 128 of the training data.
@@ -52,7 +53,7 @@ def calibration_batches(
     return shared[ranks.rank :: ranks.size]
 
 
-def _drawn(trainer: Trainer, model: nn.Module, batches: Iterable[Any] | None, wanted: int | None) -> list[Batch]:
+def _drawn(trainer: Trainer, model: nn.Module | None, batches: Iterable[Any] | None, wanted: int | None) -> list[Batch]:
     """Draws the batches on this process, without changing the state of a loader's own generators."""
     if batches is None:
         calibration = getattr(trainer.datamodule, "calibration_dataloader", None)
@@ -63,6 +64,8 @@ def _drawn(trainer: Trainer, model: nn.Module, batches: Iterable[Any] | None, wa
         taken = _first(_one_loader(batches), wanted)
     if wanted is not None and len(taken) < wanted:
         raise ValueError(f"asked for {wanted} calibration batches, there are {len(taken)}")
+    if model is None:
+        return taken
     named = [named_inputs(batch) for batch in taken]
     warn_of_dropped_keys(model, named)
     # Only what the model takes, since all ranks get a copy.

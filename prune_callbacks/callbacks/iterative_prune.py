@@ -239,10 +239,9 @@ class IterativePrune(PrunesInRounds):
         for target in layers.values():
             if counts[target.parameter_name] < target.parts:
                 raise ValueError(
-                    f"IterativePrune prunes all {'experts' if target.routed else 'parts'} of {target.parameter_name} or "
-                    "none, and the targets choose "
-                    f"{counts[target.parameter_name]} of {target.parts}; choose all, e.g. with "
-                    f"targets={target.parameter_name!r}"
+                    f"IterativePrune prunes all {'experts' if target.routed else 'parts'} of {target.parameter_name} "
+                    f"or none, and the targets choose {counts[target.parameter_name]} of {target.parts}; choose all, "
+                    f"e.g. with targets={target.parameter_name!r}"
                 )
         return layers
 

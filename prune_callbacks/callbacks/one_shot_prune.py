@@ -1,4 +1,4 @@
-"""OneShotPrune: prunes a language model when a fit begins."""
+"""OneShotPrune: prunes a model when a fit begins."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,17 +8,20 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from transformers import PreTrainedModel
 
 from prune_callbacks.allocation.measuring import check_allocation
 from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.callbacks.calibration_batches import calibration_batches
 from prune_callbacks.callbacks.kinds import PrunesOnce, renamed
-from prune_callbacks.callbacks.lightning_internals import logs_now, resumed_checkpoint
+from prune_callbacks.callbacks.lightning_internals import logs_now, makes_in_setup, resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
-from prune_callbacks.callbacks.model_in_setup import model_in_setup
+from prune_callbacks.callbacks.model_in_setup import layer_names, model_in_setup, refuse_later_layers
+from prune_callbacks.callbacks.own_step import Forward, own_step
+from prune_callbacks.callbacks.untouched import untouched
 from prune_callbacks.engine.report import PruneReport
-from prune_callbacks.engine.sequential import prune_sequentially
+from prune_callbacks.engine.sequential import Order, check_order, prune_sequentially
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import needs_calibration
 from prune_callbacks.ranks import patient_ranks
@@ -27,10 +30,15 @@ from prune_callbacks.storage.model_folder import savable, save_sparse_model
 
 class OneShotPrune(PrunesOnce):
     """
-    Prunes the module's language model in `setup(stage="fit")`, before the strategy wraps it.
+    Prunes the module's model in `setup(stage="fit")`, before the strategy wraps it.
 
-    Equivalent to `prune_sequentially` of the language model. The model keeps its parameters, their names and its
-    `state_dict` keys; pruned weights are zeros. Add `MaskEnforcer()`, or the first optimizer steps overwrite the zeros.
+    Equivalent to `prune_sequentially` of the model: of the model of `transformers` in the module, else of the module. A
+    model of transformers is calibrated by its forward, which gets of a batch what it accepts. Any other module runs its
+    own `training_step` (under manual optimization `validation_step`), in evaluation mode, without gradients; what it
+    logs is dropped, and random states, buffers and other attributes are as before afterwards.
+
+    The model keeps its parameters, their names and its `state_dict` keys; pruned weights are zeros. Add
+    `MaskEnforcer()`, or the first optimizer steps overwrite the zeros.
 
     A fit that resumes from a checkpoint (`ckpt_path=`) does not prune again. It takes weights and masks from the
     checkpoint. Several ranks share the calibration batches and the layers.
@@ -38,12 +46,15 @@ class OneShotPrune(PrunesOnce):
     Args:
         pruner: the pruner, with its pattern, e.g. `SparseGPT(Unstructured(0.5))`.
         batches: calibration batches: token ids, or mappings of arguments of the model's forward, such as `input_ids`,
-            `attention_mask` or `pixel_values`; keys that it does not accept are named in a warning. None: the data
-            module's `calibration_dataloader()`, else the training data.
+            `attention_mask` or `pixel_values`; keys that it does not accept are named in a warning. For other modules,
+            and with `forward`, batches as their step takes them. None: the data module's `calibration_dataloader()`,
+            else the training data.
         num_batches: how many batches to use; an error if there are fewer. None: all of `batches` or
             `calibration_dataloader()`, or the first 128 batches of the training data.
-        targets: patterns of layer names, e.g. `["*.mlp.*"]`; None for all linear layers of the decoder blocks.
-        blocks: name of the list of decoder blocks, where it cannot be found.
+        targets: patterns of layer names, e.g. `["*.mlp.*"]`; None for those that `prune_sequentially` takes.
+        blocks: the name of the list of blocks, or of several, where they cannot be found.
+        forward: a function of module and batch, which runs the module's model on the batch; None: as above.
+        order: "sequential" or "at_once"; see `prune_sequentially`.
         allocation: spreads the pattern's sparsity over the layers, with the same total: `OWL()`,
             `LagrangianAllocation()`, `SensitivityAllocation(...)`; None: the same in every layer.
         dirpath: the folder to write the pruned model (`model/`, by `save_pretrained`) and its masks
@@ -66,7 +77,9 @@ class OneShotPrune(PrunesOnce):
         *,
         num_batches: int | None = None,
         targets: Sequence[str] | str | None = None,
-        blocks: str | None = None,
+        blocks: str | Sequence[str] | None = None,
+        forward: Forward | None = None,
+        order: Order = "sequential",
         allocation: Allocation | None = None,
         dirpath: str | Path | None = None,
         min_expert_tokens: int = 32,
@@ -76,6 +89,7 @@ class OneShotPrune(PrunesOnce):
         check_pruner("OneShotPrune", pruner)
         if num_batches is not None and num_batches < 1:
             raise ValueError(f"OneShotPrune: num_batches must be at least 1, got {num_batches}")
+        check_order(order)
         if allocation is not None:
             check_allocation(allocation, pruner)
         self.pruner = pruner
@@ -84,11 +98,14 @@ class OneShotPrune(PrunesOnce):
         self.num_batches = num_batches
         self.targets = targets
         self.blocks = blocks
+        self.forward = forward
+        self.order = order
         self.dirpath = renamed("OneShotPrune", "save_dir", save_dir, "dirpath", dirpath)
         self.min_expert_tokens = min_expert_tokens
         self.progress = progress
         self.report: PruneReport | None = None
         self._restored = False
+        self._layers: set[str] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not Lineup(trainer).begins_fit(self, stage):
@@ -104,15 +121,21 @@ class OneShotPrune(PrunesOnce):
         model = model_in_setup("OneShotPrune", pl_module, self.blocks)
         if self.dirpath is not None:
             savable(model)
-        with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:
-            needed, trial = self._needs_batches(), Lineup(trainer).trial() is not None
+        self._layers = layer_names(pl_module) if makes_in_setup(pl_module) else None
+        needed, trial = self._needs_batches(), Lineup(trainer).trial() is not None
+        own = needed and (self.forward is not None or not isinstance(model, PreTrainedModel))
+        aside = untouched(trainer, pl_module) if own else isolate_rng()
+        with aside, patient_ranks(trainer.strategy.root_device) as ranks:
             count = 1 if trial else self.num_batches
+            takes = None if own else model
             self.report = prune_sequentially(
                 model,
-                calibration_batches(trainer, ranks, model, self.batches, count) if needed else None,
+                calibration_batches(trainer, ranks, takes, self.batches, count) if needed else None,
                 self.pruner,
                 targets=self.targets,
                 blocks=self.blocks,
+                forward=own_step(pl_module, self.forward) if own else None,
+                order=self.order,
                 device=trainer.strategy.root_device,
                 allocation=self.allocation,
                 min_expert_tokens=self.min_expert_tokens,
@@ -134,6 +157,10 @@ class OneShotPrune(PrunesOnce):
         if trainer.is_global_zero and self.dirpath is not None:
             assert self.report is not None
             save_sparse_model(model, self.report.masks, self.dirpath)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.report is not None and self._layers is not None:
+            refuse_later_layers("OneShotPrune", pl_module, self._layers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path is not None and not self._restored:

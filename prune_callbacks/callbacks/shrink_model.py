@@ -72,16 +72,21 @@ class ShrinkModel(PruningCallback):
     def _blocks(trainer: Trainer) -> str | None:
         """Returns the name of the list of decoder blocks that OneShotPrune was given."""
         prune = Lineup(trainer).first(OneShotPrune)
-        return None if prune is None else prune.blocks
+        blocks = None if prune is None else prune.blocks
+        if blocks is not None and not isinstance(blocks, str):
+            raise ValueError(
+                f"ShrinkModel shrinks the blocks of one list, and OneShotPrune was given blocks={blocks!r}"
+            )
+        return blocks
 
-    @staticmethod
-    def _shrunk(trainer: Trainer, pl_module: LightningModule) -> PreTrainedModel:
+    @classmethod
+    def _shrunk(cls, trainer: Trainer, pl_module: LightningModule) -> PreTrainedModel:
         """Returns the smaller model; ValueError if it cannot be made."""
         prune = Lineup(trainer).first(OneShotPrune)
         assert prune is not None
         if prune.report is None:
             raise ValueError("OneShotPrune has pruned nothing: the checkpoint was written without it")
-        return shrink(find_language_model(pl_module), prune.report.masks, blocks=prune.blocks)
+        return shrink(find_language_model(pl_module), prune.report.masks, blocks=cls._blocks(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or Lineup(trainer).trial() is not None:

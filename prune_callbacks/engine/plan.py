@@ -13,7 +13,7 @@ from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.anatomy.changeable import check_changeable, refuse_overlaps
 from prune_callbacks.anatomy.coupling import Coupled, coupled_targets
 from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
-from prune_callbacks.anatomy.names import naming
+from prune_callbacks.anatomy.names import belongs, naming
 from prune_callbacks.anatomy.resized import planned_removal
 from prune_callbacks.anatomy.stages import Stages, stage_targets
 from prune_callbacks.anatomy.target import Target
@@ -149,11 +149,22 @@ def make_plan(
         check_prunable(target, pruner.pattern, unread=unread)
     where = ranks.attempt(lambda: None if device is None else parsed_device(device))
     by_reader = {group.reader: group for group in groups}
-    plan = Plan(found, pruner, chosen, skipped, by_reader, removed, allocation, where, stages.lists)
+    parts, lists = _with_targets(stages, chosen)
+    plan = Plan(parts, pruner, chosen, skipped, by_reader, removed, allocation, where, lists)
     if plan.observed and batches is None:
         asking = pruner if plan.calibrated else allocation
         raise ValueError(f"{type(asking).__name__} needs calibration batches, got None")
     return plan
+
+
+def _with_targets(stages: Stages, chosen: Mapping[str, Target]) -> tuple[list[tuple[str, nn.Module]], list[str | None]]:
+    """Returns the stages without single layers that are no targets, and their lists; blocks stay, linking chains."""
+    used = [
+        (part, owner)
+        for part, owner in zip(stages.parts, stages.lists, strict=True)
+        if owner is not None or any(belongs(name, part[0]) for name in chosen)
+    ]
+    return [part for part, _ in used], [owner for _, owner in used]
 
 
 def takes_every_kind(pruner: Pruner) -> bool:

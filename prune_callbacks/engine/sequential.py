@@ -27,6 +27,12 @@ from prune_callbacks.sparsity import MaskSet
 Order = Literal["sequential", "at_once"]
 
 
+def check_order(order: str) -> None:
+    """Raises ValueError for an order that there is not."""
+    if order not in ("sequential", "at_once"):
+        raise ValueError(f'order must be "sequential" or "at_once", got {order!r}')
+
+
 @torch.no_grad()
 def prune_sequentially(
     model: nn.Module,
@@ -47,9 +53,9 @@ def prune_sequentially(
     Prunes a model in place, stage by stage: block by block, or layer by layer where it has no blocks.
 
     Equivalent to running the whole model again for every stage, with all earlier stages pruned, to collect the stage's
-    inputs. Stages come in the order of their execution. Where blocks form a chain, each block's inputs are computed once
-    instead, from the outputs of the block before it. Where they do not (see `capture_inputs`), the whole model does run
-    again, and a warning says so.
+    inputs. Stages come in the order of their execution. Where blocks form a chain, each block's inputs are computed
+    once instead, from the outputs of the block before it. Where they do not (see `capture_inputs`), the whole model
+    does run again, and a warning says so.
 
     Args:
         model: a model of `transformers`, or any other module.
@@ -84,8 +90,7 @@ def prune_sequentially(
         ValueError: before any work, for targets, shapes or blocks that do not fit; during the work, naming the layer,
             for activations that are not finite or a Gram that cannot be factorised.
     """
-    if order not in ("sequential", "at_once"):
-        raise ValueError(f'order must be "sequential" or "at_once", got {order!r}')
+    check_order(order)
     begin = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model
     plan = make_plan(
