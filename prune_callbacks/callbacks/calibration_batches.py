@@ -7,16 +7,18 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 
 from prune_callbacks.calibration.batches import Batch, accepted_inputs, named_inputs, warn_of_dropped_keys
-from prune_callbacks.callbacks.lightning_internals import training_data_source
+from prune_callbacks.callbacks.lightning_internals import before_setup_of, training_data_source
 from prune_callbacks.ranks import Ranks
 
 TRAINING_BATCHES = 128
+
+EARLY = ("train_dataloader", "name the calibration batches with batches=")
+"""What the sentence on training data that is made too late says of it."""
 
 
 def calibration_batches(
@@ -72,7 +74,7 @@ def _training_batches(trainer: Trainer, wanted: int) -> list[Any]:
     """Returns batches of the training data: of the data module, the module or `fit(train_dataloaders=)`."""
     source: LightningDataModule | LightningModule | None = training_data_source(trainer)
     make = trainer.fit_loop._data_source.dataloader
-    with _before_setup_of(source):
+    with before_setup_of(source, *EARLY):
         given = make()
     loader = _one_loader(given)
     if isinstance(loader, Iterator) and make() is given:
@@ -80,37 +82,28 @@ def _training_batches(trainer: Trainer, wanted: int) -> list[Any]:
             f"the training data is a {type(loader).__name__}, which gives every batch once, so training would not get "
             "those drawn for calibration: train on a loader, or name the calibration batches with batches="
         )
-    with _before_setup_of(source):
+    with before_setup_of(source, *EARLY):
         taken = _first(loader, wanted)
         if not taken:
             raise ValueError("there is no calibration batch in the training data")
     return taken
 
 
-@contextmanager
-def _before_setup_of(source: LightningDataModule | LightningModule | None) -> Iterator[None]:
-    """Adds to an error of the training data that the module's own `setup` has not run yet, where it has one."""
-    try:
-        yield
-    except (AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        # A data module's setup has run.
-        if not isinstance(source, LightningModule) or not is_overridden("setup", source, LightningModule):
-            raise
-        raise ValueError(
-            f"train_dataloader of {type(source).__name__} failed ({type(error).__name__}: {error}). Its own setup() "
-            "has not run yet: Lightning calls that of the callbacks first. Make the data in __init__ or prepare_data, "
-            "or in a LightningDataModule, whose setup comes earlier, or name the calibration batches with batches="
-        ) from error
-
-
 def _first(loader: Iterable[Any], count: int | None) -> list[Any]:
     """Returns the first batches of a loader, which draws the same ones again afterwards."""
-    # A loader may shuffle by generators of its own, which isolate_rng does not restore.
+    with same_draws(loader):
+        return list(islice(loader, count))
+
+
+@contextmanager
+def same_draws(loader: Any) -> Iterator[None]:
+    """Restores the generators of a loader: it may shuffle by some of its own, which `isolate_rng` does not restore."""
     states = [(generator, generator.get_state()) for generator in _generators(loader)]
-    taken = list(islice(loader, count))
-    for generator, state in states:
-        generator.set_state(state)
-    return taken
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def _generators(loader: Any) -> Iterator[Generator]:

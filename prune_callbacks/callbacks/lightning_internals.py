@@ -1,6 +1,8 @@
 """Reads states of a Trainer and of torch for which Lightning has no public interface."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning
@@ -39,6 +41,28 @@ def training_data_source(trainer: Trainer) -> Any:
     """Returns the module or data module that makes the training data; None if `fit` was given a loader."""
     source = trainer.fit_loop._data_source
     return source.instance if source.is_module() else None
+
+
+@contextmanager
+def before_setup_of(source: Any, makes: str, otherwise: str) -> Iterator[None]:
+    """
+    Adds to an error of a module's data that the module's own `setup` has not run yet, where it has one.
+
+    Args:
+        source: the module that makes the data; a data module, whose `setup` has run, and None add nothing.
+        makes: the name of the method that makes it.
+        otherwise: what else the user can do, the end of the sentence.
+    """
+    try:
+        yield
+    except (AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if not isinstance(source, LightningModule) or not is_overridden("setup", source, LightningModule):
+            raise
+        raise ValueError(
+            f"{makes} of {type(source).__name__} failed ({type(error).__name__}: {error}). Its own setup() "
+            "has not run yet: Lightning calls that of the callbacks first. Make the data in __init__ or prepare_data, "
+            f"or in a LightningDataModule, whose setup comes earlier, or {otherwise}"
+        ) from error
 
 
 def makes_in_setup(module: Any) -> bool:
