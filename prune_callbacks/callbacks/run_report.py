@@ -41,9 +41,12 @@ class RunReport(PruningCallback):
 
     Perplexity is measured on the data module's `evaluation_windows`, (windows, tokens) of token ids, and reported
     under its `evaluation_title`, with its `text_setting` if it has one. Texts in its `further_evaluation`, if any, are
-    reported by name. With `IterativePrune` "dense" is the model before the first change and "pruned" the model right
-    after the last change (and its rewinding); `rounds` has the trained model before every change. `zero_shot` adds the
-    accuracy of the dense, the pruned and the recovered model on tasks, in fits of one process.
+    reported by name. Where there are no such windows, the quality is what the module logs in its own validation, as
+    `Trainer.validate` would give it; it is measured aside from training, which goes on as without.
+
+    With `IterativePrune` "dense" is the model before the first change and "pruned" the model right after the last
+    change (and its rewinding); `rounds` has the trained model before every change. `zero_shot` adds the accuracy of the
+    dense, the pruned and the recovered model on tasks, in fits of one process.
 
     A trial run (`Tuner`, `fast_dev_run`, `overfit_batches`) is neither measured nor written.
 
@@ -57,8 +60,10 @@ class RunReport(PruningCallback):
         tokenizer: saved alongside the model.
         batch_size: evaluation windows per forward pass.
         zero_shot: tasks to measure accuracy on; needs the tokenizer.
-        every_round: measure perplexity before every change of `IterativePrune`; False: before the first only.
+        every_round: measure quality before every change of `IterativePrune`; False: before the first only.
         progress: show progress bars.
+        validation: measure the module's own validation metrics. None: where the data module has no
+            `evaluation_windows`; True: beside perplexity, too; False: never.
 
     Attributes:
         run: the record of the run.
@@ -75,6 +80,7 @@ class RunReport(PruningCallback):
         zero_shot: ZeroShot | None = None,
         every_round: bool = True,
         progress: bool = True,
+        validation: bool | None = None,
     ) -> None:
         if zero_shot is not None and tokenizer is None:
             raise ValueError("RunReport needs a tokenizer to measure zero-shot accuracy: pass tokenizer=")
@@ -82,7 +88,7 @@ class RunReport(PruningCallback):
         self.tokenizer = tokenizer
         self.zero_shot = zero_shot
         self.every_round = every_round
-        self._quality = RunQuality(tokenizer, batch_size, zero_shot, progress)
+        self._quality = RunQuality(tokenizer, batch_size, zero_shot, progress, validation)
         self._warnings = RecordedWarnings(but=PossibleUserWarning)
         self.run = RunRecord(
             recipe=recipe,
@@ -168,19 +174,19 @@ class RunReport(PruningCallback):
         if prune is None or not prune.rises(unit, now):
             return
         self.run.changes.append(trainer.global_step)
-        if self.run.perplexity.dense is None:
+        if not self.run.measured("dense"):
             self._round(trainer, self._evaluate(trainer, pl_module, "dense"))
         elif self.every_round:
             with self._clock.evaluating(self.run.seconds):
-                value = self._quality.perplexity(trainer, pl_module)
-            self._round(trainer, value)
+                quality = self._quality.at_round(trainer, pl_module)
+            self._round(trainer, quality)
             self._write(trainer, pl_module)
 
-    def _round(self, trainer: Trainer, value: float) -> None:
+    def _round(self, trainer: Trainer, quality: dict[str, Any]) -> None:
         assert self._iterative is not None
         assert self._iterative.masks is not None
         sparsity = self._iterative.masks.sparsity()
-        self.run.rounds.append({"step": trainer.global_step, "sparsity": sparsity, "perplexity": finite(value)})
+        self.run.rounds.append({"step": trainer.global_step, "sparsity": sparsity} | quality)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, pl_module)  # while the strategy still has the weights
@@ -197,9 +203,9 @@ class RunReport(PruningCallback):
         self._clock.stop(self.run.seconds)
         again = self.run.stage == "recovered"  # resumed from a checkpoint of the end
         self._save(trainer, pl_module)
-        value = self._evaluate(trainer, pl_module, "recovered")
+        quality = self._evaluate(trainer, pl_module, "recovered")
         if self._iterative is not None and not again:
-            self._round(trainer, value)
+            self._round(trainer, quality)
         self._write(trainer, pl_module)
         self._page.draw(self.run)
         if trainer.is_global_zero:
@@ -229,11 +235,11 @@ class RunReport(PruningCallback):
         self.run = replace(RunRecord.from_json(state_dict["record"]), warnings=self._warnings.texts)
         self._saw_the_last = state_dict["saw_the_last"]
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> float:
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Any]:
         with self._clock.evaluating(self.run.seconds):
-            value = self._quality.measure(trainer, pl_module, stage, self.run)
+            quality = self._quality.measure(trainer, pl_module, stage, self.run)
         self.run.stage = stage
-        return value
+        return quality
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         masks = masks_in_force(self._one_shot, self._iterative)

@@ -74,16 +74,18 @@ def draw_perplexity(axis: Axes, measured: Perplexities) -> None:
     title_perplexity(axis, measured)
 
 
-def draw_rounds(axis: Axes, rounds: list[dict[str, Any]], label: str) -> None:
-    """Draws perplexity over sparsity at the end of every round."""
-    points = [(entry["sparsity"], entry["perplexity"]) for entry in rounds if entry["perplexity"] is not None]
+def draw_rounds(axis: Axes, rounds: list[dict[str, Any]], label: str, metric: str | None = None) -> None:
+    """Draws perplexity, or a metric, over sparsity at the end of every round."""
+    values = [entry["perplexity"] if metric is None else entry.get("metrics", {}).get(metric) for entry in rounds]
+    points = [(entry["sparsity"], value) for entry, value in zip(rounds, values, strict=True) if value is not None]
     if points:
         # Dotted for two points: nothing was measured between them.
         axis.plot(*zip(*points, strict=True), marker="o", label=label, linestyle="-" if len(points) > 2 else ":")
-        axis.annotate(f"{points[-1][1]:.2f}", points[-1], textcoords="offset points", xytext=(6, 0), va="center")
+        last = f"{points[-1][1]:.2f}" if metric is None else f"{points[-1][1]:.4g}"
+        axis.annotate(last, points[-1], textcoords="offset points", xytext=(6, 0), va="center")
     axis.xaxis.set_major_formatter(PercentFormatter(1))
     axis.set_xlabel("zeros in pruned layers")
-    axis.set_ylabel("perplexity")
+    axis.set_ylabel(metric or "perplexity")
     axis.margins(x=0.12)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -164,7 +166,7 @@ def draw_layers(axis: Axes, losses: dict[str, float | None], sparsity: dict[str,
     axis.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
     every = max(1, len(blocks) // 10)
     axis.set_yticks(range(0, len(blocks), every), blocks[::every])
-    axis.set_ylabel("decoder block")
+    axis.set_ylabel("block")
     axis.set_title(title)
     axis.figure.colorbar(image, ax=axis)
 
@@ -192,7 +194,7 @@ def heat_map(values: Mapping[str, float], label: str, *, percent: bool) -> str:
     axis.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
     every = -(-len(blocks) // 70)
     axis.set_yticks(range(0, len(blocks), every), blocks[::every])
-    axis.set_ylabel("decoder block")
+    axis.set_ylabel("block")
     bar = figure.colorbar(image, ax=axis, label=label, format=PercentFormatter(1) if percent else "%g")
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
     if len(blocks) <= 70 and len(kinds) <= 14:
