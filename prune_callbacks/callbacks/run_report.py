@@ -19,7 +19,7 @@ from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.page_on_time import PageOnTime
 from prune_callbacks.callbacks.run_outcome import masks_in_force, outcome, save_gathered, seconds_of_pruning
-from prune_callbacks.callbacks.run_quality import RunQuality, finite
+from prune_callbacks.callbacks.run_quality import RunQuality
 from prune_callbacks.callbacks.training_clock import TrainingClock
 from prune_callbacks.measure.zero_shot import ZeroShot
 from prune_callbacks.parallel.strategies import world
@@ -27,7 +27,7 @@ from prune_callbacks.recorded_warnings import RecordedWarnings
 from prune_callbacks.reporting.summary import summary_table
 from prune_callbacks.sparsity.schedules import Unit
 from prune_callbacks.storage.commands import repeat_command
-from prune_callbacks.storage.run_record import RunRecord, Seconds, refuse_existing_run
+from prune_callbacks.storage.run_record import RunRecord, Seconds, refuse_existing_run, resumed_record
 from prune_callbacks.writing import write_json
 
 
@@ -40,13 +40,11 @@ class RunReport(PruningCallback):
     after pruning), and the recovered model when the fit ends.
 
     Perplexity is measured on the data module's `evaluation_windows`, (windows, tokens) of token ids, and reported
-    under its `evaluation_title`, with its `text_setting` if it has one. Texts in its `further_evaluation`, if any, are
-    reported by name. Where there are no such windows, the quality is what the module logs in its own validation, as
-    `Trainer.validate` would give it; it is measured aside from training, which goes on as without.
-
-    With `IterativePrune` "dense" is the model before the first change and "pruned" the model right after the last
-    change (and its rewinding); `rounds` has the trained model before every change. `zero_shot` adds the accuracy of the
-    dense, the pruned and the recovered model on tasks, in fits of one process.
+    under its `evaluation_title`, with its `text_setting` if it has one, and texts in its `further_evaluation` by name.
+    Without such windows the quality is what the module logs in its own validation, as `Trainer.validate` would give it,
+    measured aside from training. With `IterativePrune` "dense" is the model before the first change and "pruned" the
+    model right after the last change (and its rewinding); `rounds` has the trained model before every change.
+    `zero_shot` adds the accuracy of the three models on tasks, in fits of one process.
 
     A trial run (`Tuner`, `fast_dev_run`, `overfit_batches`) is neither measured nor written.
 
@@ -62,8 +60,7 @@ class RunReport(PruningCallback):
         zero_shot: tasks to measure accuracy on; needs the tokenizer.
         every_round: measure quality before every change of `IterativePrune`; False: before the first only.
         progress: show progress bars.
-        validation: measure the module's own validation metrics. None: where the data module has no
-            `evaluation_windows`; True: beside perplexity, too; False: never.
+        validation: measure what the module logs in its validation; None: where there are no `evaluation_windows`.
 
     Attributes:
         run: the record of the run.
@@ -157,10 +154,8 @@ class RunReport(PruningCallback):
         if self._finished:
             return
         loss = trainer.callback_metrics.get("train_loss")
-        curve = self.run.training_loss
-        if loss is not None and (not curve or curve[-1][0] != trainer.global_step):
-            value = finite(float(loss))
-            curve.append([trainer.global_step, None if value is None else round(value, 5)])
+        if loss is not None:
+            self.run.add_loss(trainer.global_step, float(loss))
         self._before_a_change(trainer, pl_module, "step", trainer.global_step)
         if self._page.is_due():
             with self._clock.evaluating(self.run.seconds):
@@ -226,13 +221,9 @@ class RunReport(PruningCallback):
         return {"record": record, "saw_the_last": self._saw_the_last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        recipe, ours = state_dict["record"]["recipe"], self.run.recipe
-        if recipe != ours:
-            raise ValueError(
-                f"the checkpoint was written by recipe {recipe}, and this is {ours}; resume with the same recipe"
-            )
+        resumed = resumed_record(state_dict["record"], self.run.recipe)
         self._warnings.put_before(state_dict["record"]["warnings"])
-        self.run = replace(RunRecord.from_json(state_dict["record"]), warnings=self._warnings.texts)
+        self.run = replace(resumed, warnings=self._warnings.texts)
         self._saw_the_last = state_dict["saw_the_last"]
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from prune_callbacks.reporting.drawing import COLOURS, draw_curve, draw_rounds, embedded, plain_text, subplots
-from prune_callbacks.reporting.metrics import curves_of_rounds, metric_names, metric_table
+from prune_callbacks.reporting.metrics import metric_curves, metric_names, metric_table
 from prune_callbacks.reporting.page import NONE, number, percent, render, write_page
 from prune_callbacks.reporting.side_by_side import sections
 from prune_callbacks.storage.run_folder import Run, read_run
@@ -98,7 +98,7 @@ def write_comparison(dirpaths: Sequence[Path], path: Path) -> dict[Setting, Runs
                 "notes": notes(runs),
                 "violated": violated(runs),
                 "quality": _quality(runs, setting) if any(map(_measured, runs.values())) else None,
-                "metrics": _metrics(runs) if any(_has_curves(run) for run in runs.values()) else None,
+                "metrics": metric_curves({name: run.record for name, run in runs.items()}),
                 "training": _training(runs) if any(run.record.training_loss for run in runs.values()) else None,
             }
             for setting, runs in groups.items()
@@ -209,17 +209,6 @@ def _bars(axis: Axes, runs: Runs, setting: Setting) -> None:
     stages = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     axis.legend(stages.values(), stages.keys(), fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _has_curves(run: Run) -> bool:
-    return any("metrics" in entry for entry in run.record.rounds)
-
-
-@plain_text
-def _metrics(runs: Runs) -> str:
-    """Draws every metric over sparsity, round by round."""
-    rounds = {name: run.record.rounds for name, run in runs.items()}
-    return embedded(curves_of_rounds(rounds, metric_names([run.record for run in runs.values()])))
 
 
 @plain_text

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
-from prune_callbacks.reporting.drawing import COLOURS, draw_rounds, subplots
+from prune_callbacks.reporting.drawing import COLOURS, draw_rounds, embedded, plain_text, subplots
 from prune_callbacks.storage.run_record import STAGES, RunRecord
 
 PANELS = 9
@@ -72,6 +72,15 @@ def curves_of_rounds(
         if len(rounds) > 1 and axis.get_legend_handles_labels()[0]:  # only runs with rounds have a curve
             axis.legend(fontsize=8)
     return figure
+
+
+@plain_text
+def metric_curves(records: Mapping[str, RunRecord]) -> str | None:
+    """Draws every metric of runs over sparsity, as a `data:` URI; None if no round has any."""
+    rounds = {name: record.rounds for name, record in records.items()}
+    if not any("metrics" in entry for entries in rounds.values() for entry in entries):
+        return None
+    return embedded(curves_of_rounds(rounds, metric_names(records.values())))
 
 
 def draw_metric(axis: Axes, name: str, values: Mapping[str, float | None]) -> None:

@@ -1,6 +1,7 @@
 """The record of a run: the content of `report.json`."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -150,6 +151,11 @@ class RunRecord:
         """Returns whether quality was measured by metrics and not by perplexity."""
         return bool(self.metrics) and not any(self.perplexity.at(stage) is not None for stage in STAGES)
 
+    def add_loss(self, step: int, loss: float) -> None:
+        """Adds a point to the training loss, unless the last one is of the same step."""
+        if not self.training_loss or self.training_loss[-1][0] != step:
+            self.training_loss.append([step, round(loss, 5) if math.isfinite(loss) else None])
+
     def to_json(self) -> dict[str, Any]:
         """Returns the record as plain values."""
         return asdict(self)
@@ -183,6 +189,16 @@ def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values that are not None and have the name of a field of a dataclass."""
     names = {f.name for f in fields(kind)}
     return {name: value for name, value in values.items() if value is not None and name in names}
+
+
+def resumed_record(record: Mapping[str, Any], recipe: str | None) -> RunRecord:
+    """Makes a record from that in a checkpoint; ValueError if another recipe wrote it."""
+    written = record["recipe"]
+    if written != recipe:
+        raise ValueError(
+            f"the checkpoint was written by recipe {written}, and this is {recipe}; resume with the same recipe"
+        )
+    return RunRecord.from_json(record)
 
 
 def refuse_existing_run(dirpath: Path) -> None:
