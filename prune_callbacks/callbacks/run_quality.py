@@ -42,7 +42,7 @@ class RunQuality:
     batch_size: int
     zero_shot: ZeroShot | None
     progress: bool
-    validation: bool | None
+    validation: bool | None = None
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raises ValueError for a missing model, windows that it cannot take, or what this fit cannot measure."""
