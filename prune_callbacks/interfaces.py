@@ -8,11 +8,11 @@ Interface = TypeVar("Interface", bound=type)
 
 def compared_by_name(protocol: Interface) -> Interface:
     """
-    Removes the annotations of a Protocol's methods at run time; type checkers read them in the source.
+    Makes `Any` of the annotations of a Protocol's methods at run time; type checkers read them in the source.
 
     Where an argument's type is a Protocol, jsonargparse (`LightningCLI`) takes the classes whose methods have the same
     parameters, and it wants annotations to be equal: a narrower result, `Tensor` in place of a shape, and even the same
-    shape written twice are refused. It compares nothing that the Protocol does not annotate.
+    shape written twice are refused. It compares nothing with `Any`.
     """
     for member in vars(protocol).values():
         # jaxtyping, where it checks signatures, wraps methods.

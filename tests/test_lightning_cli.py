@@ -358,6 +358,23 @@ def example(monkeypatch, tmp_path, *arguments):
     return max((folder / "lightning_cli").iterdir(), key=lambda path: int(path.name.rpartition("_")[2]))
 
 
+@pytest.fixture
+def text(tmp_path):
+    """Arguments that name a small text in place of the language reference."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(f"{n} times {n} is {n * n}." for n in range(2000)))
+    return [f"--data.{corpus}={path}" for corpus in ("train", "calibration", "evaluation")]
+
+
+def test_a_text_is_a_path_for_the_shell_and_not_a_file_of_settings(tmp_path, tokenizer):
+    """jsonargparse reads a file that is named for a class, but not where the annotation has a Path beside it."""
+    path = tmp_path / "text.txt"
+    path.write_text("a: b\n" * 100)
+    data = prune_callbacks.TokenDataModule(tokenizer, path, str(path), path)
+    assert set(map(type, data.corpora.values())) == {prune_callbacks.tasks.TextFile}
+    assert data.corpora["train"].path == str(path)
+
+
 def last(folder, name):
     with (folder / "metrics.csv").open() as file:
         return float([row[name] for row in csv.DictReader(file) if row.get(name)][-1])
@@ -375,19 +392,20 @@ def test_the_example_prunes_holds_and_runs_again_from_what_it_saved(monkeypatch,
     assert (again / "metrics.csv").read_text() == (first / "metrics.csv").read_text()
 
 
-def test_the_example_prunes_in_rounds(monkeypatch, tmp_path):
+def test_the_example_prunes_in_rounds(monkeypatch, tmp_path, text):
     configs = [f"--config={EXAMPLE / name}" for name in ("config.yaml", "rounds.yaml")]
-    folder = example(monkeypatch, tmp_path, *configs, *SMALL, "--data.train_windows=288")
+    folder = example(monkeypatch, tmp_path, *configs, *SMALL, *text, "--data.train_windows=288")
     assert last(folder, "sparsity") == pytest.approx(0.5, abs=1e-3)
     assert last(folder, "violations") == 0
 
 
-def test_the_example_with_a_model_of_a_folder(monkeypatch, tmp_path):
-    folder = prune_callbacks.tasks.tiny_checkpoint(tmp_path / "model")
+def test_the_example_with_a_model_of_a_folder(monkeypatch, tmp_path, text, tokenizer):
+    folder = tmp_path / "model"
+    prune_callbacks.tasks.tiny_llama(hidden_size=32, layers=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     model = ("--model.model=main.pretrained_model", f"--model.model.path={folder}")
-    tokenizer = ("--data.tokenizer=main.pretrained_tokenizer", f"--data.tokenizer.path={folder}")
-    arguments = ("--config", str(EXAMPLE / "config.yaml"), *SMALL[:-1], *model, *tokenizer)
-    run = example(monkeypatch, tmp_path, *arguments)
+    words = ("--data.tokenizer=main.pretrained_tokenizer", f"--data.tokenizer.path={folder}")
+    run = example(monkeypatch, tmp_path, f"--config={EXAMPLE / 'config.yaml'}", *SMALL[:-1], *text, *model, *words)
     assert last(run, "sparsity") == pytest.approx(0.5, abs=1e-3)
 
 
