@@ -27,7 +27,7 @@ from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "prune_callbacks"
-CARRIED = (PACKAGE, "tests", "recipes", "train.py", "benchmarks", "pyproject.toml", "README.md")
+CARRIED = (PACKAGE, "tests", "recipes", "train.py", "benchmarks", "examples", "pyproject.toml", "README.md")
 LEFT_OUT = (".venv", ".git", "runs", "__pycache__")
 SECONDS = 420
 WORKERS = 2
@@ -456,6 +456,20 @@ MUTANTS = (
         "test_plain_models.py",
     ),
     # the rest
+    Mutant(
+        "protocols_compared_by_annotations",
+        "interfaces.py",
+        "dict.fromkeys(member.__annotations__, Any)",
+        "dict(member.__annotations__)",
+        "test_lightning_cli.py",
+    ),
+    Mutant(
+        "trainer_of_the_other_package_accepted",
+        "callbacks/import_names.py",
+        "    if _second(trainer):\n",
+        "    if False:\n",
+        "test_import_names.py",
+    ),
     Mutant(
         "error_on_one_rank_not_shared",
         "ranks.py",
