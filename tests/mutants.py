@@ -210,7 +210,7 @@ MUTANTS = (
     Mutant(
         "padding_counts",
         "calibration/observer.py",
-        "real = x if self.tokens is None else _real(x, self.tokens)",
+        "real = x if self.tokens is None else None if patches else _real(x, self.tokens)",
         "real = x",
         "test_blocks.py::test_padding_does_not_count",
     ),
@@ -248,8 +248,8 @@ MUTANTS = (
     Mutant(
         "matrices_of_experts_transposed",
         "anatomy/experts.py",
-        "owner, attribute, stored, index)",
-        "owner, attribute, not stored, index)",
+        'stored = getattr(owner, "is_transposed", None)\n    for',
+        'stored = not getattr(owner, "is_transposed", None)\n    for',
         "test_experts.py::test_pruning_equals_rerunning_the_whole_model",
     ),
     Mutant(
@@ -364,7 +364,7 @@ MUTANTS = (
     Mutant(
         "pruning_moves_the_random_state",
         "callbacks/one_shot_prune.py",
-        "with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:",
+        "with aside, patient_ranks(trainer.strategy.root_device) as ranks:",
         "with patient_ranks(trainer.strategy.root_device) as ranks:",
         "test_enforcer.py::test_pruning_does_not_change_what_training_draws",
     ),

@@ -1,7 +1,5 @@
 """Every callback on every kind of module, against re-running the whole module in float64."""
 
-import warnings
-
 import pytest
 import torch
 from fits import trainer_of
@@ -14,7 +12,6 @@ from prune_callbacks import (
     ConstantSchedule,
     Gram,
     IterativePrune,
-    Magnitude,
     MaskEnforcer,
     MaskSet,
     OneShotPrune,

@@ -6,7 +6,7 @@ import torch
 import transformers as hf
 from lightning.pytorch import LightningModule
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 CLASSES = 4
@@ -27,7 +27,7 @@ class Step(LightningModule):
             inputs, classes = batch
             output = self.model(inputs)
             output = output.flatten(2).mean(-1) if output.ndim > 2 else output
-            loss = F.cross_entropy(output, classes)
+            loss = functional.cross_entropy(output, classes)
         self.log("loss", loss)
         return loss
 
@@ -43,8 +43,8 @@ class Residual(nn.Module):
         self.shortcut = nn.Conv2d(width, out, 1, stride) if stride > 1 else nn.Identity()
 
     def forward(self, x):
-        inner = F.relu_(self.bn1(self.conv1(x)))
-        return F.relu_(self.bn2(self.conv2(inner)) + self.shortcut(x))
+        inner = functional.relu_(self.bn1(self.conv1(x)))
+        return functional.relu_(self.bn2(self.conv2(inner)) + self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -55,7 +55,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(12, CLASSES)
 
     def forward(self, x):
-        return self.head(self.layers(F.relu(self.stem(x))).mean((2, 3)))
+        return self.head(self.layers(functional.relu(self.stem(x))).mean((2, 3)))
 
 
 class UNet(nn.Module):
@@ -71,7 +71,7 @@ class UNet(nn.Module):
     def forward(self, x):
         first = torch.tanh(self.down1(x))
         second = self.middle(torch.tanh(self.down2(first)))
-        joined = torch.cat([first, F.interpolate(second, first.shape[2:])], 1)
+        joined = torch.cat([first, functional.interpolate(second, first.shape[2:])], 1)
         return self.out(torch.tanh(self.up1(torch.tanh(self.up2(joined)))))
 
 
@@ -257,7 +257,9 @@ def patches(layer, x):
         room, step = (0, layer.padding[0]), (1, layer.stride[0])
     else:
         kernel, gap, room, step = layer.kernel_size, layer.dilation, layer.padding, layer.stride
-    return F.unfold(x, kernel, gap, room, step).mT.flatten(0, 1).unflatten(1, (layer.groups, -1)).transpose(0, 1)
+    return (
+        functional.unfold(x, kernel, gap, room, step).mT.flatten(0, 1).unflatten(1, (layer.groups, -1)).transpose(0, 1)
+    )
 
 
 def matrices(name, layer):
