@@ -99,7 +99,7 @@ def calibration_source(
             raise ValueError("there is no calibration batch; give at least one")
         check_batches(model, mine)
         warn_of_dropped_keys(model, mine)
-        return order_of_execution(model, blocks, mine[0])
+        return order_of_execution(model, blocks, mine[0]) if len(blocks) > 1 else [0]
 
     order = next(filter(None, ranks.gather(ranks.attempt(ordered))))
     chains = {name for name in lists if name is not None and lists.count(name) > 1}
