@@ -102,7 +102,8 @@ def accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     Returns what a model's forward gets of a batch, by argument name, still on its device.
 
     Token ids alone are `input_ids`. Of a mapping, everything that the forward names is passed. Labels are left out
-    unless the model makes its inputs from them (a sequence-to-sequence model does), or its forward demands them.
+    unless the model is one of sequences to sequences, which makes its decoder's inputs from them or whose padding they
+    show, or its forward demands them.
     """
     if isinstance(batch, OwnStep):
         return {}
@@ -110,7 +111,7 @@ def accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
         return {"input_ids": batch}
     parameters = _parameters(model)
     known = _known(model)
-    shifts = is_sequence_to_sequence(model) and "decoder_input_ids" not in batch
+    shifts = is_sequence_to_sequence(model)
     wanted = {
         key for key in TARGETS if shifts or (key in parameters and parameters[key].default is inspect.Parameter.empty)
     }

@@ -13,6 +13,7 @@ from prune_callbacks.anatomy.target import Target
 from prune_callbacks.calibration.batches import Batch, named_inputs, warn_of_dropped_keys
 from prune_callbacks.calibration.chain import chain_inputs, order_of_execution
 from prune_callbacks.calibration.checks import check_batches
+from prune_callbacks.calibration.pairs import told_apart
 from prune_callbacks.calibration.prefetch import Visit
 from prune_callbacks.calibration.sources import Chain, Make, Rerun, Source, Statistics
 from prune_callbacks.calibration.stand_ins import BlockInputs, NotAChainError
@@ -86,7 +87,7 @@ def calibration_source(
     Raises:
         ValueError: there is no batch, or one does not fit the model; on every rank, if it is so on one.
     """
-    mine: Any = batches if isinstance(batches, Tensor) else [named_inputs(batch) for batch in batches]
+    mine: Any = batches if isinstance(batches, Tensor) else [told_apart(model, named_inputs(b)) for b in batches]
     idle = not all(ranks.gather(len(mine) == 0)) and len(mine) == 0  # every rank gathers
     lists = ["blocks"] * len(blocks) if lists is None else lists
     if len(set(lists)) == 1 and lists[0] is not None:
