@@ -210,7 +210,7 @@ MUTANTS = (
     Mutant(
         "padding_counts",
         "calibration/observer.py",
-        "real = x if self.tokens is None else None if patches else _real(x, self.tokens)",
+        "real = x if not self.masks else None if patches else _real(x, self.masks)",
         "real = x",
         "test_blocks.py::test_padding_does_not_count",
     ),
