@@ -1,10 +1,13 @@
 """Every callback on every kind of module, against re-running the whole module in float64."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from fits import trainer_of
 from torch.utils.data import DataLoader
-from zoo import KINDS, layers_of, made, matrices, rerun
+from zoo import KINDS, layers_of, made, matrices, names, rerun
 
 from prune_callbacks import (
     ALPS,
@@ -54,22 +57,22 @@ def by_hand(pruner):
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_shot_equals_rerunning_the_whole_module(kind, name, tmp_path):
     step, batches, stages, dense = made(kind)
-    _, expected = rerun(step, batches, stages, by_hand(PRUNERS[name]))
+    expected = names(step, rerun(step, batches, stages, by_hand(PRUNERS[name]))[1])
     prune = OneShotPrune(PRUNERS[name], progress=False)
     fit(step, batches, [prune, MaskEnforcer()], tmp_path)
     assert set(prune.report.masks) == set(expected)
     for parameter, keep in expected.items():
         assert torch.equal(prune.report.masks[parameter], keep), parameter
     assert prune.report.masks.violations(step.named_parameters()) == {}
-    assert dense <= set(prune.report.skipped)
+    assert names(step, dict.fromkeys(dense)).keys() <= prune.report.skipped.keys()
     assert all(named in prune.report.by_magnitude for named in expected if ".weight_ih" in named)
 
 
 def weights_of(step, stages):
     """All weights that are pruned by default, by the name of the parameter."""
     layers = [layer for stage in stages for layer in layers_of(step.model, stage).items()]
-    names = {parameter for name, layer in layers for parameter, _, _ in matrices(name, layer)}
-    return {name: step.model.get_parameter(name) for name in names}
+    held = {parameter for name, layer in layers for parameter, _, _ in matrices(name, layer)}
+    return {name: step.model.get_parameter(name) for name in held}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +81,7 @@ def test_iterative_pruning_removes_the_smallest_of_all_layers(kind, tmp_path):
     weights = weights_of(step, stages)
     every = torch.cat([weight.detach().abs().flatten() for weight in weights.values()])
     least = every.sort().values[round(0.5 * len(every))]
-    expected = {name: weight.detach().abs() >= least for name, weight in weights.items()}
+    expected = names(step, {name: weight.detach().abs() >= least for name, weight in weights.items()})
     prune = IterativePrune(ConstantSchedule(0.5))
     fit(step, batches, [prune, MaskEnforcer()], tmp_path)
     assert set(prune.masks) == set(expected)
@@ -92,7 +95,7 @@ def test_the_enforcer_finds_and_holds_the_zeros(kind, tmp_path):
     for enforced in (True, False):
         step, batches, stages, _ = made(kind)
         weights = weights_of(step, stages)
-        keep = MaskSet({name: torch.rand(weight.shape) < 0.5 for name, weight in weights.items()})
+        keep = MaskSet(names(step, {name: torch.rand(weight.shape) < 0.5 for name, weight in weights.items()}))
         keep.apply_(step.named_parameters())
         enforcer = MaskEnforcer()
         fit(step, batches, [enforcer] if enforced else [], tmp_path)
@@ -111,3 +114,11 @@ def test_the_readme_s_table_is_that_of_the_page():
     assert [row.split(" | ")[0].strip("| ") for row in rows[2:]] == list(KINDS)
     assert rows[0].split(" | ")[1:-1] == [*PRUNERS, "IterativePrune", "MaskEnforcer"]
     assert all(row in readme for row in rows)
+
+
+def test_the_readme_s_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    readme = (Path(__file__).parents[1] / "README.md").read_text().split("### Any module\n")[1]
+    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {"__name__": "example"})
+    assert re.search(r"0\.5 \{'net\.8\.weight': 'it is the last layer, which makes the output", capsys.readouterr().out)

@@ -346,7 +346,7 @@ def test_a_model_that_the_module_makes_later(hook, tmp_path):
     setattr(Late, hook, lambda self, *args: setattr(self, "model", llama()))
     ids, _ = padded()
     text = "needs the model when the fit begins: build the model in __init__. Lightning calls the setup of callbacks"
-    with pytest.raises(ValueError, match=f"no layer of Linear is a target.*OneShotPrune {text} before that of Late"):
+    with pytest.raises(ValueError, match=f"no layer of Late is a target.*OneShotPrune {text} before that of Late"):
         fit(Late(), tmp_path, batches=[ids])
     with pytest.raises(ValueError, match=f"OneShotPrune {text}"):
         fit(Late(), tmp_path, batches=[ids], blocks="model.layers")
@@ -364,7 +364,7 @@ def test_a_model_that_the_module_makes_later(hook, tmp_path):
         def train_dataloader(self):
             return DataLoader(TensorDataset(ids), 2)
 
-    for late, found in ((Late, "no layer of Linear is a target"), (Empty, "Empty has no parameters in setup")):
+    for late, found in ((Late, "no layer of Late is a target"), (Empty, "Empty has no parameters in setup")):
         prune = OneShotPrune(PRUNER, progress=False)
         callbacks = [RunReport(tmp_path / "run", progress=False), prune, MaskEnforcer()]
         with pytest.raises(ValueError, match=rf"{found}.* OneShotPrune {text}"):

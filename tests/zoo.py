@@ -300,6 +300,12 @@ def by_hand(layer, x):
     return (weights @ v).permute(2, 0, 1, 3).reshape(tokens, batch, width)
 
 
+def names(step, found):
+    """The names of masks in a report: those of a model of transformers, else those of the whole module."""
+    prefix = "" if isinstance(step.model, hf.PreTrainedModel) else "model."
+    return {f"{prefix}{name}": value for name, value in found.items()}
+
+
 def layers_of(model, stage):
     """The layers with matrices in a stage, by name; an attention stands for the layer inside of it."""
     found = {f"{stage}.{n}".strip("."): m for n, m in model.get_submodule(stage).named_modules()}

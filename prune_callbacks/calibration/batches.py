@@ -89,8 +89,8 @@ def named_inputs(batch: Any) -> Batch:
         raise ValueError(
             f"a calibration batch is a {type(batch).__name__} of {len(batch)} values ({found}), which have no names: "
             "one may be the attention mask, without which padding would count as text. Give mappings, such as "
-            '{"input_ids": ..., "attention_mask": ...}, from the data set or as batches=, or say what to do with a batch '
-            "with forward="
+            '{"input_ids": ..., "attention_mask": ...}, from the data set or as batches=, or say by forward= how the '
+            "model runs on a batch"
         )
     raise ValueError(
         "a calibration batch must be token ids, or a mapping with the arguments of the model's forward, such as "
