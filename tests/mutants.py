@@ -240,7 +240,7 @@ MUTANTS = (
         "calibration/observer.py",
         "key = (id(x), self._targets[name].reading)",
         "key = (id(x), None)",
-        "test_any_module.py::test_one_shot_equals_rerunning_the_whole_module",
+        "test_stages.py::test_at_once_takes_all_statistics_from_the_dense_model",
     ),
     Mutant(
         "an_attention_s_output_stays_the_identity",
