@@ -102,12 +102,17 @@ def encoder_and_decoder(model: nn.Module) -> list[str]:
     Raises:
         NoBlocksError: the encoder or the decoder has no such list.
     """
-    lists, found = outer_lists(model), []
+    lists = outer_lists(model)
+    first = {n: next((part for part in n.split(".") if part in ("encoder", "decoder")), None) for n in lists}
+    found = []
     for part in ("encoder", "decoder"):
-        inside = [n for n in lists if f".{part}." in f".{n}"]
+        inside = [n for n in lists if first[n] == part]
         if not inside:
             raise NoBlocksError(f"no blocks found in the {part} of {type(model).__name__}", list(lists))
-        found.append(max(inside, key=lambda n: sum(p.numel() for p in lists[n].parameters())))
+        # A decoder may have an encoder's classes inside, and an encoder a backbone with an encoder of its own.
+        depth = {n: n.split(".").index(part) for n in inside}
+        outermost = [n for n in inside if depth[n] == min(depth.values())]
+        found.append(max(outermost, key=lambda n: sum(p.numel() for p in lists[n].parameters())))
     return found
 
 

@@ -89,6 +89,8 @@ class ConvTarget(Target):
         layer: Any = self.module
         dims = len(layer.kernel_size)
         samples = x if x.ndim == dims + 2 else x[None]
+        if not samples.numel():
+            return
         numbers = min(NUMBERS, max(2**16, samples.numel() // 2))
         for few in samples.split(max(1, numbers // self._numbers(samples))):
             patches = self._patches(few).unflatten(1, (layer.groups, -1))

@@ -6,14 +6,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from prune_callbacks.anatomy.convolution import CONVOLUTIONS
-from prune_callbacks.anatomy.names import inside
+from prune_callbacks.anatomy.names import dotted, inside
 from prune_callbacks.anatomy.target import ExpertTarget, Target
 from prune_callbacks.anatomy.torch_modules import LEFT_DENSE
 from prune_callbacks.parallel.shapes import whole_shape
-
-OTHERS = (*CONVOLUTIONS, *LEFT_DENSE)
-"""Modules whose parameters of three dimensions or more hold no experts."""
 
 NOT_TAKEN = "it holds the weights of several layers (experts) in one tensor, which this pruner does not support"
 UNKNOWN = (
@@ -29,7 +25,7 @@ def fused_parameters(block: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn
         for attribute, parameter in owner.named_parameters(recurse=False):
             shape = whole_shape(parameter)
             several = len(shape) >= 3 and sum(size > 1 for size in shape) > 1  # RWKV stores vectors as (1, 1, features)
-            if several and not isinstance(owner, OTHERS):
+            if several and not isinstance(owner, LEFT_DENSE):
                 yield name, owner, attribute, parameter
 
 
@@ -43,11 +39,9 @@ def expert_targets(name: str, owner: nn.Module) -> Iterator[ExpertTarget]:
     stored = getattr(owner, "is_transposed", None)
     for attribute, parameter in owner.named_parameters(recurse=False):
         shape = whole_shape(parameter)
-        if isinstance(stored, bool) and len(shape) == 3 and not isinstance(owner, OTHERS):
+        if isinstance(stored, bool) and len(shape) == 3 and not isinstance(owner, LEFT_DENSE):
             for index in range(shape[0]):
-                yield ExpertTarget(
-                    ".".join(filter(None, (name, attribute, str(index)))), owner, attribute, stored, index
-                )
+                yield ExpertTarget(dotted(name, attribute, str(index)), owner, attribute, stored, index)
 
 
 def routers(block: nn.Module) -> dict[str, str]:
@@ -101,7 +95,7 @@ def dense_in_mixtures(
     taken = {id(target.parameter) for target in chosen.values()}
     for block_name, block in blocks:
         for place, owner, attribute, parameter in fused_parameters(block):
-            name = ".".join(filter(None, (block_name, place, attribute)))
+            name = dotted(block_name, place, attribute)
             if not parameter.is_floating_point():
                 raise ValueError(
                     f"{name} holds experts packed in {parameter.dtype}, which cannot be pruned; load the model with "

@@ -19,7 +19,7 @@ from prune_callbacks.anatomy.names import dotted
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.anatomy.targets import all_targets, check_parameters, matches, matching, matrices, targets_of
 
-MAKES_OUTPUT = "it is the last layer, which makes the output; name it in `targets` to prune it too"
+MAKES_OUTPUT = "it is the last layer that is defined, which makes the output; name it in `targets` to prune it too"
 TIED = "its weight is that of an nn.Embedding too, which is never pruned"
 FROZEN = "its weight is not trained (requires_grad=False); name it in `targets` to prune it too"
 DEPTHWISE = "it is a depthwise convolution, which has few weights; name it in `targets` to prune it too"
@@ -63,7 +63,8 @@ def find_stages(model: nn.Module, blocks: str | Sequence[str] | None = None) -> 
         NoBlocksError: a model of transformers has lists, of which none has as many members as its configuration says.
     """
     if blocks is not None:
-        return _of_lists(model, [blocks] if isinstance(blocks, str) else list(blocks))
+        stages = _of_lists(model, [blocks] if isinstance(blocks, str) else list(dict.fromkeys(blocks)))
+        return _with_left(model, stages) if isinstance(model, PreTrainedModel) else stages
     refuse_lazy(model)
     if is_sequence_to_sequence(model):
         return _with_left(model, _of_lists(model, encoder_and_decoder(model)))
@@ -86,6 +87,17 @@ def _of_lists(model: nn.Module, names: Sequence[str]) -> Stages:
         raise ValueError("blocks is empty: name a list of blocks, or leave it out")
     members = [(name, part) for name in names for part in find_blocks(model, name)]
     return Stages([part for _, part in members], [name for name, _ in members])
+
+
+def in_lists(stages: Stages) -> Stages:
+    """Returns the stages that are blocks of lists; the layers outside of these are left."""
+    pairs = list(zip(stages.parts, stages.lists, strict=True))
+    blocks = [(part, owner) for part, owner in pairs if owner is not None]
+    if not blocks:
+        raise ValueError("there is no nn.ModuleList of blocks, inside of which layers lose the same units together")
+    single = [part for part, owner in pairs if owner is None]
+    outside = {target.stored_name: OUTSIDE for part in single for target in targets_of(*part)}
+    return Stages([part for part, _ in blocks], [owner for _, owner in blocks], dict(stages.left) | outside)
 
 
 def _of_layers(model: nn.Module) -> Stages:
@@ -214,8 +226,15 @@ def _kept_dense(model: nn.Module, stages: Stages, found: Mapping[str, Target]) -
     kept = {name: TIED for name, target in plain.items() if id(target.parameter) in embedded}
     if any(target.parameter.requires_grad for target in plain.values()):
         kept |= {name: FROZEN for name, target in plain.items() if not target.parameter.requires_grad}
-    trained = [name for name in found if name not in kept]
-    (last, part), owner = stages.parts[-1], stages.lists[-1]
-    if owner is None and trained and len(own := list(targets_of(last, part))) == 1 and own[0].name == trained[-1]:
-        kept[trained[-1]] = MAKES_OUTPUT
-    return kept
+    last = _output(stages, kept)
+    return kept if last is None or last not in found else kept | {last: MAKES_OUTPUT}
+
+
+def _output(stages: Stages, kept: Mapping[str, str]) -> str | None:
+    """Returns the name of the layer that makes the output: the last stage that is trained, if it is a single layer."""
+    beside_trained = FROZEN in kept.values()
+    for (name, part), owner in zip(reversed(stages.parts), reversed(stages.lists), strict=True):
+        if not beside_trained or any(parameter.requires_grad for parameter in part.parameters()):
+            own = list(targets_of(name, part))
+            return own[0].name if owner is None and len(own) == 1 and own[0].name not in kept else None
+    return None

@@ -6,20 +6,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from prune_callbacks.anatomy.convolution import CONVOLUTIONS
+from prune_callbacks.anatomy.names import dotted
 from prune_callbacks.anatomy.target import Target
 
 Role = Literal["query", "key", "value", "output"]
 ROLES: tuple[Role, ...] = ("query", "key", "value")
 
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-LEFT_DENSE = (
-    nn.MultiheadAttention,
-    *RECURRENT,
-    nn.Bilinear,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LEFT_DENSE = (nn.MultiheadAttention, *RECURRENT, nn.Bilinear, *TRANSPOSED, *CONVOLUTIONS)
 """Modules of torch with matrices in parameters of their own, which stay dense if they are no targets."""
 
 
@@ -69,7 +65,7 @@ def attention_targets(name: str, module: nn.MultiheadAttention) -> Iterator[Atte
     """Yields the four matrices of an attention with full name `name`."""
 
     def of(own: str, attribute: str, role: Role, owner: nn.Module, *, part: str = "") -> AttentionTarget:
-        path = ".".join(filter(None, (name, own)))
+        path = dotted(name, own)
         holder = f"{path}.weight" if role == "output" else path
         return AttentionTarget(f"{path}{part}", owner, attribute, False, holder, module, role, bool(part))
 
@@ -98,7 +94,7 @@ def recurrent_targets(name: str, module: nn.Module) -> Iterator[RecurrentTarget]
     """Yields the matrices of a recurrent layer with full name `name`."""
     for own, parameter in module.named_parameters(recurse=False):
         if parameter.ndim == 2:
-            yield RecurrentTarget(".".join(filter(None, (name, own))), module, own)
+            yield RecurrentTarget(dotted(name, own), module, own)
 
 
 def other_matrices(parts: Sequence[tuple[str, nn.Module]], chosen: Mapping[str, Target]) -> dict[str, str]:
@@ -112,6 +108,5 @@ def other_matrices(parts: Sequence[tuple[str, nn.Module]], chosen: Mapping[str, 
             kind = next(base.__name__ for base in type(module).__mro__ if base in LEFT_DENSE)
             for own, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim > 1 and parameter.is_floating_point() and id(parameter) not in taken:
-                    path = ".".join(filter(None, (part_name, name, own)))
-                    found[path] = f"it is a parameter of a nn.{kind}, which this pruner does not take"
+                    found[dotted(part_name, name, own)] = f"it is a parameter of a nn.{kind}, not taken by this pruner"
     return found

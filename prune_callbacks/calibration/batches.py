@@ -37,16 +37,28 @@ class OwnStep:
             self._run(model, to_device(self.batch, device))
 
     def note_padding(self, model: nn.Module) -> None:
-        """Runs a model of transformers once, and keeps the attention mask that its forward gets, if it has padding."""
+        """
+        Runs a model of transformers once, and keeps the attention mask that its forward gets, if it has padding.
+
+        Raises:
+            ValueError: the function calls the model several times, with different padding.
+        """
+        signature, found = inspect.signature(model.forward), []
 
         def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            self.tokens = real_tokens(kwargs)
+            found.append(real_tokens(signature.bind_partial(*args, **kwargs).arguments))
 
         hook = model.register_forward_pre_hook(note, with_kwargs=True)
         try:
             self(model)
         finally:
             hook.remove()
+        tokens = self.tokens = found[0] if found else None
+        if not all(mask is tokens if mask is None or tokens is None else torch.equal(mask, tokens) for mask in found):
+            raise ValueError(
+                f"the function that runs {type(model).__name__} on a batch calls it {len(found)} times with different "
+                "attention masks, so padding cannot be told from text: give batches as mappings of its arguments"
+            )
 
 
 Batch = Tensor | Mapping[str, Any] | OwnStep

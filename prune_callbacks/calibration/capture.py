@@ -47,7 +47,7 @@ def capture_one_by_one(
     model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Batch]
 ) -> Iterator[BlockInputs]:
     """Yields the results of `capture_inputs` batch by batch; the blocks do not run until it is exhausted or closed."""
-    refuse_shared_modules(blocks)
+    refuse_shared_modules(model, blocks)
     stand_ins = StandIns(blocks)
     first: BlockInputs | None = None
     with forwards_replaced(blocks, [stand_ins.of(index) for index in range(len(blocks))]), _without_head(model, blocks):

@@ -1,6 +1,7 @@
 """Checks calibration batches and windows against a model, before anything runs."""
 
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.blocks import has_forward, is_sequence_to_sequence
-from prune_callbacks.calibration.batches import TARGETS, Batch, OwnStep, accepted_inputs
+from prune_callbacks.calibration.batches import TARGETS, Batch, OwnStep, accepted_inputs, real_tokens
 from prune_callbacks.calibration.pairs import Pair
 
 
@@ -29,6 +30,12 @@ def check_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
     for batch in batches:
         if isinstance(model, PreTrainedModel):
             check_batch(model, batch)
+        elif real_tokens(batch) is not None:
+            warnings.warn(
+                f"the attention_mask of {type(model).__name__} is taken as that of a model of transformers: 1 (True) "
+                "stands for a real token, and the others do not count",
+                stacklevel=4,
+            )
         given: dict[str, Any] = accepted_inputs(model, batch) if isinstance(batch, Mapping) else {}
         try:
             inspect.signature(model.forward).bind(*([] if isinstance(batch, Mapping) else [batch]), **given)
@@ -166,7 +173,8 @@ def explain(model: nn.Module, batch: Batch, error: Exception) -> None:
     """
     positions = _positions(model)
     inputs = accepted_inputs(model, batch)
-    if is_sequence_to_sequence(model) and not any(key in inputs for key in ("labels", *DECODER_IDS)):
+    asks = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    if is_sequence_to_sequence(model) and asks and not any(key in inputs for key in ("labels", *DECODER_IDS)):
         raise ValueError(
             f"{type(model).__name__} is a sequence-to-sequence model, and the calibration batches hold nothing for its "
             f"decoder: give labels or decoder_input_ids too. The error: {error}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def collect(
     Raises:
         ValueError: two layers share their input on one rank, and not on another.
     """
-    passes: list[Pass] = [(b.masks, lambda b=b: run_block(index, block, b, where)) for b in inputs]  # type: ignore[misc]
+    passes = [Pass(b.masks, partial(run_block, index, block, b, where), b.hidden.shape) for b in inputs]
     return _collected(statistic, block, targets, passes, where, ranks)
 
 
@@ -66,7 +67,7 @@ def collect_by_running(
     ranks: Ranks = ALONE,
 ) -> dict[str, Statistic]:
     """Streams the inputs of a block's layers into statistics as `collect` does, in passes of the whole model."""
-    passes: list[Pass] = [(masks_of(b), lambda b=b: run_model(model, b)) for b in batches]  # type: ignore[misc]
+    passes = [Pass(masks_of(batch), partial(run_model, model, batch)) for batch in batches]
     return _collected(statistic, block, targets, passes, where, ranks)
 
 

@@ -103,21 +103,28 @@ def calibration_source(
         return order_of_execution(model, blocks, mine[0]) if len(blocks) > 1 else [0]
 
     order = next(filter(None, ranks.gather(ranks.attempt(ordered))))
-    chains = {name for name in lists if name is not None and lists.count(name) > 1}
-    keys = [lists[index] if lists[index] in chains else None for index in order]
-    runs = [[order[place] for place, _ in run] for _, run in groupby(enumerate(keys), key=lambda pair: pair[1])]
-    for run in runs:  # a list that is interrupted by other stages, or runs in another order, is no chain
-        if run != [index for index, name in enumerate(lists) if name == lists[run[0]]]:
-            keys = [None if key == lists[run[0]] else key for key in keys]
-    runs = [[order[place] for place, _ in run] for _, run in groupby(enumerate(keys), key=lambda pair: pair[1])]
+    chains = _chains(order, lists)
+    ends = [lists[index] if lists[index] in chains else None for index in order]
+    runs = [[order[place] for place, _ in run] for _, run in groupby(enumerate(ends), key=lambda pair: pair[1])]
 
     def make(run: Sequence[int]) -> Source:
         own = [blocks[index] for index in run]
-        if keys[order.index(run[0])] is None:
-            return Rerun(model, range(len(own)), mine, ranks)
-        return _of_a_list(model, own, mine, ranks, idle)
+        if lists[run[0]] in chains:
+            return _of_a_list(model, own, mine, ranks, idle)
+        return Rerun(model, range(len(own)), mine, ranks)
 
     return make(order) if len(runs) == 1 and order == sorted(order) else InTurn(runs, make)
+
+
+def _chains(order: Sequence[int], lists: Sequence[str | None]) -> set[str]:
+    """Returns the lists of blocks that run one after another, in the order of the list and with nothing between."""
+    found: set[str] = set()
+    for name in {name for name in lists if name is not None}:
+        members = [index for index, owner in enumerate(lists) if owner == name]
+        begin = list(order).index(members[0])
+        if len(members) > 1 and list(order[begin : begin + len(members)]) == members:
+            found.add(name)
+    return found
 
 
 def _of_a_list(model: nn.Module, blocks: Sequence[nn.Module], mine: Any, ranks: Ranks, idle: bool) -> Source:

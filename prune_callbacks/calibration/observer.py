@@ -4,6 +4,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,24 @@ from prune_callbacks.anatomy.target import Target
 from prune_callbacks.calibration.pairs import Masks
 from prune_callbacks.solvers.statistics import Statistic
 
-Pass = tuple[Masks, Callable[[], object]]
-"""A forward pass on one batch: the masks of its real tokens, and the function that runs it."""
+
+class Pass(NamedTuple):
+    """
+    A forward pass on one batch.
+
+    Attributes:
+        masks: the masks of its real tokens.
+        run: runs it.
+        shape: passes of one shape call the same layers; None: nothing is known of the calls, so it runs to its end.
+    """
+
+    masks: Masks
+    run: Callable[[], object]
+    shape: Hashable | None = None
 
 
-class _AllSeenError(Exception):
-    """Ends a pass when all layers have been observed."""
+class _AllSeenError(BaseException):
+    """Ends a pass when all layers have been observed; no `except Exception` of a model catches it."""
 
 
 class SometimesSharedError(Exception):
@@ -55,6 +68,8 @@ class Observer:
         self._calls: list[tuple[str, torch.Size]] = []
         # The calls of a complete pass, if later passes may end at the last of them.
         self._whole: list[tuple[str, torch.Size]] | None = None
+        self._shape: Hashable | None = None  # of the running pass
+        self._first: Hashable | None = None  # of the complete one
         self._untold: set[str] = set()
 
     def run(self, block: nn.Module, passes: Sequence[Pass], where: torch.device) -> bool:
@@ -67,14 +82,17 @@ class Observer:
         called: list[bool] = []
         hook = block.register_forward_pre_hook(lambda *_: called.append(True))
         try:
-            for number, (masks, run) in enumerate(passes):
+            for number, (masks, run, shape) in enumerate(passes):
                 self._seen.clear()
                 self._calls.clear()
+                self._shape = shape
                 self.masks = tuple(None if mask is None else mask.to(where) for mask in masks)
                 with suppress(_AllSeenError):
                     run()
-                if number == 0 and sorted(name for name, _ in self._calls) == self._names:  # experts are never called
-                    self._whole = self._calls.copy()
+                if (
+                    number == 0 and sorted(name for name, _ in self._calls) == self._names
+                ):  # experts are never called, so with them no pass ends early
+                    self._whole, self._first = self._calls.copy(), shape
         finally:
             hook.remove()
         self._seen.clear()
@@ -88,7 +106,7 @@ class Observer:
         if leader == name:
             self.count_real(name, x)
         self._calls.append((name, x.shape))
-        if self._calls == self._whole:
+        if self._shape is not None and self._shape == self._first and self._calls == self._whole:
             raise _AllSeenError
 
     def first_mask(self) -> Tensor | None:

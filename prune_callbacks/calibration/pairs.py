@@ -51,6 +51,12 @@ def told_apart(model: nn.Module, batch: Batch) -> Batch:
         return batch
     pair = Pair(batch)
     if source is None:  # features, of which the encoder makes a sequence of its own length
+        if encoder is not None and not bool(encoder.all()):
+            raise ValueError(
+                f"a calibration batch of {type(model).__name__} has padding in its features, of which it is not known "
+                "which places of the encoder they become: give features without padding"
+            )
+        # The encoders of audio make one place of two or four.
         sizes = {size for value in batch.values() if isinstance(value, Tensor) for size in value.shape[1:]}
         if decoder is not None and decoder.shape[1] in {-(-size // by) for size in sizes for by in (2, 4)}:
             raise ValueError(

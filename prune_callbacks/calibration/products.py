@@ -112,45 +112,57 @@ def watched_experts(
         yield
 
 
+ATTENTION = inspect.signature(functional.multi_head_attention_forward)
+OWN_MATRICES = ("in_proj_weight", "q_proj_weight")
+"""Arguments of torch's function by which an attention is known."""
+
+
 @contextmanager
 def watched_attention(module: nn.MultiheadAttention, names: Mapping[str, str], observe: Observe) -> Iterator[None]:
     """
     Observes, inside the `with` block, what the four matrices of an attention are multiplied with.
 
-    The forward runs with the identity as the output's matrix, which returns what enters it; then the real matrix
-    follows. The results are those of the module to the bit.
+    The attention calls one function of torch, which then runs with the identity as the output's matrix and returns what
+    enters that; the real matrix follows. The results are those of the module to the bit.
 
     Args:
         module: the attention.
         names: the names of the targets by role: "query", "key", "value", "output".
         observe: is called with the name of a target and its inputs, (batch, tokens, in) or (tokens, in).
     """
-    signature = inspect.signature(module.forward)
-    # The mask of real tokens is (batch, tokens).
-    batch_first = getattr(module, "batch_first", False)
+    original = functional.multi_head_attention_forward
 
     def see(role: str, x: Tensor) -> None:
         if role in names:
             observe(names[role], x)
 
-    def around(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        swapped: dict[int, Tensor] = {}  # one object for one input, so that matrices with the same input share it
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        given = ATTENTION.bind(*args, **kwargs)
+        given.apply_defaults()
+        values = given.arguments
+        own = (module.in_proj_weight, module.q_proj_weight)
+        if not any(values[key] is not None and any(values[key] is w for w in own) for key in OWN_MATRICES):
+            return original(*args, **kwargs)  # of another attention
+        turned: dict[int, Tensor] = {}  # one object for one input, so that matrices with the same input share it
         for role in ("query", "key", "value"):
-            x = given[role]
-            see(role, swapped.setdefault(id(x), x if batch_first or x.ndim < 3 else x.transpose(0, 1)))
-        weight, bias = module.out_proj.weight, module.out_proj.bias
-        unit = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-        module.out_proj.weight, module.out_proj.bias = nn.Parameter(unit, requires_grad=False), None  # type: ignore[assignment]
-        try:
-            inner, weights = forward(*args, **kwargs)
-        finally:
-            module.out_proj.weight, module.out_proj.bias = weight, bias
-        see("output", inner if batch_first or inner.ndim < 3 else inner.transpose(0, 1))
+            see(role, turned.setdefault(id(values[role]), _by_batch(values[role])))
+        weight, bias = values["out_proj_weight"], values["out_proj_bias"]
+        values["out_proj_weight"] = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        values["out_proj_bias"] = None
+        inner, weights = original(*given.args, **given.kwargs)
+        see("output", _by_batch(inner))
         return functional.linear(inner, weight, bias), weights
 
-    with _wrapped(module, around):
+    functional.multi_head_attention_forward = attend
+    try:
         yield
+    finally:
+        functional.multi_head_attention_forward = original
+
+
+def _by_batch(x: Tensor) -> Tensor:
+    """Turns (tokens, batch, in) into (batch, tokens, in), as the mask of real tokens is; (tokens, in) stays."""
+    return x.transpose(0, 1) if x.ndim == 3 else x
 
 
 def _without(

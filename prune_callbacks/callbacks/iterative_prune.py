@@ -22,9 +22,10 @@ from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.model_in_setup import model_in_setup
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
+from prune_callbacks.callbacks.zeros import masks_from_zeros
 from prune_callbacks.engine.fitting import check_prunable, without_misfits
 from prune_callbacks.engine.iterative import Scope, check_shrinkable, shrink_masks
-from prune_callbacks.parallel.strategies import masks_of_zeros, world
+from prune_callbacks.parallel.strategies import world
 from prune_callbacks.pruners import Magnitude, Pruner
 from prune_callbacks.sparsity import MaskSet, Schedule, Unstructured
 from prune_callbacks.sparsity.schedules import Unit, check_schedule
@@ -94,6 +95,7 @@ class IterativePrune(PrunesInRounds):
         self._file = None if self.rewind is None else RewindFile(self.rewind)
         self._restored: dict[str, Any] | None = None
         self._random_states: list[dict[str, Any]] = []
+        self._layers: dict[str, Target] = {}
         self._targets: dict[str, list[Target]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -101,7 +103,7 @@ class IterativePrune(PrunesInRounds):
             return
         self._begin()
         stages = find_stages(model_in_setup("IterativePrune", pl_module, self.blocks), self.blocks)
-        layers = self._layers(pl_module)
+        layers = self._layers = self._found(pl_module)
         if self.targets is None:
             for text in describe_dense(*dense_in_mixtures(stages.parts, layers), other_matrices(stages.parts, layers)):
                 rank_zero_warn(f"IterativePrune: {text}")
@@ -191,7 +193,7 @@ class IterativePrune(PrunesInRounds):
         if isinstance(given, MaskSet):
             return given
         module = trainer.lightning_module
-        zeros = masks_of_zeros(trainer, parameters_of(self._layers(module).values()), find_language_model(module))
+        zeros = masks_from_zeros(trainer, parameters_of(self._layers.values()), find_language_model(module))
         if zeros.sparsity() < SPARSE:
             return MaskSet({})
         rank_zero_info(f"IterativePrune begins with the zeros of the model: {zeros.sparsity():.2%}")
@@ -228,7 +230,7 @@ class IterativePrune(PrunesInRounds):
         if self._file is not None and state_dict["rewind_file"] is not None:
             self._file.load_state_dict(state_dict["rewind_file"])
 
-    def _layers(self, pl_module: LightningModule) -> dict[str, Target]:
+    def _found(self, pl_module: LightningModule) -> dict[str, Target]:
         model = find_language_model(pl_module)
         stages = find_stages(model, self.blocks)
         layers, _ = stage_targets(model, stages, self.targets)

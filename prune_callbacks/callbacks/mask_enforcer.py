@@ -18,8 +18,9 @@ from prune_callbacks.callbacks.kinds import HoldsMasks
 from prune_callbacks.callbacks.lightning_internals import logs_now
 from prune_callbacks.callbacks.lineup import Lineup, access_to
 from prune_callbacks.callbacks.lost_process import LostProcessWatch
+from prune_callbacks.callbacks.zeros import masks_from_zeros
 from prune_callbacks.parallel.access import ParamAccess, parameter_places
-from prune_callbacks.parallel.strategies import masks_of_zeros, sharded, stepping_optimizers
+from prune_callbacks.parallel.strategies import sharded, stepping_optimizers
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.sparsity.parameter_names import unwrapped
 
@@ -220,7 +221,7 @@ class MaskEnforcer(HoldsMasks):
         model = find_language_model(pl_module)
         stages = find_stages(model, self.blocks)
         layers, _ = stage_targets(model, stages)
-        zeros = masks_of_zeros(trainer, prunable_weights(model, stages), model)
+        zeros = masks_from_zeros(trainer, prunable_weights(model, stages), model)
         # What stays dense by default, such as routers, the last layer or other stacks, may have been pruned elsewhere.
         known, sparsity = parameters_of(layers.values()), zeros.layer_sparsity()
         held = [name for name in zeros if name in known or sparsity[name] >= SPARSE]

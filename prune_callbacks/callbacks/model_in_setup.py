@@ -8,7 +8,7 @@ from torch import nn
 from prune_callbacks.anatomy.adapters import without_adapter
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.anatomy.stages import find_stages, stage_targets
-from prune_callbacks.anatomy.targets import all_targets
+from prune_callbacks.anatomy.targets import all_targets, targets_of
 from prune_callbacks.callbacks.lightning_internals import makes_in_setup
 
 
@@ -54,6 +54,18 @@ def layer_names(pl_module: LightningModule, blocks: str | Sequence[str] | None) 
     model = find_language_model(pl_module)
     found = all_targets(find_stages(model, blocks).parts, every_kind=True)
     return {without_adapter(target.parameter_name) for target in found.values()}
+
+
+def layers_beside(pl_module: LightningModule, model: nn.Module) -> dict[str, str]:
+    """Returns the reason for every trained layer of a module that is outside of the model of transformers in it."""
+    if model is pl_module:
+        return {}
+    inner = {id(part) for part in model.modules()}
+    found = (
+        target for name, part in pl_module.named_modules() if id(part) not in inner for target in targets_of(name, part)
+    )
+    trained = (target for target in found if target.why_no_parameter is None and target.parameter.requires_grad)
+    return {target.name: f"it is outside of the {type(model).__name__}" for target in trained}
 
 
 def refuse_later_layers(

@@ -1,6 +1,8 @@
 """OneShotPrune: prunes a model when a fit begins."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from prune_callbacks.callbacks.kinds import PrunesOnce, renamed
 from prune_callbacks.callbacks.lightning_internals import logs_now, makes_in_setup, resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
-from prune_callbacks.callbacks.model_in_setup import layer_names, model_in_setup, refuse_later_layers
+from prune_callbacks.callbacks.model_in_setup import layer_names, layers_beside, model_in_setup, refuse_later_layers
 from prune_callbacks.callbacks.own_step import Forward, own_step
 from prune_callbacks.callbacks.untouched import untouched
+from prune_callbacks.callbacks.validation_metrics import on_its_device
 from prune_callbacks.engine.report import PruneReport
 from prune_callbacks.engine.sequential import Order, check_order, prune_sequentially
 from prune_callbacks.pruners import Pruner, check_pruner
@@ -124,8 +127,13 @@ class OneShotPrune(PrunesOnce):
         self._layers = layer_names(pl_module, self.blocks) if makes_in_setup(pl_module) else None
         needed, trial = self._needs_batches(), Lineup(trainer).trial() is not None
         own = needed and (self.forward is not None or not isinstance(model, PreTrainedModel))
-        aside = untouched(trainer, pl_module) if own else isolate_rng()
-        with aside, patient_ranks(trainer.strategy.root_device) as ranks:
+        with ExitStack() as stack:
+            if own:  # all of the module runs
+                stack.enter_context(on_its_device(trainer, pl_module))
+                stack.enter_context(untouched(trainer, pl_module))
+            else:
+                stack.enter_context(isolate_rng())
+            ranks = stack.enter_context(patient_ranks(trainer.strategy.root_device))
             count = 1 if trial else self.num_batches
             takes = None if own else model
             self.report = prune_sequentially(
@@ -145,6 +153,8 @@ class OneShotPrune(PrunesOnce):
             if self.dirpath is not None and not trial:
                 ranks.attempt(lambda: self._save(trainer, model))
         assert self.report is not None
+        if self.targets is None:
+            self.report = replace(self.report, skipped=self.report.skipped | layers_beside(pl_module, model))
         rank_zero_info(
             f"pruned {len(self.report.layers)} layers, {self.report.sparsity:.2%} zeros, in {self.report.seconds:.0f} s"
         )

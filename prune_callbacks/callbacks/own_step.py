@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -26,14 +27,25 @@ def own_step(pl_module: LightningModule, forward: Forward | None) -> Callable[[n
         forward: a function of module and batch; None: the module's own step.
 
     Raises:
-        ValueError: the module has no such step.
+        ValueError: the module has no such step; or, when it runs, that the step failed.
     """
     step = forward or _step(pl_module)
 
     # In `setup` the strategy has no model yet whose hooks of the transfer it would call.
     def run(model: nn.Module, batch: Any) -> object:
         batch = pl_module._on_before_batch_transfer(batch)
-        return step(pl_module, pl_module._apply_batch_transfer_handler(batch, device=device_of(pl_module)))
+        batch = pl_module._apply_batch_transfer_handler(batch, device=device_of(pl_module))
+        try:
+            return step(pl_module, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"{type(pl_module).__name__} failed on a calibration batch ({type(error).__name__}: {error}). "
+                "Calibration runs its own step when the fit begins: before its setup and on_train_start, without "
+                "optimizers and gradients. Say how the module runs on a batch: OneShotPrune(..., forward=lambda module, "
+                "batch: module(batch[0]))"
+            ) from error
 
     return run
 

@@ -15,7 +15,7 @@ from prune_callbacks.anatomy.coupling import Coupled, coupled_targets
 from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
 from prune_callbacks.anatomy.names import belongs
 from prune_callbacks.anatomy.resized import planned_removal
-from prune_callbacks.anatomy.stages import Stages, stage_targets
+from prune_callbacks.anatomy.stages import FROZEN, Stages, in_lists, stage_targets
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.anatomy.torch_modules import other_matrices
 from prune_callbacks.calibration.batches import Batch
@@ -56,6 +56,11 @@ class Plan:
     def last(self) -> int:
         """Returns the index of the last block that holds a target."""
         return max(index for index, targets in enumerate(self._by_block) if targets)
+
+    @property
+    def reached(self) -> Sequence[tuple[str, nn.Module]]:
+        """Returns the stages up to the last one that holds a target."""
+        return self.blocks[: self.last + 1]
 
     @cached_property
     def _by_block(self) -> list[dict[str, Target]]:
@@ -125,11 +130,16 @@ def make_plan(
     check_pruner(name, pruner)
     if allocation is not None:
         check_allocation(allocation, pruner)
+    if coupled(pruner):
+        stages = in_lists(stages)
     found = stages.parts
     for block_name, block in found:
         refuse_compiled(block_name, block)
     chosen, left = stage_targets(model, stages, targets, every_kind=takes_every_kind(pruner))
-    skipped = stays_dense(found, chosen) | left if targets is None else {}
+    skipped = stays_dense(found, chosen, left) | left if targets is None else {}
+    frozen = [layer for layer, reason in left.items() if reason == FROZEN]
+    if frozen:
+        warnings.warn(f"{len(frozen)} layers stay dense, first {frozen[0]}: {FROZEN}", stacklevel=3)
     chosen = {target: as_pattern_needs(chosen[target], pruner.pattern) for target in chosen}
     for target in chosen.values():
         check_changeable(target, unread=unread)
@@ -171,15 +181,19 @@ def takes_every_kind(pruner: Pruner) -> bool:
     return not coupled(pruner) and not rounds(pruner)
 
 
-def stays_dense(blocks: Sequence[tuple[str, nn.Module]], chosen: Mapping[str, Target]) -> dict[str, str]:
+def stays_dense(
+    blocks: Sequence[tuple[str, nn.Module]], chosen: Mapping[str, Target], left: Mapping[str, str]
+) -> dict[str, str]:
     """
     Returns the reason for every expert tensor, router and other matrix that stays dense, by name, and warns of them.
+
+    Those in `left` have a reason already.
 
     Raises:
         ValueError: experts are packed in integers.
     """
     fused, routers = dense_in_mixtures(blocks, chosen)
-    others = other_matrices(blocks, chosen)
+    others = {name: why for name, why in other_matrices(blocks, chosen).items() if name not in left}
     for text in describe_dense(fused, routers, others):
         warnings.warn(text, stacklevel=4)
     return fused | routers | others

@@ -105,15 +105,13 @@ def prune_sequentially(
         device=device,
         ranks=ranks,
     )
-    if order == "at_once":
-        plan = replace(plan, blocks=[("", model)], lists=[None])
     if forward is not None and batches is not None:
         batches = [OwnStep(batch, forward, seed) for seed, batch in enumerate(batches)]
     if plan.device is not None and plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
     run = BlockPruning(plan, ranks, min_expert_tokens)
     share_weights(model, ranks)
-    peak = _prune_blocks(model, batches, plan, run, ranks, show=progress and ranks.rank == 0)
+    peak = _prune_blocks(model, batches, plan, run, ranks, order, show=progress and ranks.rank == 0)
     if not run.layers:
         raise ValueError(
             f"nothing was pruned; all {len(run.skipped)} layers were skipped: {next(iter(run.skipped.values()))}"
@@ -134,19 +132,33 @@ def prune_sequentially(
 
 
 def _prune_blocks(
-    model: nn.Module, batches: Iterable[Batch] | None, plan: Plan, run: BlockPruning, ranks: Ranks, *, show: bool
+    model: nn.Module,
+    batches: Iterable[Batch] | None,
+    plan: Plan,
+    run: BlockPruning,
+    ranks: Ranks,
+    order: Order,
+    *,
+    show: bool,
 ) -> int:
-    """Prunes block after block on the outputs of the pruned blocks before it; returns the peak memory, in bytes."""
-    reached = plan.blocks[: plan.last + 1]
+    """Prunes stage after stage on the outputs of the pruned stages before it; returns the peak memory, in bytes."""
+
+    def source_of(plan: Plan) -> Source:
+        if not plan.observed or batches is None:
+            return Chain([], ranks)  # of a pruner that needs no inputs
+        return calibration_source(model, [part for _, part in plan.blocks], batches, ranks, plan.lists)
+
     with evaluating(model), layer_progress(len(plan.targets), show) as (bar, task):
-        source: Source = Chain([], ranks)  # of a pruner that needs no inputs
-        if plan.observed and batches is not None:
-            bar.update(task, description="embedding the calibration windows")
-            source = calibration_source(model, [block for _, block in plan.blocks], batches, ranks, plan.lists)
+        bar.update(task, description="running the first calibration batch")
+        if order == "sequential" or plan.allocation is not None:
+            source = source_of(plan)
         if plan.allocation is not None:
             bar.update(task, description=f"{type(plan.allocation).__name__}: measuring the dense model")
-            run.pruners = allocate(plan.allocation, plan.pruner, reached, plan.targets, source, plan.device, ranks)
-        with closing(source.visits(reached, plan.device)) as visits:
+            run.pruners = allocate(plan.allocation, plan.pruner, plan.reached, plan.targets, source, plan.device, ranks)
+        if order == "at_once":
+            plan = replace(plan, blocks=[("", model)], lists=[None])  # one stage, with all targets
+            source = source_of(plan)
+        with closing(source.visits(plan.reached, plan.device)) as visits:
             for index, block_name, block, where in visits:
                 here = plan.in_block(index)
                 bar.update(task, description=f"pruning {block_name}")

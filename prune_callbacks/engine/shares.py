@@ -7,14 +7,14 @@ from prune_callbacks.pruners import Pruner
 from prune_callbacks.pruners.questions import joint
 from prune_callbacks.ranks import Ranks
 from prune_callbacks.solvers import Gram
-from prune_callbacks.solvers.statistics import GroupedStatistic, Statistic
+from prune_callbacks.solvers.statistics import Statistic, by_group
 
 
 def cost(targets: Sequence[Target], statistic: Statistic | None) -> float:
     """Returns the relative cost of solving: with a Gram a factorisation and a product per row, else one per weight."""
     shapes = [target.shape for target in targets]
     rows, size = sum(out for out, _ in shapes), shapes[0][1]
-    whole = statistic.parts[0] if isinstance(statistic, GroupedStatistic) else statistic
+    whole = by_group(statistic)[0]
     groups = targets[0].groups
     return float(size**2 * (size * groups / 3 + rows) if isinstance(whole, Gram) else size * rows)
 

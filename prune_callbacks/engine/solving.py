@@ -17,7 +17,7 @@ from prune_callbacks.pruners.questions import coupled, joint, needs_calibration
 from prune_callbacks.ranks import Ranks
 from prune_callbacks.solvers import Gram
 from prune_callbacks.solvers.linalg import quadratic_form
-from prune_callbacks.solvers.statistics import GroupedStatistic, Statistic
+from prune_callbacks.solvers.statistics import Statistic, by_group
 from prune_callbacks.sparsity import MaskSet
 
 Statistics = dict[str, Statistic]
@@ -228,7 +228,7 @@ def _prune_by_group(pruner: Pruner, weight: Tensor, statistic: Statistic | None,
     """Prunes a weight whose rows fall into groups, each with inputs of its own, group by group."""
     if groups == 1:
         return pruner.prune(weight, statistic)
-    statistics = statistic.parts if isinstance(statistic, GroupedStatistic) else [statistic] * groups
+    statistics = by_group(statistic) if statistic is not None else [None] * groups
     done = [pruner.prune(part, known) for part, known in zip(weight.chunk(groups), statistics, strict=True)]
     losses = [part.loss for part in done if part.loss is not None]
     loss = sum(losses) if len(losses) == groups else None
@@ -237,7 +237,7 @@ def _prune_by_group(pruner: Pruner, weight: Tensor, statistic: Statistic | None,
 
 def _relative_loss(weight: Tensor, pruned: Pruned, statistic: Statistic | None) -> float | None:
     """Returns the loss over the squared norm of the dense output; None without a Gram. Costs one product `W G`."""
-    grams = statistic.parts if isinstance(statistic, GroupedStatistic) else [statistic]
+    grams = by_group(statistic)
     if pruned.loss is None or not isinstance(grams[0], Gram):
         return None
     parts = zip(weight.chunk(len(grams)), grams, strict=True)

@@ -124,6 +124,11 @@ class InputNorm:
         return self.squares
 
 
+def by_group(statistic: Any) -> list[Any]:
+    """Returns the statistics of a layer's groups; of a layer without groups its own."""
+    return statistic.parts if isinstance(statistic, GroupedStatistic) else [statistic]
+
+
 class GroupedStatistic:
     """
     The statistics of a layer whose rows fall into groups, each with input features of its own: a grouped convolution.

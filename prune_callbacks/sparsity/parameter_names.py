@@ -54,6 +54,8 @@ class Parameters:
         forms = dict.fromkeys(form for name in self.shapes for form in (name, unwrapped(name)))
         prefixes = dict.fromkeys(form[: -len(end) + 1] for form in forms for end in ends if form.endswith(end))
         fitting = [prefix for prefix in prefixes if len(self.find_all(masks, prefix)) == len(masks)]
+        exact = [prefix for prefix in fitting if all(prefix + name in self.shapes for name in masks)]
+        fitting = exact or fitting  # a wrapper's part in a name is only looked for where names are not those
         if len(fitting) < 2:
             return next(iter(fitting), "")
         learning = [prefix for prefix in fitting if any(name.startswith(prefix) for name in trained)]
