@@ -419,6 +419,42 @@ MUTANTS = (
         "partial = folder",
         "test_streaming.py::test_a_call_that_goes_on_after_a_crash_anywhere_ends_the_same",
     ),
+    # a module's own steps
+    Mutant(
+        "buffers_of_a_step_aside_stay",
+        "callbacks/untouched.py",
+        "for value in (part._buffers, *attributes.values()):",
+        "for value in attributes.values():",
+        "test_untouched.py",
+    ),
+    Mutant(
+        "random_states_after_an_error_stay",
+        "callbacks/untouched.py",
+        "isolated.__exit__(None, None, None)",
+        "isolated.gen.close()",
+        "test_untouched.py",
+    ),
+    Mutant(
+        "every_batch_of_a_validation_counts_alike",
+        "callbacks/validation_metrics.py",
+        "self._results.batch, self._results.batch_size = batch, None",
+        "self._results.batch, self._results.batch_size = batch, 1",
+        "test_validation_metrics.py",
+    ),
+    Mutant(
+        "metrics_of_ranks_are_added",
+        "callbacks/validation_metrics.py",
+        "metric.sync_on_compute = metric._to_sync = False",
+        "metric.sync_on_compute = metric._to_sync = True",
+        "test_ddp.py::test_every_rank_validates_all_batches",
+    ),
+    Mutant(
+        "tied_weights_are_written_twice",
+        "storage/model_folder.py",
+        "if tensor.numel() else name",
+        "if tensor.numel() < 0 else name",
+        "test_plain_models.py",
+    ),
     # the rest
     Mutant(
         "error_on_one_rank_not_shared",

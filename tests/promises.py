@@ -175,6 +175,22 @@ PROMISES = {
             "test_fuzz::test_control_without_the_enforcer_pruned_weights_return",
         ),
     ),
+    "the quality of a module without text is that of its own validation, and training goes on as without": Promise(
+        (
+            "test_validation_metrics::test_the_values_are_those_of_a_validation",
+            "test_validation_report::test_a_module_is_measured_by_its_own_validation",
+            "test_validation_report::test_training_goes_on_as_without_a_report",
+            "test_untouched::test_nothing_of_a_step_is_left",
+            "test_ddp::test_every_rank_validates_all_batches",
+        ),
+        (
+            "test_untouched::test_the_same_step_in_the_open_changes_all_of_it",
+            "test_validation_metrics::test_the_mean_of_the_batches_would_be_another",
+        ),
+    ),
+    "a sparse module of any class is saved and loaded": Promise(
+        ("test_plain_models::test_a_module_comes_back_as_it_was", "test_plain_models::test_tied_weights_are_kept_once")
+    ),
     "trial runs change and measure nothing for good": Promise(
         ("test_trial_runs::test_a_trial_run_leaves_the_model_as_it_was_and_writes_nothing",)
     ),

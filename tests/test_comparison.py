@@ -12,7 +12,7 @@ from runs import NAMES, RECORD, make_run, perplexity, words
 from prune_callbacks.reporting.comparison import grouped, main, write_comparison
 from prune_callbacks.reporting.summary import summary_table
 from prune_callbacks.storage.run_folder import read_run
-from prune_callbacks.storage.run_record import RunRecord
+from prune_callbacks.storage.run_record import STAGES, RunRecord
 
 
 @pytest.fixture
@@ -72,6 +72,41 @@ def test_what_cannot_be_compared_is_split(tmp_path, make, capsys, other):
     assert "These runs fall into 2 groups that cannot be compared with each other" in words(page)
     assert words("<section" + second).startswith("Group 2 of 2:")
     assert "do not compare across" in capsys.readouterr().out
+
+
+def metrics_only(**metrics):
+    """What a run without text has: no perplexity, and a value of every metric at every stage."""
+    none = dict.fromkeys(("dataset", "seq_len", "dense", "pruned", "recovered"))
+    stages = {name: dict(zip(STAGES, values, strict=True)) for name, values in metrics.items()}
+    return {"model": "resnet", "perplexity": none, "corpora": {}, "zero_shot": {}, "metrics": stages}
+
+
+def test_runs_with_metrics_beside_runs_with_perplexity(tmp_path, make, capsys):
+    """Those without perplexity are a group of their own; one that logs other metrics is in it, with dashes."""
+    rounds = [
+        {"step": step, "sparsity": step / 40, "perplexity": None, "metrics": {"val_loss": 0.5 + step, "val_acc": None}}
+        for step in (0, 10, 20)
+    ]
+    a = make("a", **metrics_only(val_loss=(0.5, 2.25, 0.75), val_acc=(0.93, None, 0.91)), rounds=rounds)
+    b = make("b", **metrics_only(val_loss=(0.5, 3.0, 0.8765432), val_auroc=(0.99, 0.5, 0.98)))
+    both = make("both", metrics=metrics_only(val_loss=(1.0, 2.0, 1.5))["metrics"])
+    assert main([*map(str, (a, b, both)), "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    first, second = (words("<section" + part) for part in page.split("<section")[1:])
+    assert "resnet (llama, 3 blocks of width 64, 100 tokens), by its own validation metrics" in first
+    assert "recovered val_loss 0.75 0.8765 dense val_acc 0.93 - pruned val_acc - - recovered val_acc 0.91 -" in first
+    assert "dense val_auroc - 0.99" in first
+    assert "erplexity" not in first
+    assert "what pruning cost" not in first
+    assert "Bold: the lowest" not in first
+    assert "Validation metrics of the trained models, round by round" in first
+    assert "recovered perplexity 5.50" in second
+    assert "of what pruning cost, taken back 75 %" in second
+    assert "recovered val_loss 1.5" in second
+    assert re.findall(r'class="best">([^<]+)<', page) == []  # which direction is better is not known
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "│ b │ val_loss │ 0.5 │ 3 │ 0.8765 │" in printed
+    assert "│ both │ 5.00 │ 7.00 │ 5.50 │" in printed
 
 
 def test_runs_that_started_from_other_weights_are_noticed(tmp_path, make):

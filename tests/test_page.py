@@ -220,6 +220,16 @@ def test_the_grid_has_every_value_in_its_place():
     np.testing.assert_array_equal(grid, [[2, 1, 0], [22, np.nan, 20], [112, 111, 110]])
 
 
+def test_blocks_of_several_lists_keep_apart():
+    layers = [f"net.layer{stage}.{block}.conv{n}.weight" for stage in (1, 2) for block in (0, 1) for n in (1, 2)]
+    values = {name: float(place) for place, name in enumerate([*layers, "net.fc.weight"])}
+    blocks, kinds, grid = layer_grid(values)
+    assert blocks == ["-", "layer1.0", "layer1.1", "layer2.0", "layer2.1"]
+    assert kinds == ["conv1", "conv2", "fc"]
+    np.testing.assert_array_equal(grid[1:, :2], [[0, 1], [2, 3], [4, 5], [6, 7]])
+    assert grid[0, 2] == 8
+
+
 def test_kinds_of_one_name_and_experts_keep_apart_or_together():
     blocks, kinds, grid = layer_grid(
         {

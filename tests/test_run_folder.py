@@ -68,6 +68,7 @@ def test_a_folder_with_a_run_is_refused(finished):
         ([], "not the record of a run"),
         ({"perplexity": [1]}, r"its perplexity is \[1\]"),
         ({"sparsity": [1]}, r"its sparsity is \[1\]"),
+        ({"metrics": [1]}, r"its metrics is \[1\]"),
         ({"schema": "1"}, "schema '1', which is no whole number"),
         ({"schema": 99}, "schema 99, and this version .* reads up to 1; install a later one"),
     ],

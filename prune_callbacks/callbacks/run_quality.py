@@ -1,8 +1,6 @@
-"""The measurements of RunReport: perplexity on every text, and zero-shot accuracy."""
+"""The measurements of RunReport: perplexity on every text, validation metrics, and zero-shot accuracy."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.calibration.checks import check_window_length
@@ -18,12 +16,13 @@ from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.model_in_setup import model_in_setup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
+from prune_callbacks.callbacks.validation_metrics import check_validation, on_its_device, validation_metrics
 from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.measure.zero_shot import ZeroShot
 from prune_callbacks.memory import free_memory, model_bytes
 from prune_callbacks.parallel.strategies import world
-from prune_callbacks.storage.model_folder import savable
-from prune_callbacks.storage.run_record import Perplexities, RunRecord
+from prune_callbacks.storage.model_folder import check_savable
+from prune_callbacks.storage.run_record import STAGES, Perplexities, RunRecord
 
 
 @dataclass(frozen=True)
@@ -36,27 +35,39 @@ class RunQuality:
         batch_size: evaluation windows per forward pass.
         zero_shot: the tasks to measure accuracy on; None: no tasks.
         progress: show progress bars.
+        validation: whether to measure the module's own validation metrics; None: where there are no evaluation windows.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
     batch_size: int
     zero_shot: ZeroShot | None
     progress: bool
+    validation: bool | None = None
 
     def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises ValueError for a missing model, windows that it cannot take, or tasks that this fit cannot measure."""
-        windows = getattr(trainer.datamodule, "evaluation_windows", None)
-        if windows is None:
-            raise ValueError("RunReport needs a data module with evaluation_windows, such as TokenDataModule")
+        """Raises ValueError for a missing model, windows that it cannot take, or what this fit cannot measure."""
+        windows = _windows(trainer)
+        if self._validates(trainer):
+            check_validation(trainer, pl_module)
+        elif windows is None:
+            raise ValueError(
+                "RunReport(validation=False) needs a data module with evaluation_windows, such as TokenDataModule"
+            )
         prune = Lineup(trainer).first(OneShotPrune)
         if prune is not None and resumed_checkpoint(trainer) is None:
             model_in_setup("OneShotPrune", pl_module, prune.blocks)
-        savable(find_language_model(pl_module))
+        model = find_language_model(pl_module)
+        check_savable(model)
         further = getattr(trainer.datamodule, "further_evaluation", {})
         for text in (windows, *(others for _, others in further.values())):
-            check_window_length(find_language_model(pl_module), text.shape[1], "the evaluation windows")
+            if text is not None:
+                check_window_length(model, text.shape[1], "the evaluation windows")
         if self.zero_shot is None:
             return
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"zero-shot accuracy is that of a transformers model, got {type(model).__name__}: leave zero_shot out"
+            )
         if trainer.world_size > 1:
             raise ValueError(
                 f"zero-shot accuracy is measured on one process, and this fit has {trainer.world_size}. Leave "
@@ -75,32 +86,54 @@ class RunQuality:
             )
         return fits
 
-    def perplexity(self, trainer: Trainer, pl_module: LightningModule) -> float:
-        """Returns the perplexity on the data module's evaluation windows."""
-        with _on_its_device(trainer, pl_module) as model:
-            return self._perplexity(trainer, model, trainer.datamodule.evaluation_windows)
+    def at_round(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Measures what the entry of a round has: perplexity on the evaluation windows, and validation metrics."""
+        windows, value = _windows(trainer), None
+        if windows is not None:
+            with on_its_device(trainer, model := find_language_model(pl_module)):
+                value = self._perplexity(trainer, model, windows)
+        return _entry(value, self._metrics(trainer, pl_module))
 
-    def measure(self, trainer: Trainer, pl_module: LightningModule, stage: str, record: RunRecord) -> float:
-        """Measures perplexities and accuracies, writes them into the record, and returns the first perplexity."""
-        data = trainer.datamodule
-        windows, title = data.evaluation_windows, getattr(data, "evaluation_title", None)
-        with _on_its_device(trainer, pl_module) as model:
-            value = self._perplexity(trainer, model, windows)
-            if (record.perplexity.dataset, record.perplexity.seq_len) not in ((None, None), (title, windows.shape[1])):
-                record.perplexity = Perplexities()  # the resumed run was measured on another text
-            record.perplexity = replace(record.perplexity, dataset=title, seq_len=windows.shape[1])
-            setattr(record.perplexity, stage, finite(value))
-            _say(stage, value, windows)
-            record.text = dict(getattr(data, "text_setting", {}))
-            corpora = record.corpora
-            for name, (further, others) in getattr(data, "further_evaluation", {}).items():
-                same = torch.equal(others, windows)
-                again = value if same else self._perplexity(trainer, model, others)
-                known = {"dataset": further, "seq_len": others.shape[1], "windows": len(others)}
-                corpora[name] = _of_the_same(corpora.get(name, {}), known) | {stage: finite(again)}
-                _say(f"{stage} {name}", again, others)
+    def measure(self, trainer: Trainer, pl_module: LightningModule, stage: str, record: RunRecord) -> dict[str, Any]:
+        """Measures all there is to measure, writes it into the record, and returns what the entry of a round has."""
+        model, value = find_language_model(pl_module), None
+        with on_its_device(trainer, model):
+            if _windows(trainer) is not None:
+                value = self._texts(trainer, model, stage, record)
             if self.zero_shot is not None:
                 self._zero_shot(self.zero_shot, model, stage, record)
+        metrics = self._metrics(trainer, pl_module)
+        for name, metric in metrics.items():
+            record.metrics.setdefault(name, dict.fromkeys(STAGES))[stage] = finite(metric)
+        if metrics:
+            rank_zero_info(f"{stage} {', '.join(f'{name} {metric:.4g}' for name, metric in metrics.items())}")
+        return _entry(value, metrics)
+
+    def _validates(self, trainer: Trainer) -> bool:
+        """Returns whether the module's own validation is measured."""
+        return _windows(trainer) is None if self.validation is None else self.validation
+
+    def _metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        return validation_metrics(trainer, pl_module) if self._validates(trainer) else {}
+
+    def _texts(self, trainer: Trainer, model: nn.Module, stage: str, record: RunRecord) -> float:
+        """Measures perplexity on every text, writes it into the record, and returns the first."""
+        data = trainer.datamodule
+        windows, title = data.evaluation_windows, getattr(data, "evaluation_title", None)
+        value = self._perplexity(trainer, model, windows)
+        if (record.perplexity.dataset, record.perplexity.seq_len) not in ((None, None), (title, windows.shape[1])):
+            record.perplexity = Perplexities()  # the resumed run was measured on another text
+        record.perplexity = replace(record.perplexity, dataset=title, seq_len=windows.shape[1])
+        setattr(record.perplexity, stage, finite(value))
+        _say(stage, value, windows)
+        record.text = dict(getattr(data, "text_setting", {}))
+        corpora = record.corpora
+        for name, (further, others) in getattr(data, "further_evaluation", {}).items():
+            same = torch.equal(others, windows)
+            again = value if same else self._perplexity(trainer, model, others)
+            known = {"dataset": further, "seq_len": others.shape[1], "windows": len(others)}
+            corpora[name] = _of_the_same(corpora.get(name, {}), known) | {stage: finite(again)}
+            _say(f"{stage} {name}", again, others)
         return value
 
     def _perplexity(self, trainer: Trainer, model: nn.Module, windows: Tensor) -> float:
@@ -125,6 +158,17 @@ def _of_the_same(before: dict[str, Any], known: dict[str, Any]) -> dict[str, Any
     return (before if same else {}) | known
 
 
+def _windows(trainer: Trainer) -> Tensor | None:
+    """Returns the data module's evaluation windows; None if it has none."""
+    return getattr(trainer.datamodule, "evaluation_windows", None)
+
+
+def _entry(perplexity: float | None, metrics: dict[str, float]) -> dict[str, Any]:
+    """Returns what the entry of a round has of the quality."""
+    entry: dict[str, Any] = {"perplexity": None if perplexity is None else finite(perplexity)}
+    return entry | ({"metrics": {name: finite(value) for name, value in metrics.items()}} if metrics else {})
+
+
 def finite(value: float) -> float | None:
     """Returns None for inf and NaN, which JSON cannot represent."""
     return value if math.isfinite(value) else None
@@ -133,15 +177,3 @@ def finite(value: float) -> float | None:
 def _say(what: str, value: float, windows: Tensor) -> None:
     """Logs a perplexity, on rank 0."""
     rank_zero_info(f"{what} perplexity {value:.2f} ({len(windows)} windows of {windows.shape[1]} tokens)")
-
-
-@contextmanager
-def _on_its_device(trainer: Trainer, pl_module: LightningModule) -> Iterator[nn.Module]:
-    """Moves the language model to the trainer's device and back: in setup and after the fit it is on the CPU."""
-    model = find_language_model(pl_module)
-    home, device = next(model.parameters()).device, trainer.strategy.root_device
-    if home.type != device.type:
-        model.to(device)
-    yield model
-    if home.type != device.type:
-        model.to(home)

@@ -19,7 +19,7 @@ from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.page_on_time import PageOnTime
 from prune_callbacks.callbacks.run_outcome import masks_in_force, outcome, save_gathered, seconds_of_pruning
-from prune_callbacks.callbacks.run_quality import RunQuality, finite
+from prune_callbacks.callbacks.run_quality import RunQuality
 from prune_callbacks.callbacks.training_clock import TrainingClock
 from prune_callbacks.measure.zero_shot import ZeroShot
 from prune_callbacks.parallel.strategies import world
@@ -27,7 +27,7 @@ from prune_callbacks.recorded_warnings import RecordedWarnings
 from prune_callbacks.reporting.summary import summary_table
 from prune_callbacks.sparsity.schedules import Unit
 from prune_callbacks.storage.commands import repeat_command
-from prune_callbacks.storage.run_record import RunRecord, Seconds, refuse_existing_run
+from prune_callbacks.storage.run_record import RunRecord, Seconds, refuse_existing_run, resumed_record
 from prune_callbacks.writing import write_json
 
 
@@ -40,10 +40,11 @@ class RunReport(PruningCallback):
     after pruning), and the recovered model when the fit ends.
 
     Perplexity is measured on the data module's `evaluation_windows`, (windows, tokens) of token ids, and reported
-    under its `evaluation_title`, with its `text_setting` if it has one. Texts in its `further_evaluation`, if any, are
-    reported by name. With `IterativePrune` "dense" is the model before the first change and "pruned" the model right
-    after the last change (and its rewinding); `rounds` has the trained model before every change. `zero_shot` adds the
-    accuracy of the dense, the pruned and the recovered model on tasks, in fits of one process.
+    under its `evaluation_title`, with its `text_setting` if it has one, and texts in its `further_evaluation` by name.
+    Without such windows the quality is what the module logs in its own validation, as `Trainer.validate` would give it,
+    measured aside from training. With `IterativePrune` "dense" is the model before the first change and "pruned" the
+    model right after the last change (and its rewinding); `rounds` has the trained model before every change.
+    `zero_shot` adds the accuracy of the three models on tasks, in fits of one process.
 
     A trial run (`Tuner`, `fast_dev_run`, `overfit_batches`) is neither measured nor written.
 
@@ -57,8 +58,9 @@ class RunReport(PruningCallback):
         tokenizer: saved alongside the model.
         batch_size: evaluation windows per forward pass.
         zero_shot: tasks to measure accuracy on; needs the tokenizer.
-        every_round: measure perplexity before every change of `IterativePrune`; False: before the first only.
+        every_round: measure quality before every change of `IterativePrune`; False: before the first only.
         progress: show progress bars.
+        validation: measure what the module logs in its validation; None: where there are no `evaluation_windows`.
 
     Attributes:
         run: the record of the run.
@@ -75,6 +77,7 @@ class RunReport(PruningCallback):
         zero_shot: ZeroShot | None = None,
         every_round: bool = True,
         progress: bool = True,
+        validation: bool | None = None,
     ) -> None:
         if zero_shot is not None and tokenizer is None:
             raise ValueError("RunReport needs a tokenizer to measure zero-shot accuracy: pass tokenizer=")
@@ -82,7 +85,7 @@ class RunReport(PruningCallback):
         self.tokenizer = tokenizer
         self.zero_shot = zero_shot
         self.every_round = every_round
-        self._quality = RunQuality(tokenizer, batch_size, zero_shot, progress)
+        self._quality = RunQuality(tokenizer, batch_size, zero_shot, progress, validation)
         self._warnings = RecordedWarnings(but=PossibleUserWarning)
         self.run = RunRecord(
             recipe=recipe,
@@ -151,10 +154,8 @@ class RunReport(PruningCallback):
         if self._finished:
             return
         loss = trainer.callback_metrics.get("train_loss")
-        curve = self.run.training_loss
-        if loss is not None and (not curve or curve[-1][0] != trainer.global_step):
-            value = finite(float(loss))
-            curve.append([trainer.global_step, None if value is None else round(value, 5)])
+        if loss is not None:
+            self.run.add_loss(trainer.global_step, float(loss))
         self._before_a_change(trainer, pl_module, "step", trainer.global_step)
         if self._page.is_due():
             with self._clock.evaluating(self.run.seconds):
@@ -168,19 +169,19 @@ class RunReport(PruningCallback):
         if prune is None or not prune.rises(unit, now):
             return
         self.run.changes.append(trainer.global_step)
-        if self.run.perplexity.dense is None:
+        if not self.run.measured("dense"):
             self._round(trainer, self._evaluate(trainer, pl_module, "dense"))
         elif self.every_round:
             with self._clock.evaluating(self.run.seconds):
-                value = self._quality.perplexity(trainer, pl_module)
-            self._round(trainer, value)
+                quality = self._quality.at_round(trainer, pl_module)
+            self._round(trainer, quality)
             self._write(trainer, pl_module)
 
-    def _round(self, trainer: Trainer, value: float) -> None:
+    def _round(self, trainer: Trainer, quality: dict[str, Any]) -> None:
         assert self._iterative is not None
         assert self._iterative.masks is not None
         sparsity = self._iterative.masks.sparsity()
-        self.run.rounds.append({"step": trainer.global_step, "sparsity": sparsity, "perplexity": finite(value)})
+        self.run.rounds.append({"step": trainer.global_step, "sparsity": sparsity} | quality)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, pl_module)  # while the strategy still has the weights
@@ -197,9 +198,9 @@ class RunReport(PruningCallback):
         self._clock.stop(self.run.seconds)
         again = self.run.stage == "recovered"  # resumed from a checkpoint of the end
         self._save(trainer, pl_module)
-        value = self._evaluate(trainer, pl_module, "recovered")
+        quality = self._evaluate(trainer, pl_module, "recovered")
         if self._iterative is not None and not again:
-            self._round(trainer, value)
+            self._round(trainer, quality)
         self._write(trainer, pl_module)
         self._page.draw(self.run)
         if trainer.is_global_zero:
@@ -220,20 +221,16 @@ class RunReport(PruningCallback):
         return {"record": record, "saw_the_last": self._saw_the_last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        recipe, ours = state_dict["record"]["recipe"], self.run.recipe
-        if recipe != ours:
-            raise ValueError(
-                f"the checkpoint was written by recipe {recipe}, and this is {ours}; resume with the same recipe"
-            )
+        resumed = resumed_record(state_dict["record"], self.run.recipe)
         self._warnings.put_before(state_dict["record"]["warnings"])
-        self.run = replace(RunRecord.from_json(state_dict["record"]), warnings=self._warnings.texts)
+        self.run = replace(resumed, warnings=self._warnings.texts)
         self._saw_the_last = state_dict["saw_the_last"]
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> float:
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> dict[str, Any]:
         with self._clock.evaluating(self.run.seconds):
-            value = self._quality.measure(trainer, pl_module, stage, self.run)
+            quality = self._quality.measure(trainer, pl_module, stage, self.run)
         self.run.stage = stage
-        return value
+        return quality
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         masks = masks_in_force(self._one_shot, self._iterative)

@@ -123,7 +123,8 @@ class _Validation:
             value = cast(Any, self._module)._LightningModule__to_tensor(value, name)  # checks that it is one number
         others = {"sync_dist", "sync_dist_group", "rank_zero_only"}  # every rank has seen all batches
         given = {key: setting for key, setting in settings.items() if setting is not None and key not in others}
-        self._results.log(self._module._current_fx_name, name, value, **given)
+        # Synchronised by a function that does nothing, or Lightning would recommend to do so.
+        self._results.log(self._module._current_fx_name, name, value, sync_dist=True, **given)
 
     def _collect(self) -> None:
         """Adds the values of the batches since the loader began."""

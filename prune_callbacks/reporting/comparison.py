@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from prune_callbacks.reporting.drawing import COLOURS, draw_curve, draw_rounds, embedded, plain_text, subplots
+from prune_callbacks.reporting.metrics import metric_curves, metric_names, metric_table
 from prune_callbacks.reporting.page import NONE, number, percent, render, write_page
 from prune_callbacks.reporting.side_by_side import sections
 from prune_callbacks.storage.run_folder import Run, read_run
@@ -23,15 +24,18 @@ Runs = dict[str, Run]
 
 
 class Setting(NamedTuple):
-    """The model and the evaluation text that runs must share for their perplexities to be comparable."""
+    """The model and the evaluation text, or the module's own validation, that comparable runs share."""
 
     model: str
     architecture: str | None
     dataset: str | None
     seq_len: int | None
+    only_metrics: bool = False
 
     def __str__(self) -> str:
         model = self.model + (f" ({self.architecture})" if self.architecture else "")
+        if self.only_metrics:
+            return f"{model}, by its own validation metrics"
         if self.seq_len is None:
             return f"{model}, nothing measured yet"
         return f"{model} on {self.dataset or 'the evaluation text'}, windows of {self.seq_len} tokens"
@@ -88,11 +92,13 @@ def write_comparison(dirpaths: Sequence[Path], path: Path) -> dict[Setting, Runs
         groups=[
             {
                 "setting": str(setting),
+                "only_metrics": setting.only_metrics,
                 "runs": runs,
                 "sections": sections([run.record for run in runs.values()]),
                 "notes": notes(runs),
                 "violated": violated(runs),
                 "quality": _quality(runs, setting) if any(map(_measured, runs.values())) else None,
+                "metrics": metric_curves({name: run.record for name, run in runs.items()}),
                 "training": _training(runs) if any(run.record.training_loss for run in runs.values()) else None,
             }
             for setting, runs in groups.items()
@@ -125,7 +131,7 @@ def grouped(runs: Runs) -> dict[Setting, Runs]:
         alike = known.get(model, set()) if model is not None else set()
         architecture = run.architecture or (next(iter(alike)) if len(alike) == 1 else None)
         title = model or ("unnamed model" if architecture else f"unknown model of {name}")
-        setting = Setting(title, architecture, measured.dataset, measured.seq_len)
+        setting = Setting(title, architecture, measured.dataset, measured.seq_len, run.record.only_metrics())
         groups.setdefault(setting, {})[name] = run
     return groups
 
@@ -219,15 +225,19 @@ def _training(runs: Runs) -> str:
 
 
 def _print(setting: Setting, runs: Runs) -> None:
-    """Prints the table of a group on the terminal."""
-    table = Table(title=f"perplexity: {escape(str(setting))}")
-    for column in ("run", "dense", "pruned", "recovered", "zeros", "violations"):
+    """Prints the tables of a group on the terminal."""
+    known = () if setting.only_metrics else STAGES
+    table = Table(title=f"{'perplexity: ' if known else ''}{escape(str(setting))}")
+    for column in ("run", *known, "zeros", "violations"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for name, run in runs.items():
         record = run.record
-        stages = [number(record.perplexity.at(stage)) for stage in STAGES]
+        stages = [number(record.perplexity.at(stage)) for stage in known]
         violations = NONE if record.violations is None else str(sum(record.violations.values()))
         unfinished = " (not complete)" if run.missing else ""
         zeros = percent(record.sparsity.achieved)
         table.add_row(escape(name) + unfinished, *stages, zeros, violations)
     Console().print(table)
+    records = {name: run.record for name, run in runs.items()}
+    if metric_names(records.values()):
+        Console().print(metric_table(records, "validation metrics"))

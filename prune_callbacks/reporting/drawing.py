@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import ContextDecorator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +72,22 @@ def draw_perplexity(axis: Axes, measured: Perplexities) -> None:
     values = {stage: value for stage in STAGES if (value := measured.at(stage)) is not None}
     bars = axis.bar(list(values), list(values.values()), color=[COLOURS[stage] for stage in values])
     axis.bar_label(bars, fmt="%.1f")
+    axis.margins(y=0.15)
     title_perplexity(axis, measured)
 
 
-def draw_rounds(axis: Axes, rounds: list[dict[str, Any]], label: str) -> None:
-    """Draws perplexity over sparsity at the end of every round."""
-    points = [(entry["sparsity"], entry["perplexity"]) for entry in rounds if entry["perplexity"] is not None]
+def draw_rounds(axis: Axes, rounds: list[dict[str, Any]], label: str, metric: str | None = None) -> None:
+    """Draws perplexity, or a metric, over sparsity at the end of every round."""
+    values = [entry["perplexity"] if metric is None else entry.get("metrics", {}).get(metric) for entry in rounds]
+    points = [(entry["sparsity"], value) for entry, value in zip(rounds, values, strict=True) if value is not None]
     if points:
         # Dotted for two points: nothing was measured between them.
         axis.plot(*zip(*points, strict=True), marker="o", label=label, linestyle="-" if len(points) > 2 else ":")
-        axis.annotate(f"{points[-1][1]:.2f}", points[-1], textcoords="offset points", xytext=(6, 0), va="center")
+        last = f"{points[-1][1]:.2f}" if metric is None else f"{points[-1][1]:.4g}"
+        axis.annotate(last, points[-1], textcoords="offset points", xytext=(6, 0), va="center")
     axis.xaxis.set_major_formatter(PercentFormatter(1))
     axis.set_xlabel("zeros in pruned layers")
-    axis.set_ylabel("perplexity")
+    axis.set_ylabel(metric or "perplexity")
     axis.margins(x=0.12)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -117,37 +121,47 @@ def draw_curve(axis: Axes, curve: Curve, **style: Any) -> None:
 
 def layer_grid(values: Mapping[str, float]) -> tuple[list[str], list[str], Float[ndarray, "blocks kinds"]]:
     """
-    Arranges values of layers, given by parameter name, in a grid over decoder blocks and kinds of layers.
+    Arranges values of layers, given by parameter name, in a grid over blocks and kinds of layers.
 
-    "model.layers.3.mlp.up_proj.weight" is in row "3" and column "up_proj". Kinds with the same last name keep their
-    path ("attn.c_proj", "mlp.c_proj"). Layers that differ only in a further number (experts, also if the number comes
-    last) share a cell, which holds their mean. A name without a number is in row "-".
+    "model.layers.3.mlp.up_proj.weight" is in row "3" and column "up_proj". Where blocks are in several lists, their
+    rows are named by both: "layer1.0", "layer2.0". Kinds with the same last name keep their path ("attn.c_proj",
+    "mlp.c_proj"). Layers that differ only in a further number (experts, also if the number comes last) share a cell,
+    which holds their mean. A name without a number is in row "-".
 
     Returns:
         names of the rows, names of the columns, and the values (blocks, kinds); NaN where no such layer exists.
     """
-    cells: dict[tuple[int, str], list[float]] = {}
+    cells: dict[tuple[tuple[str, int], str], list[float]] = {}
     for name, value in values.items():
         cells.setdefault(place(name), []).append(value)
-    blocks = sorted({block for block, _ in cells})
+    lists = list(dict.fromkeys(within for (within, _), _ in cells))
+    blocks = sorted({block for block, _ in cells}, key=lambda block: (block[1] >= 0, lists.index(block[0]), block[1]))
     kinds = list(dict.fromkeys(kind for _, kind in cells))
     grid = np.full((len(blocks), len(kinds)), np.nan)
     for (block, kind), found in cells.items():
         grid[blocks.index(block), kinds.index(kind)] = np.mean(found)
-    return ["-" if block < 0 else str(block) for block in blocks], _short(kinds), grid
+    return _block_names(blocks), _short(kinds), grid
 
 
-def place(parameter: str) -> tuple[int, str]:
+def place(parameter: str) -> tuple[tuple[str, int], str]:
     """
-    Returns the block number of a layer (-1 for none), and its path in the block.
+    Returns the block of a layer, as the name of the list it is in and its number (-1 for none), and its path in it.
 
     In the path "*" replaces further numbers; a number at the end is dropped.
     """
     path = parameter.removesuffix(".weight")
     number = re.search(r"\.(\d+)\.", path)
     if number is None:
-        return -1, path
-    return int(number.group(1)), re.sub(r"(?<=\.)\d+(?=\.)", "*", re.sub(r"\.\d+$", "", path[number.end() :]))
+        return ("", -1), path
+    kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", re.sub(r"\.\d+$", "", path[number.end() :]))
+    return (path[: number.start()], int(number.group(1))), kind
+
+
+def _block_names(blocks: list[tuple[str, int]]) -> list[str]:
+    """Returns the number of every block, after what tells its list from the others, if there are several."""
+    lists = [within.split(".") for within, number in blocks if number >= 0]
+    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*lists, strict=False))))
+    return ["-" if n < 0 else ".".join([*within.split(".")[shared:], str(n)]) for within, n in blocks]
 
 
 def _short(kinds: list[str]) -> list[str]:
@@ -164,7 +178,7 @@ def draw_layers(axis: Axes, losses: dict[str, float | None], sparsity: dict[str,
     axis.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
     every = max(1, len(blocks) // 10)
     axis.set_yticks(range(0, len(blocks), every), blocks[::every])
-    axis.set_ylabel("decoder block")
+    axis.set_ylabel("block")
     axis.set_title(title)
     axis.figure.colorbar(image, ax=axis)
 
@@ -192,7 +206,7 @@ def heat_map(values: Mapping[str, float], label: str, *, percent: bool) -> str:
     axis.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
     every = -(-len(blocks) // 70)
     axis.set_yticks(range(0, len(blocks), every), blocks[::every])
-    axis.set_ylabel("decoder block")
+    axis.set_ylabel("block")
     bar = figure.colorbar(image, ax=axis, label=label, format=PercentFormatter(1) if percent else "%g")
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
     if len(blocks) <= 70 and len(kinds) <= 14:

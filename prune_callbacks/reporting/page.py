@@ -10,13 +10,13 @@ from prune_callbacks.reporting.drawing import (
     CORNER,
     draw_corner,
     draw_curve,
-    draw_rounds,
     embedded,
     heat_map,
     place,
     plain_text,
     subplots,
 )
+from prune_callbacks.reporting.metrics import curves_of_rounds, plain_number, quantities
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.run_folder import Run, read_run
 from prune_callbacks.storage.run_record import STAGES, RunRecord
@@ -61,6 +61,7 @@ def render_page(run: Run) -> str:
         sparsity_map=heat_map(record.sparsity.layers, "zeros", percent=True) if record.sparsity.layers else None,
         loss_map=heat_map(losses, "relative squared error", percent=False) if losses else None,
         training=_training(record) if record.training_loss else None,
+        quantities=quantities([record]),
         rounds=_rounds(record) if len(record.rounds) > 1 else None,
         masks=mask_pictures(run.masks) if run.masks is not None else [],
     )
@@ -75,7 +76,13 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "duration": duration, "size": size}
+    environment.filters |= {
+        "number": number,
+        "plain_number": plain_number,
+        "percent": percent,
+        "duration": duration,
+        "size": size,
+    }
     written = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     return environment.get_template(template).render(values | {"STAGES": STAGES, "NONE": NONE, "written": written})
 
@@ -180,10 +187,8 @@ def _training(record: Record) -> str:
 
 @plain_text
 def _rounds(record: Record) -> str:
-    figure, axis = subplots(figsize=(9, 3.6))
-    draw_rounds(axis, record.rounds, "trained")
-    axis.set_ylabel(f"perplexity, windows of {record.perplexity.seq_len}")
-    return embedded(figure)
+    perplexity = f"perplexity, windows of {record.perplexity.seq_len}"
+    return embedded(curves_of_rounds({"trained": record.rounds}, quantities([record]), perplexity))
 
 
 def mask_pictures(masks: MaskSet) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.table import Table
@@ -18,51 +19,76 @@ from prune_callbacks.reporting.drawing import (
     subplots,
     title_perplexity,
 )
+from prune_callbacks.reporting.metrics import curves_of_rounds, draw_metric, metric_table, quantities
 from prune_callbacks.reporting.summary import optional_number
 from prune_callbacks.storage.run_record import STAGES, RunRecord
+
+IN_A_REPORT = 4
+"""Number of perplexity and metrics that `report.png` has at most."""
 
 
 def compare(records: Mapping[str, RunRecord], path: Path) -> None:
     """
-    Prints the results of several runs side by side, and draws perplexity over sparsity with a curve for each run.
+    Prints the results of several runs side by side, and draws their quality over sparsity with a curve for each run.
+
+    Quality is perplexity, where it was measured, and the validation metrics.
 
     Args:
         records: the record of each run (its `report.json`), by the name of the run.
         path: the picture.
     """
     first = next(iter(records.values())).perplexity
-    table = Table(title=f"perplexity on {first.dataset or 'evaluation text'} (windows of {first.seq_len})")
-    for column in ("run", "optimizer steps", "dense", "pruned", "recovered", "zeros", "violations"):
+    shown = quantities(list(records.values()))
+    measured = STAGES if None in shown else ()
+    on = f"perplexity on {first.dataset or 'evaluation text'} (windows of {first.seq_len})"
+    table = Table(title=on if measured else "runs side by side")
+    for column in ("run", "optimizer steps", *measured, "zeros", "violations"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for name, record in records.items():
-        stages = [optional_number(record.perplexity.at(stage)) for stage in STAGES]
+        stages = [optional_number(record.perplexity.at(stage)) for stage in measured]
         achieved = f"{record.sparsity.achieved:.2%}"
         table.add_row(
             name, str(record.optimizer_steps), *stages, achieved, str(sum((record.violations or {}).values()))
         )
     Console().print(table)
-    figure, axis = subplots(figsize=(8, 5))
-    for name, record in records.items():
-        draw_rounds(axis, record.rounds, f"{name}, {record.optimizer_steps} steps in all")
-    axis.set_title(f"held-out perplexity, {first.dataset or 'evaluation text'}, windows of {first.seq_len} tokens")
-    if axis.get_legend_handles_labels()[0]:  # only runs with rounds have a curve
-        axis.legend()
+    if any(record.metrics for record in records.values()):
+        Console().print(metric_table(records, "validation metrics"))
+    figure = curves_of_rounds(
+        {f"{name}, {record.optimizer_steps} steps in all": record.rounds for name, record in records.items()}, shown
+    )
+    if measured:
+        figure.suptitle(f"held-out {on}")
     save(figure, path)
 
 
 def draw_report(record: RunRecord, path: Path) -> None:
-    """Draws perplexities, the training curve, and a heat map of the reconstruction loss of every layer."""
-    figure, axes = subplots(1, 3, figsize=(15, 5), width_ratios=(1, 1.4, 1.6))
+    """Draws the quality, the training curve, and a heat map of the reconstruction loss of every layer."""
+    shown = quantities([record])[:IN_A_REPORT]
+    figure, axes = subplots(
+        len(shown), 3, figsize=(15, max(5, 2 * len(shown))), width_ratios=(1, 1.4, 1.6), squeeze=False
+    )
+    for axis in axes[:, 1:].flat:  # the two other panels are as high as all of the first column
+        axis.remove()
+    grid = axes[0, 0].get_gridspec()
     how = record.schedule or record.pruner
     figure.suptitle(f"{record.model or 'model'}: {how}, {record.sparsity.achieved:.1%} zeros")
-    if record.rounds:
-        draw_rounds(axes[0], record.rounds, "trained")
-        title_perplexity(axes[0], record.perplexity)
-    else:
-        draw_perplexity(axes[0], record.perplexity)
-    draw_training(axes[1], record.training_loss, record.changes)
-    draw_layers(axes[2], record.reconstruction_loss, record.sparsity.layers)
+    for axis, name in zip(axes[:, 0], shown, strict=True):
+        _quality(axis, record, name)
+    draw_training(figure.add_subplot(grid[:, 1]), record.training_loss, record.changes)
+    draw_layers(figure.add_subplot(grid[:, 2]), record.reconstruction_loss, record.sparsity.layers)
     save(figure, path)
+
+
+def _quality(axis: Axes, record: RunRecord, metric: str | None) -> None:
+    """Draws perplexity or a metric: over sparsity if the run has rounds, else a bar for every stage."""
+    if record.rounds:
+        draw_rounds(axis, record.rounds, "trained", metric)
+    if metric is None and record.rounds:
+        title_perplexity(axis, record.perplexity)
+    elif metric is None:
+        draw_perplexity(axis, record.perplexity)
+    elif not record.rounds:
+        draw_metric(axis, metric, record.metrics[metric])
 
 
 def draw_sparsity(history: list[dict[str, Any]], path: Path) -> None:

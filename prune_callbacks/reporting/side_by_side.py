@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from prune_callbacks.reporting.metrics import metric_names, plain_number, quantities
 from prune_callbacks.reporting.page import NONE, duration, number, percent, share_recovered, size
 from prune_callbacks.storage.run_record import STAGES, RunRecord
 
@@ -36,9 +37,14 @@ class Row(NamedTuple):
 
 def sections(records: Sequence[RunRecord]) -> dict[str, list[Row]]:
     """Returns the rows of the table by section title; each row has a cell for every record."""
-    quality = [_perplexity(stage, "perplexity", [r.perplexity.at(stage) for r in records]) for stage in STAGES]
+    quality = []
+    if None in quantities(records):
+        quality += [_perplexity(stage, "perplexity", [r.perplexity.at(stage) for r in records]) for stage in STAGES]
+        quality += [Row("of what pruning cost, taken back", [percent(share_recovered(r), 0) for r in records])]
+    for name in metric_names(records):
+        values = [r.metrics.get(name, {}) for r in records]
+        quality += [Row(f"{stage} {name}", [plain_number(v.get(stage)) for v in values]) for stage in STAGES]
     quality += [
-        Row("of what pruning cost, taken back", [percent(share_recovered(r), 0) for r in records]),
         Row("zeros in pruned layers", [percent(r.sparsity.achieved) for r in records]),
         Row(
             "weights violating masks",

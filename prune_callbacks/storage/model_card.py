@@ -21,7 +21,14 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write_model_card(
-    folder: Path, sparsity: float, layers: int, *, source: str | None = None, note: str = "", durable: bool = False
+    folder: Path,
+    sparsity: float,
+    layers: int,
+    *,
+    source: str | None = None,
+    module: str | None = None,
+    note: str = "",
+    durable: bool = False,
 ) -> None:
     """
     Writes or completes `folder/README.md`: how sparse the model is, how to load it, and how to keep its zeros.
@@ -33,6 +40,7 @@ def write_model_card(
         sparsity: the fraction of zeros in the pruned layers.
         layers: the number of pruned layers.
         source: the dense model's name on the hub, `owner/name`. Any other text, such as a local path, is ignored.
+        module: the class of a module that is no model of `transformers`; None: a model of `transformers`.
         note: a further sentence.
         durable: also sync the file to the disk.
     """
@@ -40,13 +48,15 @@ def write_model_card(
     written = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
     card = _parsed(written)
     data: Any = ModelCardData() if card is None else card.data
-    data.library_name = data.library_name or "transformers"
+    if module is None:
+        data.library_name = data.library_name or "transformers"
     data.tags = [*(data.tags or []), *(tag for tag in TAGS if tag not in (data.tags or []))]
     named = source is not None and HUB_ID.fullmatch(source) is not None and _came_from_the_hub(source)
     if named and data.base_model is None:
         data.base_model = source
     before = re.sub(f"{BEGIN}.*?{END}\n*", "", written if card is None else card.text, flags=re.DOTALL).strip()
-    section = _section(sparsity, layers, source if named else None, _loader(folder / "config.json"), note)
+    loading = _by_transformers(folder / "config.json") if module is None else _by_safetensors(module)
+    section = _section(sparsity, layers, source if named else None, loading, note)
     text = "\n\n".join(part for part in (section, before) if part)
     write_text(path, f"---\n{data.to_yaml()}\n---\n\n{text}\n", durable=durable)
 
@@ -67,20 +77,30 @@ def _came_from_the_hub(source: str) -> bool:
     return isinstance(try_to_load_from_cache(source, "config.json"), str)
 
 
-def _loader(config: Path) -> str:
-    """Returns the class of transformers that loads a model: its own, if it is no causal language model."""
+def _by_transformers(config: Path) -> str:
+    """Says how `transformers` loads a model: by its own class, if it is no causal language model."""
     named = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
     kind: str = named[0] if named else "ForCausalLM"
-    return "AutoModelForCausalLM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else kind
+    loader = "AutoModelForCausalLM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else kind
+    return (
+        f"`{loader}.from_pretrained` loads the folder as any\nother, and no special format or configuration is needed."
+    )
 
 
-def _section(sparsity: float, layers: int, source: str | None, loader: str, note: str) -> str:
+def _by_safetensors(module: str) -> str:
+    """Says how a module of any other class is loaded."""
+    return (
+        f"the folder holds\nno code: build the `{module}` they belong to and load them by\n"
+        '`safetensors.torch.load_model(module, "model.safetensors")`.'
+    )
+
+
+def _section(sparsity: float, layers: int, source: str | None, loading: str, note: str) -> str:
     """Returns the section of the card that is marked by `BEGIN` and `END`."""
     of = f" of {source}" if source else ""
     sentences = [
         f"A pruned model{of}: {sparsity:.2%} of the weights of {layers} layers are zero.",
-        f"Weights are stored dense, with their zeros: `{loader}.from_pretrained` loads the folder as any",
-        "other, and no special format or configuration is needed. Dense kernels run it at the dense model's speed.",
+        f"Weights are stored dense, with their zeros: {loading} Dense kernels run it at the dense model's speed.",
         "Training overwrites the zeros unless the masks are held, e.g. by `MaskEnforcer` of prune-callbacks, which",
         "reads them from the zeros.",
         note,

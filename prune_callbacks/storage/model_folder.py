@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,23 +17,43 @@ from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.model_card import write_model_card
 from prune_callbacks.writing import replaced_folder, whole_file
 
+PLAIN = "model.safetensors"
+"""The file of a module that is no model of `transformers`."""
+
 
 def savable(model: nn.Module) -> PreTrainedModel:
     """
-    Returns the model if its files can be loaded again.
+    Returns the model if it is one of `transformers` whose files can be loaded again.
 
     Raises:
-        ValueError: it is no `transformers` model, which has no common file format, or one of its tensors is computed
-            from others, which have names in files that no model is loaded from.
+        ValueError: it is no `transformers` model, or `check_savable` refuses it.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"only transformers models can be saved, got {type(model).__name__}; save its state_dict instead"
         )
+    check_savable(model)
+    return model
+
+
+def check_savable(model: nn.Module) -> None:
+    """
+    Raises ValueError if a model could not be loaded from the files that `save_sparse_model` writes.
+
+    One of its tensors is computed from others, which have names in files that no model is loaded from, or its
+    `state_dict` has values that are no tensors.
+    """
     for name, why in computed_tensors(model).items():
         layer = name.rpartition(".")[0]
         raise ValueError(f"the model could not be loaded from its files, because of layer {layer}: {why}")
-    return model
+    if isinstance(model, PreTrainedModel):
+        return
+    others = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f"the state_dict of {type(model).__name__} has values that are no tensors, first {others[0]}, which no "
+            "safetensors file can hold; keep them out of it (get_extra_state)"
+        )
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -98,31 +119,50 @@ def save_sparse_model(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """
-    Writes `dirpath/model` (plain `save_pretrained`, dense with zeros), its model card and `dirpath/masks.safetensors`.
+    Writes the model, dense with zeros, and its card into `dirpath/model`, and `dirpath/masks.safetensors`.
 
-    If the model has adapters (peft), the base model is written, under its own names. Older files are replaced only once
-    the new ones are complete.
+    A model of `transformers` is written by `save_pretrained`; if it has adapters (peft), the base model is, under its
+    own names. Of any other module the `state_dict` is written as `model.safetensors`, without code, as
+    `safetensors.torch.save_model` would: `safetensors.torch.load_model(module, file)` loads it. Older files are
+    replaced only once the new ones are complete.
 
     Args:
-        model: a `transformers` model.
+        model: the model.
         masks: the model's masks.
         dirpath: the folder.
         tokenizer: saved alongside the model.
         state_dict: the model's whole weights by name, if its parameters are sharded; None: `model.state_dict()`.
 
     Raises:
-        ValueError: the model cannot be saved; see `savable`.
+        ValueError: the model cannot be saved; see `check_savable`.
     """
-    model = savable(model)
+    check_savable(model)
     folder = Path(dirpath)
+    state = model.state_dict() if state_dict is None else state_dict
     with whole_file(folder / "masks.safetensors") as masks_file, replaced_folder(folder / "model") as partial:
-        model.save_pretrained(
-            partial, state_dict=base_state_dict(model, model.state_dict() if state_dict is None else state_dict)
-        )
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained(partial, state_dict=base_state_dict(model, state))
+            about: dict[str, Any] = {"source": getattr(model.config, "_name_or_path", None)}
+        else:
+            _save_plain(state, partial)
+            about = {"module": type(model).__name__}
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        write_model_card(partial, masks.sparsity(), len(masks), source=getattr(model.config, "_name_or_path", None))
+        write_model_card(partial, masks.sparsity(), len(masks), **about)
         masks.save(masks_file)
+
+
+def _save_plain(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes a state dict; tied tensors once, with their other names in the metadata."""
+    kept: dict[Any, str] = {}
+    metadata = {"format": "pt"}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
+        if kept.setdefault(place, name) != name:
+            metadata[name] = kept[place]
+    # Copies: layers may share one memory without being tied, as recurrent ones do on a GPU.
+    whole = {name: state[name].contiguous().clone() for name in kept.values()}
+    save_file(whole, folder / PLAIN, metadata=metadata)
 
 
 def from_state(kind: type[PreTrainedModel], config: Any, state: Mapping[str, Tensor]) -> PreTrainedModel:

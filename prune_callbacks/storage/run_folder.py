@@ -61,7 +61,7 @@ def read_run(dirpath: str | Path) -> Run:
         raise ValueError(f"{dirpath} holds no run but a study, whose results are in {' and '.join(studied)}")
     written = read_record(dirpath)
     record = RunRecord() if written is None else written
-    reached = [stage for stage in STAGES if record.perplexity.at(stage) is not None]
+    reached = [stage for stage in STAGES if record.measured(stage)]
     record.stage = record.stage or (reached[-1] if reached else None)
     config_file = dirpath / "config.yaml"
     config = config_file.read_text(encoding="utf-8", errors="replace") if config_file.is_file() else None
@@ -113,12 +113,13 @@ def _unmeasured(record: RunRecord, *, measured: bool, job: bool) -> list[str]:
         return []
     reached = STAGES.index(record.stage) if record.stage in STAGES else -1
     due = {"pruned": "the masks' last change is still to come", "recovered": "training has not come to its end"}
+    quality = "validation metrics" if record.only_metrics() else "perplexity"
     missing = []
     for number, stage in enumerate(STAGES):
         if number > reached:
-            missing.append(f"The {stage} model's perplexity: {due.get(stage, 'it has not been measured yet')}.")
-        elif record.perplexity.at(stage) is None:
-            missing.append(f"The {stage} model's perplexity: it was not measured, or is no finite number.")
+            missing.append(f"The {stage} model's {quality}: {due.get(stage, 'not measured yet')}.")
+        elif not record.measured(stage):
+            missing.append(f"The {stage} model's {quality}: not measured, or no finite number.")
     return missing
 
 

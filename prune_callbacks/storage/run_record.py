@@ -1,6 +1,7 @@
 """The record of a run: the content of `report.json`."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -76,7 +77,9 @@ class RunRecord:
         perplexity: the perplexities on the evaluation windows.
         corpora: the perplexities on further texts, by name: dataset, seq_len, windows, and a value per stage.
         zero_shot: the accuracies, by task: metric, limit, examples, data, and a value per stage.
-        rounds: step, sparsity and perplexity before every change of `IterativePrune` and at the end.
+        metrics: what the module logs in its own validation, by name: a value per stage; {} if that was not measured.
+        rounds: step, sparsity, perplexity and, if measured, metrics (name to value) before every change of
+            `IterativePrune` and at the end.
         changes: the optimizer steps at which masks changed.
         training_loss: (optimizer step, loss).
         seconds: the wall time of the parts.
@@ -112,6 +115,7 @@ class RunRecord:
     perplexity: Perplexities = field(default_factory=Perplexities)
     corpora: dict[str, dict[str, Any]] = field(default_factory=dict)
     zero_shot: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float | None]] = field(default_factory=dict)
     rounds: list[dict[str, Any]] = field(default_factory=list)
     changes: list[int] = field(default_factory=list)
     training_loss: list[list[Any]] = field(default_factory=list)
@@ -138,6 +142,20 @@ class RunRecord:
     checkpoint: str | None = None
     text: dict[str, Any] = field(default_factory=dict)
 
+    def measured(self, stage: str) -> bool:
+        """Returns whether the quality at one of `STAGES` is known: a perplexity, or a metric."""
+        known = (self.perplexity.at(stage), *(values.get(stage) for values in self.metrics.values()))
+        return any(value is not None for value in known)
+
+    def only_metrics(self) -> bool:
+        """Returns whether quality was measured by metrics and not by perplexity."""
+        return bool(self.metrics) and not any(self.perplexity.at(stage) is not None for stage in STAGES)
+
+    def add_loss(self, step: int, loss: float) -> None:
+        """Adds a point to the training loss, unless the last one is of the same step."""
+        if not self.training_loss or self.training_loss[-1][0] != step:
+            self.training_loss.append([step, round(loss, 5) if math.isfinite(loss) else None])
+
     def to_json(self) -> dict[str, Any]:
         """Returns the record as plain values."""
         return asdict(self)
@@ -153,7 +171,7 @@ class RunRecord:
         parts = {"perplexity": Perplexities, "seconds": Seconds, "sparsity": Zeros}
         if not isinstance(record, Mapping):
             raise ValueError("this is not the record of a run")
-        for name in parts:
+        for name in (*parts, "metrics"):
             if not isinstance(record.get(name) or {}, Mapping):
                 raise ValueError(f"this is not the record of a run: its {name} is {record[name]!r}")
         if not isinstance(record.get("schema") or SCHEMA, int):
@@ -171,6 +189,16 @@ def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values that are not None and have the name of a field of a dataclass."""
     names = {f.name for f in fields(kind)}
     return {name: value for name, value in values.items() if value is not None and name in names}
+
+
+def resumed_record(record: Mapping[str, Any], recipe: str | None) -> RunRecord:
+    """Makes a record from that in a checkpoint; ValueError if another recipe wrote it."""
+    written = record["recipe"]
+    if written != recipe:
+        raise ValueError(
+            f"the checkpoint was written by recipe {written}, and this is {recipe}; resume with the same recipe"
+        )
+    return RunRecord.from_json(record)
 
 
 def refuse_existing_run(dirpath: Path) -> None:
