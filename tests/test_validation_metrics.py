@@ -7,6 +7,7 @@ import torch
 from fits import trainer_of
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import nn
+from torchmetrics.classification import BinaryAccuracy
 from validating import Classifier, loader, rows
 
 from prune_callbacks.callbacks.validation_metrics import validation_metrics
@@ -153,6 +154,15 @@ class Late(Classifier):
         return loader(self.rows)
 
 
+class LateMetric(Classifier):
+    def __init__(self):
+        super().__init__()
+        del self.accuracy
+
+    def setup(self, stage):
+        self.accuracy = BinaryAccuracy()
+
+
 @pytest.mark.parametrize(
     ("module", "data", "settings", "text"),
     [
@@ -166,6 +176,12 @@ class Late(Classifier):
         (Classifier, loader, {"limit_val_batches": 0}, r"runs no validation \(limit_val_batches=0\): leave that out"),
         (Classifier, lambda: iter(loader()), {}, "the validation data is an iterator, which gives every batch once"),
         (
+            LateMetric,
+            loader,
+            {},
+            r"^validation of LateMetric failed \(AttributeError.* Its own setup\(\) has not run yet",
+        ),
+        (
             Late,
             None,
             {},
@@ -176,6 +192,7 @@ class Late(Classifier):
 def test_what_is_missing_is_said(tmp_path, module, data, settings, text):
     trainer = trainer_of([], tmp_path, **settings)
     model = module()
+    trainer.strategy.connect(model)
     trainer._data_connector.attach_data(model, loader(), data and data())  # as in the setup of a fit
     with pytest.raises(ValueError, match=text):
         validation_metrics(trainer, model)

@@ -248,7 +248,7 @@ class Silent(Classifier):
             Classifier,
             {"zero_shot": ZeroShot(["piqa"]), "tokenizer": 1},
             {},
-            "is that of a transformers model, got Class",
+            "are those of a transformers model, got Class",
         ),
     ],
 )

@@ -46,11 +46,12 @@ def training_data_source(trainer: Trainer) -> Any:
 @contextmanager
 def before_setup_of(source: Any, makes: str, otherwise: str) -> Iterator[None]:
     """
-    Adds to an error of a module's data that the module's own `setup` has not run yet, where it has one.
+    Adds to an error of a module's data or steps that the module's own `setup` has not run yet, where it has one.
 
     Args:
-        source: the module that makes the data; a data module, whose `setup` has run, and None add nothing.
-        makes: the name of the method that makes it.
+        source: the module that makes the data, or whose step it is; a data module, whose `setup` has run, and None
+            add nothing.
+        makes: the name of the method that fails.
         otherwise: what else the user can do, the end of the sentence.
     """
     try:
@@ -60,8 +61,8 @@ def before_setup_of(source: Any, makes: str, otherwise: str) -> Iterator[None]:
             raise
         raise ValueError(
             f"{makes} of {type(source).__name__} failed ({type(error).__name__}: {error}). Its own setup() "
-            "has not run yet: Lightning calls that of the callbacks first. Make the data in __init__ or prepare_data, "
-            f"or in a LightningDataModule, whose setup comes earlier, or {otherwise}"
+            "has not run yet: Lightning calls that of the callbacks first. Make what it needs in __init__ or "
+            f"prepare_data, or in a LightningDataModule, whose setup comes earlier, or {otherwise}"
         ) from error
 
 

@@ -58,16 +58,17 @@ class RunQuality:
             model_in_setup("OneShotPrune", pl_module, prune.blocks)
         model = find_language_model(pl_module)
         check_savable(model)
+        if not (windows is None and self.zero_shot is None) and not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"perplexity and zero-shot accuracy are those of a transformers model, got {type(model).__name__}: "
+                "leave out evaluation_windows and zero_shot, and RunReport measures the module's own validation metrics"
+            )
         further = getattr(trainer.datamodule, "further_evaluation", {})
         for text in (windows, *(others for _, others in further.values())):
             if text is not None:
                 check_window_length(model, text.shape[1], "the evaluation windows")
         if self.zero_shot is None:
             return
-        if not isinstance(model, PreTrainedModel):
-            raise ValueError(
-                f"zero-shot accuracy is that of a transformers model, got {type(model).__name__}: leave zero_shot out"
-            )
         if trainer.world_size > 1:
             raise ValueError(
                 f"zero-shot accuracy is measured on one process, and this fit has {trainer.world_size}. Leave "

@@ -1,7 +1,7 @@
 """Measures what a module logs in its own validation, aside from training."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -66,6 +66,7 @@ def validation_metrics(trainer: Trainer, pl_module: LightningModule) -> dict[str
         for metric in pl_module.modules():
             if isinstance(metric, Metric):  # every rank has seen all batches
                 metric.sync_on_compute = metric._to_sync = False
+        stack.enter_context(_early(trainer, pl_module, "validation"))
         return validation.run(loader)
 
 
@@ -141,8 +142,7 @@ def _loop(trainer: Trainer) -> _EvaluationLoop:
 def _loader(trainer: Trainer, pl_module: LightningModule) -> Iterator[CombinedLoader]:
     """Yields the validation data of the fit, as much of it as the trainer takes; it draws the same again afterwards."""
     source = _loop(trainer)._data_source
-    early = trainer.fit_loop._combined_loader is None  # there is none until training begins
-    with before_setup_of(source.instance, "val_dataloader", OTHERWISE) if early else nullcontext():
+    with _early(trainer, source.instance, "val_dataloader"):
         given = source.dataloader()
     loader = CombinedLoader(
         *((given.iterables, given._mode) if isinstance(given, CombinedLoader) else (given, "sequential"))
@@ -156,6 +156,12 @@ def _loader(trainer: Trainer, pl_module: LightningModule) -> Iterator[CombinedLo
         for part in loader.flattened:
             stack.enter_context(same_draws(part))
         yield loader
+
+
+def _early(trainer: Trainer, source: Any, makes: str) -> AbstractContextManager[None]:
+    """Adds to an error that the module's own `setup` has not run yet, as long as that may be so."""
+    early = trainer.fit_loop._combined_loader is None  # there is none until training begins
+    return before_setup_of(source, makes, OTHERWISE) if early else nullcontext()
 
 
 @contextmanager
