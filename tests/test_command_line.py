@@ -256,7 +256,7 @@ def test_the_nearest_keys_are_written_as_they_are_typed(wanda, word, nearest_wor
         (
             ["recipe=wanda_2of4", "pattern.sparsity=0.5"],
             "There is no key pattern.sparsity in recipe=wanda_2of4; it is a key of pattern=columns, "
-            "pattern=unstructured, recipe=gradual_cubic_80, recipe=imp_90. pattern has n, m.",
+            "pattern=unstructured, recipe=digits_imp_90, recipe=gradual_cubic_80, recipe=imp_90. pattern has n, m.",
         ),
         (
             ["--multirun", "recipe=sweep", "pruner=mrp,wanda", "pruner.variant=SM"],

@@ -1,4 +1,4 @@
-"""Models and data for training and measuring: modules for language and images, token windows, corpora and ready models."""
+"""Models and data for training and measuring: modules for text and images, token windows, corpora, ready models."""
 
 from prune_callbacks.tasks.causal_lm import CausalLM
 from prune_callbacks.tasks.corpora import HubText, PythonDocs, TextFile

@@ -155,7 +155,7 @@ class TokenDataModule(ResumableData):
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns a loader of shuffled training windows, which resumes after the batches of a loaded checkpoint."""
         assert self.train_windows is not None
-        return self.shuffled(Windows(self.train_windows))
+        return self._shuffled(Windows(self.train_windows))
 
     def calibration_dataloader(self) -> DataLoader[Any]:
         """Returns a loader of the calibration windows, for `OneShotPrune`."""
@@ -168,7 +168,7 @@ class TokenDataModule(ResumableData):
         return self._in_order(self.evaluation_windows)
 
     def _in_order(self, windows: Tensor) -> DataLoader[Any]:
-        # Its own generator, as in `shuffled`.
+        # Its own generator, as in `_shuffled`.
         return DataLoader(Windows(windows), self.calibration_batch_size, generator=torch.Generator())
 
     def _evaluation_title(self, source: Corpus) -> str:

@@ -29,7 +29,7 @@ class DigitsDataModule(ResumableData):
         ValueError: scikit-learn is not installed.
     """
 
-    def __init__(self, batch_size: int = 128, test_share: float = 0.25, split_seed: int = 0, seed: int = 0) -> None:
+    def __init__(self, batch_size: int = 64, test_share: float = 0.25, split_seed: int = 0, seed: int = 0) -> None:
         super().__init__(batch_size, seed)
         try:
             from sklearn.datasets import load_digits
@@ -46,7 +46,7 @@ class DigitsDataModule(ResumableData):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns a loader of shuffled training images, which resumes after the batches of a loaded checkpoint."""
-        return self.shuffled(self.train)
+        return self._shuffled(self.train)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns a loader of the images held out, in order."""

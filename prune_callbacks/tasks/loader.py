@@ -106,7 +106,7 @@ class ResumableData(LightningDataModule):
         self._loader: ResumableLoader | None = None
         self._left_at: dict[str, int] | None = None
 
-    def shuffled(self, dataset: Dataset[Any]) -> ResumableLoader:
+    def _shuffled(self, dataset: Dataset[Any]) -> ResumableLoader:
         """Returns a loader of this rank's part of a shuffled dataset, which resumes where a loaded checkpoint ended."""
         ranks = {"num_replicas": 1, "rank": 0}
         if self.trainer is not None and self.trainer.world_size > 1:
