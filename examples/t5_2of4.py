@@ -68,7 +68,7 @@ def main(folder, steps=1000, recovery_steps=200):
     module = Writer(T5ForConditionalGeneration(config), lr=3e-3)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     quiet |= {"accelerator": "cpu", "max_epochs": -1}
-    Trainer(max_steps=steps, limit_val_batches=0, **quiet).fit(module, train)
+    Trainer(max_steps=steps, limit_val_batches=0, **quiet).fit(module, train, test)
 
     module.lr = 1e-3
     report = RunReport(folder, recipe="t5_2of4", model="small T5")

@@ -59,7 +59,7 @@ def main(folder, steps=700, recovery_steps=200):
     module = Classifier(ViTForImageClassification(config), lr=2e-3)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     quiet |= {"accelerator": "cpu", "max_epochs": -1}
-    Trainer(max_steps=steps, limit_val_batches=0, **quiet).fit(module, train)
+    Trainer(max_steps=steps, limit_val_batches=0, **quiet).fit(module, train, test)
 
     module.lr = 5e-4
     report = RunReport(folder, recipe="vit_2of4", model="small ViT")

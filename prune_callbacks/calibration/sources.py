@@ -255,7 +255,7 @@ def calibration_source(
         own = [blocks[index] for index in run]
         if keys[order.index(run[0])] is None:
             return Rerun(model, range(len(own)), mine, ranks)
-        return _of_a_list(model, own, mine, ranks, idle, f"in {lists[run[0]]} ")
+        return _of_a_list(model, own, mine, ranks, idle, f"in {lists[run[0]]}, ")
 
     return make(order) if len(runs) == 1 and order == sorted(order) else InTurn(runs, make)
 
