@@ -57,7 +57,7 @@ def loaders(batch_size=64):
     return DataLoader(train, batch_size, shuffle=True), DataLoader(test, batch_size)
 
 
-def main(folder, steps=1000, recovery_steps=200):
+def main(folder, steps=800, recovery_steps=200):
     """Trains, prunes and fine-tunes; returns the fine-tuned module and the record of the run."""
     seed_everything(0, verbose=False)
     train, test = loaders()

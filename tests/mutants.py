@@ -27,7 +27,7 @@ from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "prune_callbacks"
-CARRIED = (PACKAGE, "tests", "recipes", "train.py", "benchmarks", "pyproject.toml", "README.md")
+CARRIED = (PACKAGE, "tests", "recipes", "train.py", "benchmarks", "examples", "pyproject.toml", "README.md")
 LEFT_OUT = (".venv", ".git", "runs", "__pycache__")
 SECONDS = 420
 WORKERS = 2

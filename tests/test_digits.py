@@ -9,11 +9,12 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
+from fits import trainer_of
 from launch import trained
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from prune_callbacks import MaskSet
+from prune_callbacks import Magnitude, MaskEnforcer, MaskSet, OneShotPrune, Unstructured
 from prune_callbacks.tasks import DigitsDataModule, ImageClassifier, SmallResNet
 from prune_callbacks.tasks.image_classifier import ResidualBlock
 
@@ -143,6 +144,17 @@ def test_control_without_rewinding_training_goes_on(tmp_path):
 def test_control_without_the_enforcer_there_is_no_run(tmp_path):
     with pytest.raises(ValueError, match=r"IterativePrune.*MaskEnforcer"):
         run(tmp_path, *SHORT, "~callbacks.enforcer")
+
+
+def test_zeros_of_convolutions_beside_normalization_hold_and_control_without_the_enforcer_they_come_back(tmp_path):
+    for enforcer, held in (([MaskEnforcer()], True), ([], False)):
+        module, prune = ImageClassifier(SmallResNet(width=4)), OneShotPrune(Magnitude(Unstructured(0.9)))
+        trainer_of([prune, *enforcer], tmp_path, limit_val_batches=0).fit(module, datamodule=DigitsDataModule())
+        masks = prune.report.masks
+        assert len(masks) == 7  # the linear layer makes the output
+        assert masks.sparsity() == pytest.approx(0.9, abs=0.01)
+        weights = dict(module.named_parameters())
+        assert masks.violations(weights) == ({} if held else {name: (~masks[name]).sum() for name in masks})
 
 
 def means(folders, tmp_path, monkeypatch, capsys):
