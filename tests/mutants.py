@@ -210,7 +210,7 @@ MUTANTS = (
     Mutant(
         "padding_counts",
         "calibration/observer.py",
-        "real = x if self.tokens is None else _real(x, self.tokens)",
+        "real = x if not self.masks else None if patches else _real(x, self.masks)",
         "real = x",
         "test_blocks.py::test_padding_does_not_count",
     ),
@@ -248,8 +248,8 @@ MUTANTS = (
     Mutant(
         "matrices_of_experts_transposed",
         "anatomy/experts.py",
-        "owner, attribute, stored, index)",
-        "owner, attribute, not stored, index)",
+        'stored = getattr(owner, "is_transposed", None)\n    for',
+        'stored = not getattr(owner, "is_transposed", None)\n    for',
         "test_experts.py::test_pruning_equals_rerunning_the_whole_model",
     ),
     Mutant(
@@ -364,7 +364,7 @@ MUTANTS = (
     Mutant(
         "pruning_moves_the_random_state",
         "callbacks/one_shot_prune.py",
-        "with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:",
+        "with aside, patient_ranks(trainer.strategy.root_device) as ranks:",
         "with patient_ranks(trainer.strategy.root_device) as ranks:",
         "test_enforcer.py::test_pruning_does_not_change_what_training_draws",
     ),
@@ -456,6 +456,20 @@ MUTANTS = (
         "test_plain_models.py",
     ),
     # the rest
+    Mutant(
+        "protocols_compared_by_annotations",
+        "interfaces.py",
+        "dict.fromkeys(member.__annotations__, Any)",
+        "dict(member.__annotations__)",
+        "test_lightning_cli.py",
+    ),
+    Mutant(
+        "trainer_of_the_other_package_accepted",
+        "callbacks/import_names.py",
+        "    if _second(trainer):\n",
+        "    if False:\n",
+        "test_import_names.py",
+    ),
     Mutant(
         "error_on_one_rank_not_shared",
         "ranks.py",

@@ -231,6 +231,23 @@ PROMISES = {
     "nothing unsafe is loaded": Promise(
         ("test_train_ranks::test_a_sharded_checkpoint_that_asks_for_more_than_an_index_is_not_read",)
     ),
+    "all callbacks and their parts in the YAML and on the shell of LightningCLI": Promise(
+        (
+            "test_lightning_cli::test_yaml_makes_it_and_what_is_printed_makes_it_again",
+            "test_lightning_cli::test_every_public_part_is_among_the_cases",
+            "test_lightning_cli::test_classes_of_a_users_own",
+            "test_lightning_cli::test_the_shell_changes_the_last_callback",
+            "test_lightning_cli::test_the_example_prunes_holds_and_runs_again_from_what_it_saved",
+        ),
+        ("test_lightning_cli::test_control_with_types_of_its_own_a_protocol_refuses_what_satisfies_it",),
+    ),
+    "classes of pytorch_lightning are refused by name": Promise(
+        (
+            "test_import_names::test_a_trainer_of_the_other_package_is_refused",
+            "test_import_names::test_ready_made_callbacks_of_the_other_package_are_refused_by_name",
+        ),
+        ("test_import_names::test_control_one_package_and_an_own_callback_of_the_other_base_work",),
+    ),
     "importing costs what is used": Promise(
         (
             "test_architecture::test_the_package_imports_nothing_and_its_core_tensors_only",

@@ -28,6 +28,7 @@ LATE = (
     "deepspeed",
     "lm_eval",
     "wandb",
+    "jsonargparse",
     "resource",
 )
 """What is imported where it is used. (Lightning brings some of these along: what counts is who asks.)"""

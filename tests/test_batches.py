@@ -1,14 +1,17 @@
 """What reaches the model of a calibration batch: all that its forward accepts, and never padding by mistake."""
 
+import copy
 import warnings
 from collections import namedtuple
 
 import pytest
 import torch
 import transformers as hf
+import zoo
 from fits import optimizer, trainer_of
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.utilities import CombinedLoader
+from torch.nn import functional
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from prune_callbacks import (
@@ -23,6 +26,7 @@ from prune_callbacks import (
     prune_sequentially,
 )
 from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.studies.sensitivity import sensitivity
 
 PRUNER = Wanda(Unstructured(0.5))
 TEXT = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -342,7 +346,7 @@ def test_a_model_that_the_module_makes_later(hook, tmp_path):
     setattr(Late, hook, lambda self, *args: setattr(self, "model", llama()))
     ids, _ = padded()
     text = "needs the model when the fit begins: build the model in __init__. Lightning calls the setup of callbacks"
-    with pytest.raises(ValueError, match=f"no layer of Linear is a target.*OneShotPrune {text} before that of Late"):
+    with pytest.raises(ValueError, match=f"no layer of Late is a target.*OneShotPrune {text} before that of Late"):
         fit(Late(), tmp_path, batches=[ids])
     with pytest.raises(ValueError, match=f"OneShotPrune {text}"):
         fit(Late(), tmp_path, batches=[ids], blocks="model.layers")
@@ -360,7 +364,7 @@ def test_a_model_that_the_module_makes_later(hook, tmp_path):
         def train_dataloader(self):
             return DataLoader(TensorDataset(ids), 2)
 
-    for late, found in ((Late, "no layer of Linear is a target"), (Empty, "Empty has no parameters in setup")):
+    for late, found in ((Late, "no layer of Late is a target"), (Empty, "Empty has no parameters in setup")):
         prune = OneShotPrune(PRUNER, progress=False)
         callbacks = [RunReport(tmp_path / "run", progress=False), prune, MaskEnforcer()]
         with pytest.raises(ValueError, match=rf"{found}.* OneShotPrune {text}"):
@@ -441,9 +445,51 @@ def test_one_stack_of_a_sequence_to_sequence_model_can_be_named():
         masks = masks_of(seq2seq(), batches, blocks=f"model.{stack}.layers")
         assert all(name.startswith(f"model.{stack}.layers.") for name in masks)
         assert masks.sparsity() == 0.5
-    for broken in ({"attention_mask": mask}, {"labels": ids.masked_fill(mask == 0, -100)}):
-        with pytest.raises(ValueError, match=r"has padding, and of a sequence-to-sequence model it cannot be told"):
-            masks_of(seq2seq(), [batches[0] | broken], blocks="model.decoder.layers")
+
+
+def test_padding_of_two_sequences_is_refused_where_one_list_of_blocks_is_measured():
+    ids, mask = padded()
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids[:, :7].contiguous()}
+    with pytest.raises(ValueError, match=r"has padding, and of a sequence-to-sequence model it cannot be told here"):
+        sensitivity(seq2seq(), [batch], ids, PRUNER, blocks="model.decoder.layers", progress=False)
+
+
+@pytest.mark.parametrize("lengths", [(9, 6), (9, 9), (6, 9)], ids=["longer", "equal", "shorter"])
+@pytest.mark.parametrize("kind", ["BART", "T5"])
+def test_padding_of_two_sequences_counts_for_neither(kind, lengths):
+    """The same masks as from every pair of sequences by itself, cut to its real tokens."""
+    step, _, _, _ = zoo.made(kind)
+    model = step.model.eval()
+    torch.manual_seed(1)
+    ids, labels = (torch.randint(3, 23, (4, length)) for length in lengths)
+    reals = [torch.randint(3, length, (4,)).clamp(max=length - 1) for length in lengths]
+    real, said = (torch.arange(n)[None] < some[:, None] for n, some in zip(lengths, reals, strict=True))
+    whole = {"input_ids": ids.masked_fill(~real, 0), "attention_mask": real.long()}
+    whole["labels"] = labels.masked_fill(~said, -100)
+    apart = [{"input_ids": ids[i : i + 1, : reals[0][i]], "labels": labels[i : i + 1, : reals[1][i]]} for i in range(4)]
+    expected = masks_of(copy.deepcopy(model), apart)
+    assert masks_of(copy.deepcopy(model), [whole]) == expected
+    assert masks_of(copy.deepcopy(model), [{**whole, "decoder_input_ids": shifted(whole["labels"], model)}]) == expected
+    counted = {"input_ids": whole["input_ids"], "labels": whole["labels"].masked_fill(~said, 0)}
+    assert masks_of(copy.deepcopy(model), [counted]) != expected  # the control
+
+
+def shifted(labels, model):
+    """The inputs of the decoder that a model of transformers makes of labels."""
+    start = labels.new_full((len(labels), 1), model.config.decoder_start_token_id)
+    return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, model.config.pad_token_id)], 1)
+
+
+def test_padding_of_labels_beside_features():
+    step, batches, _, _ = zoo.made("Whisper")
+    labels = torch.randint(3, 23, (5, 4))
+    labels[2:, 3:] = -100
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        masks_of(step.model, [batches[0] | {"labels": labels}])
+    assert not any("padding" in str(warning.message) for warning in heard)
+    with pytest.raises(ValueError, match=r"its decoder's 5 tokens may be as many as the places of its encoder"):
+        masks_of(step.model, [batches[0] | {"labels": functional.pad(labels, (0, 1), value=-100)}])
 
 
 def test_a_forward_that_hands_its_keywords_on_takes_what_its_bases_take():

@@ -47,7 +47,8 @@ def test_pruning_equals_rerunning_the_whole_model(family, pruner, batches):
     families.prune_by_rerunning(reference, blocks, batches, pruner)
     targets = [f"{name}.weight" for block in blocks for name in families.layers_in(model, block)]
     assert list(report.masks) == targets
-    assert report.skipped == {}
+    # OPT's projections are outside of the blocks; depthwise convolutions, as Mamba's, have few weights.
+    assert all("project_" in layer or layer.endswith("conv1d.weight") for layer in report.skipped)
     report.masks.check(pruner.pattern, input_first=report.input_first)
     assert report.masks.violations(model.named_parameters()) == {}
     assert list(model.state_dict()) == list(dense.state_dict())

@@ -251,7 +251,8 @@ def test_a_model_that_cannot_be_saved_is_refused_before_pruning(tmp_path, data):
     class Plain(LightningModule):
         def __init__(self):
             super().__init__()
-            self.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+            self.layers = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(4, 4))])
+            self.head = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 4))
 
         def configure_optimizers(self):
             return None
@@ -259,11 +260,11 @@ def test_a_model_that_cannot_be_saved_is_refused_before_pruning(tmp_path, data):
         def training_step(self, batch, batch_idx):
             return None
 
-    one_shot = OneShotPrune(Magnitude(NM(2, 4)), dirpath=tmp_path / "out", progress=False)
+    one_shot = OneShotPrune(Magnitude(NM(2, 4)), targets="layers*", dirpath=tmp_path / "out", progress=False)
     module = Plain()
     with (
         pytest.warns(UserWarning, match="will not last"),
-        pytest.raises(ValueError, match="only transformers models can be saved, got Plain"),
+        pytest.raises(ValueError, match="could not be loaded from its files, because of layer head: its weight is"),
     ):
         fit([one_shot], tmp_path, module, data)
-    assert module.layers[0].weight.count_nonzero() == 16
+    assert module.layers[0][0].weight.count_nonzero() == 16

@@ -90,10 +90,11 @@ def _measured(
     with closing(shown.visits(blocks, device)) as visits:
         for index, block_name, block, where in visits:
             mine = {name: target for name, target in measurable.items() if belongs(name, block_name)}
-            statistics = _seen(mine, shown.collect(allocation.statistic, index, block, mine, where))
-            weights = _weights({name: target for name, target in mine.items() if name in statistics})
-            values |= ranks.share(ranks.attempt(lambda w=weights, s=statistics: allocation.measure(pruner, w, s)))  # type: ignore[misc]
-            del weights, statistics  # otherwise this block would stay on the device with the next two
+            if mine:
+                statistics = _seen(mine, shown.collect(allocation.statistic, index, block, mine, where))
+                weights = _weights({name: target for name, target in mine.items() if name in statistics})
+                values |= ranks.share(ranks.attempt(lambda w=weights, s=statistics: allocation.measure(pruner, w, s)))  # type: ignore[misc]
+                del weights, statistics  # otherwise this block would stay on the device with the next two
             if index < len(blocks) - 1:
                 shown.advance(index, block, where)
     return values

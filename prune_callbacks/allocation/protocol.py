@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prune_callbacks.anatomy.names import inside
+from prune_callbacks.interfaces import compared_by_name
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.solvers import Gram, InputNorm
 from prune_callbacks.solvers.statistics import Statistic
@@ -19,6 +20,7 @@ Values = Mapping[str, Any]
 """The measured value of every layer, by name."""
 
 
+@compared_by_name
 @runtime_checkable
 class Allocation(Protocol):
     """

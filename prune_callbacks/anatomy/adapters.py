@@ -43,3 +43,8 @@ def base_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[
         elif "." not in key.removeprefix(wrapper):  # a masked LoRA layer, which saves the merged weight
             state[key] = value
     return state
+
+
+def without_adapter(name: str) -> str:
+    """Returns the name that a parameter of an adapted layer has in the model without adapters."""
+    return name.replace(".base_layer.", ".")

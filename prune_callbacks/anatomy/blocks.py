@@ -12,8 +12,7 @@ def find_language_model(module: nn.Module) -> nn.Module:
     """
     Returns the outermost `transformers` model inside `module` (a LightningModule, a wrapper), else `module` itself.
 
-    Of several (a student and its teacher), returns the only trained one. A module without a `forward` of its own stands
-    for its only child with parameters.
+    Of several (a student and its teacher), returns the only trained one.
 
     Raises:
         ValueError: there are several, of which not exactly one has parameters that require gradients.
@@ -26,11 +25,7 @@ def find_language_model(module: nn.Module) -> nn.Module:
             f"{type(module).__name__} holds {len(outer)} language models, {outer}, of which {len(trained)} are "
             "trained; one must be: freeze the others (model.requires_grad_(False))"
         )
-    if outer:
-        return module.get_submodule(trained[0] if len(outer) > 1 else outer[0])
-    children = [child for child in module.children() if next(child.parameters(), None) is not None]
-    alone = len(children) == 1 and not has_forward(module) and has_forward(children[0])
-    return children[0] if alone else module
+    return module.get_submodule(trained[0] if len(outer) > 1 else outer[0]) if outer else module
 
 
 def has_forward(module: nn.Module) -> bool:

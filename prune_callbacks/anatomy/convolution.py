@@ -14,7 +14,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Types of convolutions whose weight is a target; transposed ones are none."""
 
 NUMBERS = 2**21
-"""How many numbers of patches are unfolded at once."""
+"""How many numbers of patches are unfolded at once, at most; fewer if a batch is small."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ConvTarget(Target):
 
     def vectors(self, x: Tensor) -> Iterator[Tensor]:
         """
-        Yields the unfolded patches of `x`, (patches, groups x in), at most about `NUMBERS` numbers at a time.
+        Yields the unfolded patches of `x`, (patches, groups x in), in parts of at most about half the numbers of `x`.
 
         Args:
             x: the input of the convolution, (batch, in, ...) or (in, ...) without a batch dimension.
@@ -89,12 +89,13 @@ class ConvTarget(Target):
         layer: Any = self.module
         dims = len(layer.kernel_size)
         samples = x if x.ndim == dims + 2 else x[None]
-        for few in samples.split(max(1, NUMBERS // self._numbers(samples))):
+        numbers = min(NUMBERS, max(2**16, samples.numel() // 2))
+        for few in samples.split(max(1, numbers // self._numbers(samples))):
             patches = self._patches(few).unflatten(1, (layer.groups, -1))
             places, kernel = range(3, 3 + dims), range(3 + dims, 3 + 2 * dims)
             columns = (*kernel, 2) if self.channels_last else (2, *kernel)
             rows = patches.permute(0, *places, 1, *columns)
-            strip = max(1, NUMBERS * rows.shape[1] // rows.numel())
+            strip = max(1, numbers * rows.shape[1] // rows.numel())
             for part in rows.split(strip, 1):
                 yield part.reshape(-1, layer.groups * self.shape[1])
 

@@ -1,6 +1,7 @@
 """Finds the matrices to prune in the parts of a model, and further weights that a pruning may have zeroed."""
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -98,6 +99,19 @@ def check_parameters(targets: Iterable[Target]) -> None:
     for target in targets:
         if target.why_no_parameter is not None:
             raise ValueError(f"layer {target.name}: {target.why_no_parameter}, or choose other layers with `targets`")
+
+
+def refuse_parts(who: str, targets: Iterable[Target]) -> None:
+    """Raises ValueError, naming who asked, if only some of the targets in a parameter are chosen."""
+    chosen = list(targets)
+    counts = Counter(target.parameter_name for target in chosen)
+    for target in chosen:
+        name = target.parameter_name
+        if counts[name] < target.parts:
+            raise ValueError(
+                f"{who} prunes all {'experts' if target.routed else 'parts'} of {name} or none, and the targets choose "
+                f"{counts[name]} of {target.parts}; choose all, e.g. with targets={name!r}"
+            )
 
 
 def matrices(parts: Sequence[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:

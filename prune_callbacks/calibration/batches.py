@@ -89,7 +89,8 @@ def named_inputs(batch: Any) -> Batch:
         raise ValueError(
             f"a calibration batch is a {type(batch).__name__} of {len(batch)} values ({found}), which have no names: "
             "one may be the attention mask, without which padding would count as text. Give mappings, such as "
-            '{"input_ids": ..., "attention_mask": ...}, from the data set or as batches='
+            '{"input_ids": ..., "attention_mask": ...}, from the data set or as batches=, or say by forward= how the '
+            "model runs on a batch"
         )
     raise ValueError(
         "a calibration batch must be token ids, or a mapping with the arguments of the model's forward, such as "
@@ -102,7 +103,8 @@ def accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     Returns what a model's forward gets of a batch, by argument name, still on its device.
 
     Token ids alone are `input_ids`. Of a mapping, everything that the forward names is passed. Labels are left out
-    unless the model makes its inputs from them (a sequence-to-sequence model does), or its forward demands them.
+    unless the model is one of sequences to sequences, which makes its decoder's inputs from them or whose padding they
+    show, or its forward demands them.
     """
     if isinstance(batch, OwnStep):
         return {}
@@ -110,7 +112,7 @@ def accepted_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
         return {"input_ids": batch}
     parameters = _parameters(model)
     known = _known(model)
-    shifts = is_sequence_to_sequence(model) and "decoder_input_ids" not in batch
+    shifts = is_sequence_to_sequence(model)
     wanted = {
         key for key in TARGETS if shifts or (key in parameters and parameters[key].default is inspect.Parameter.empty)
     }

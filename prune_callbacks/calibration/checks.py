@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.blocks import has_forward, is_sequence_to_sequence
 from prune_callbacks.calibration.batches import TARGETS, Batch, OwnStep, accepted_inputs
+from prune_callbacks.calibration.pairs import Pair
 
 
 def check_batches(model: nn.Module, batches: Iterable[Batch]) -> None:
@@ -65,7 +66,8 @@ def check_batch(model: PreTrainedModel, batch: Batch) -> None:
             f"{sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__}"
         )
     _check_masks(inputs)
-    _refuse_padded_pairs(model, inputs)
+    if not isinstance(batch, Pair):
+        _refuse_padded_pairs(model, inputs)
     for key in ("input_ids", "inputs_embeds", "decoder_input_ids"):
         if isinstance(inputs.get(key), Tensor) and inputs[key].ndim > 1:
             check_window_length(model, inputs[key].shape[1], "the calibration windows")
@@ -103,7 +105,7 @@ def _refuse_padded_pairs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> N
     if not all(bool(mask.all()) for mask in masks):
         raise ValueError(
             f"a calibration batch of {type(model).__name__} has padding, and of a sequence-to-sequence model it cannot "
-            "be told to which layers it belongs. Give windows without padding, in attention_mask and labels"
+            "be told here to which layers it belongs. Give windows without padding, in attention_mask and labels"
         )
 
 

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.anatomy.torch_modules import AttentionTarget
-from prune_callbacks.calibration.batches import Batch, real_tokens, run_model
+from prune_callbacks.calibration.batches import Batch, run_model
 from prune_callbacks.calibration.capture import run_block
 from prune_callbacks.calibration.observer import Observer, Pass, SometimesSharedError
+from prune_callbacks.calibration.pairs import masks_of
 from prune_callbacks.calibration.products import watched, watched_attention, watched_experts
 from prune_callbacks.calibration.stand_ins import BlockInputs
 from prune_callbacks.ranks import ALONE, Ranks
@@ -51,7 +52,7 @@ def collect(
     Raises:
         ValueError: two layers share their input on one rank, and not on another.
     """
-    passes: list[Pass] = [(b.tokens, lambda b=b: run_block(index, block, b, where)) for b in inputs]  # type: ignore[misc]
+    passes: list[Pass] = [(b.masks, lambda b=b: run_block(index, block, b, where)) for b in inputs]  # type: ignore[misc]
     return _collected(statistic, block, targets, passes, where, ranks)
 
 
@@ -65,7 +66,7 @@ def collect_by_running(
     ranks: Ranks = ALONE,
 ) -> dict[str, Statistic]:
     """Streams the inputs of a block's layers into statistics as `collect` does, in passes of the whole model."""
-    passes: list[Pass] = [(real_tokens(b), lambda b=b: run_model(model, b)) for b in batches]  # type: ignore[misc]
+    passes: list[Pass] = [(masks_of(b), lambda b=b: run_model(model, b)) for b in batches]  # type: ignore[misc]
     return _collected(statistic, block, targets, passes, where, ranks)
 
 
@@ -124,7 +125,7 @@ def _observed(
             stack.callback(hook.remove)
         for owner, weights in _by_owner(experts):
             label = next(iter(weights)).rsplit(".", 2)[0]
-            stack.enter_context(watched_experts(label, owner, weights, observer.count, lambda: observer.tokens))
+            stack.enter_context(watched_experts(label, owner, weights, observer.count, observer.first_mask))
         for attention, names in _by_attention(attentions):
             stack.enter_context(watched_attention(attention, names, observer.observe))
         reached = observer.run(block, passes, where)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from prune_callbacks.anatomy.target import Target
+from prune_callbacks.calibration.pairs import Masks
 from prune_callbacks.solvers.statistics import Statistic
 
-Pass = tuple[Tensor | None, Callable[[], object]]
-"""A forward pass on one batch: the mask of its real tokens, (batch, tokens) or None, and the function that runs it."""
+Pass = tuple[Masks, Callable[[], object]]
+"""A forward pass on one batch: the masks of its real tokens, and the function that runs it."""
 
 
 class _AllSeenError(Exception):
@@ -39,13 +40,13 @@ class Observer:
     Attributes:
         statistics: the statistic of every leader: the first of the layers with the same input features.
         leaders: the leader of every layer observed so far.
-        tokens: True for the real tokens of the running batch, (batch, tokens); None: all are real.
+        masks: the masks of the running batch; () if all tokens are real.
     """
 
     def __init__(self, make: Callable[[Target], Statistic], targets: Mapping[str, Target], alone: Set[str]) -> None:
         self.statistics: dict[str, Statistic] = {}
         self.leaders: dict[str, str] = {}
-        self.tokens: Tensor | None = None
+        self.masks: Masks = ()
         self._make = make
         self._targets = targets
         self._names = sorted(name for name, target in targets.items() if target.seen_by != "never")
@@ -66,10 +67,10 @@ class Observer:
         called: list[bool] = []
         hook = block.register_forward_pre_hook(lambda *_: called.append(True))
         try:
-            for number, (tokens, run) in enumerate(passes):
+            for number, (masks, run) in enumerate(passes):
                 self._seen.clear()
                 self._calls.clear()
-                self.tokens = None if tokens is None else tokens.to(where)
+                self.masks = tuple(None if mask is None else mask.to(where) for mask in masks)
                 with suppress(_AllSeenError):
                     run()
                 if number == 0 and sorted(name for name, _ in self._calls) == self._names:  # experts are never called
@@ -90,6 +91,10 @@ class Observer:
         if self._calls == self._whole:
             raise _AllSeenError
 
+    def first_mask(self) -> Tensor | None:
+        """Returns the mask of real tokens of the running batch, or of its first sequence; None: all are real."""
+        return self.masks[0] if self.masks else None
+
     def _leader(self, name: str, x: Tensor) -> str:
         """Returns the first layer that had the same input tensor in this pass, with the same contents, or `name`."""
         key = (id(x), self._targets[name].reading)
@@ -103,7 +108,7 @@ class Observer:
     def count_real(self, name: str, x: Tensor) -> None:
         """Adds the inputs of real tokens; if they cannot be identified, warns once and adds all inputs."""
         patches = self._targets[name].convolution
-        real = x if self.tokens is None else None if patches else _real(x, self.tokens)
+        real = x if not self.masks else None if patches else _real(x, self.masks)
         if real is None and name not in self._untold:
             self._untold.add(name)
             warnings.warn(
@@ -122,7 +127,13 @@ class Observer:
             self.statistics[name].update(vectors)
 
 
-def _real(x: Tensor, tokens: Tensor) -> Tensor | None:
+def _real(x: Tensor, masks: Masks) -> Tensor | None:
+    """Returns the inputs of real tokens, by the mask of their shape; None if no mask has it and all have padding."""
+    found = (_masked(x, mask) for mask in masks if mask is not None)
+    return next((real for real in found if real is not None), x if None in masks else None)
+
+
+def _masked(x: Tensor, tokens: Tensor) -> Tensor | None:
     """Returns the inputs of real tokens, given the mask (batch, tokens); None if the shapes do not identify them."""
     if x.ndim > 2 and x.shape[:2] == tokens.shape:
         return x[tokens]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_callbacks.calibration.batches import Batch, real_tokens, run_model
+from prune_callbacks.calibration.batches import Batch, run_model
 from prune_callbacks.calibration.checks import explain
+from prune_callbacks.calibration.pairs import Masks, masks_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and keyword arguments of a block, without the hidden states."""
@@ -46,14 +47,22 @@ class BlockInputs:
         calls: for every block, its positional arguments (without the hidden states) and its keyword arguments; None for
             a block that is not called. They differ between blocks: sliding attention gets another mask than full
             attention.
-        tokens: True for real tokens, (batch, tokens), if the batch has padding; else None.
+        tokens: True for real tokens, (batch, tokens), if the batch has padding; else None. Of a sequence-to-sequence
+            model those of the encoder.
         place: the position or the keyword of the hidden states among the arguments of every block.
+        beside: the masks of the other sequence of a sequence-to-sequence model.
     """
 
     hidden: Tensor
     calls: list[Call | None]
     tokens: Tensor | None
     place: int | str = 0
+    beside: Masks = ()
+
+    @property
+    def masks(self) -> Masks:
+        """Returns the masks of all sequences in the batch; () if all tokens are real."""
+        return () if self.tokens is None and not self.beside else (self.tokens, *self.beside)
 
 
 class HeadReachedError(Exception):
@@ -107,7 +116,8 @@ class StandIns:
                 'name the list of the blocks that it calls with blocks="..."'
             )
         assert self._place is not None
-        return BlockInputs(self._entering, self._calls, real_tokens(batch), self._place)
+        masks = masks_of(batch)
+        return BlockInputs(self._entering, self._calls, masks[0] if masks else None, self._place, masks[1:])
 
     def of(self, index: int) -> Callable[..., Any]:
         """Returns the stand-in of a block."""

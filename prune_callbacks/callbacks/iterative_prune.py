@@ -2,7 +2,6 @@
 
 import time
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from prune_callbacks.anatomy.changeable import refuse_overlaps
 from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
 from prune_callbacks.anatomy.stages import find_stages, stage_targets
 from prune_callbacks.anatomy.target import Target
-from prune_callbacks.anatomy.targets import SPARSE, parameters_of
+from prune_callbacks.anatomy.targets import SPARSE, parameters_of, refuse_parts
 from prune_callbacks.anatomy.torch_modules import other_matrices
 from prune_callbacks.callbacks.iterative_settings import check_length, check_restored, settings_of
 from prune_callbacks.callbacks.kinds import PrunesInRounds
@@ -23,8 +22,8 @@ from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.model_in_setup import model_in_setup
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
+from prune_callbacks.engine.fitting import check_prunable, without_misfits
 from prune_callbacks.engine.iterative import Scope, check_shrinkable, shrink_masks
-from prune_callbacks.engine.plan import check_prunable, without_misfits
 from prune_callbacks.parallel.strategies import masks_of_zeros, world
 from prune_callbacks.pruners import Magnitude, Pruner
 from prune_callbacks.sparsity import MaskSet, Schedule, Unstructured
@@ -235,14 +234,7 @@ class IterativePrune(PrunesInRounds):
         layers, _ = stage_targets(model, stages, self.targets)
         if self.targets is None and not stages.found_in_blocks:
             layers, _ = without_misfits(layers, self.pruner.pattern)
-        counts = Counter(target.parameter_name for target in layers.values())
-        for target in layers.values():
-            if counts[target.parameter_name] < target.parts:
-                raise ValueError(
-                    f"IterativePrune prunes all {'experts' if target.routed else 'parts'} of {target.parameter_name} "
-                    f"or none, and the targets choose {counts[target.parameter_name]} of {target.parts}; choose all, "
-                    f"e.g. with targets={target.parameter_name!r}"
-                )
+        refuse_parts("IterativePrune", layers.values())
         return layers
 
     def _enforcer(self, trainer: Trainer) -> MaskEnforcer:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from prune_callbacks.anatomy.blocks import find_language_model
+from prune_callbacks.callbacks.import_names import check_import_names
 from prune_callbacks.callbacks.kinds import HoldsMasks, PrunesInRounds, PrunesOnce, PruningCallback
 from prune_callbacks.callbacks.order import AVERAGES, RULES
 from prune_callbacks.callbacks.trial import KeptWeights
@@ -79,8 +80,10 @@ class Lineup:
         it does, and afterwards the module gets back the weights that it has now.
 
         Raises:
-            ValueError: the strategy does not support the callback, or one of its rules (`order.RULES`) is broken.
+            ValueError: the strategy does not support the callback, one of its rules (`order.RULES`) is broken, or the
+                trainer or another callback is of `pytorch_lightning` and not of `lightning.pytorch`.
         """
+        check_import_names(type(callback).__name__, self._trainer, self._callbacks)
         if stage == "fit" and self._searches() and self.first(PruningCallback) is callback:
             rank_zero_info("the Tuner searches on the model as it is: nothing is pruned, and no adapters are added")
         if stage != "fit" or self._searches():

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from prune_callbacks.anatomy.adapters import without_adapter
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.anatomy.stages import find_stages, stage_targets
 from prune_callbacks.anatomy.targets import all_targets
@@ -48,23 +49,26 @@ def _has_model(pl_module: LightningModule) -> bool:
     return not makes_in_setup(pl_module) or any(isinstance(m, nn.ModuleList) and len(m) for m in pl_module.modules())
 
 
-def layer_names(pl_module: LightningModule) -> set[str]:
+def layer_names(pl_module: LightningModule, blocks: str | Sequence[str] | None) -> set[str]:
     """Returns the names of the weights of all layers that could be pruned."""
     model = find_language_model(pl_module)
-    found = all_targets(find_stages(model).parts, every_kind=True)
-    return {target.parameter_name.replace(".base_layer", "") for target in found.values()}  # of peft
+    found = all_targets(find_stages(model, blocks).parts, every_kind=True)
+    return {without_adapter(target.parameter_name) for target in found.values()}
 
 
-def refuse_later_layers(who: str, pl_module: LightningModule, before: Collection[str]) -> None:
+def refuse_later_layers(
+    who: str, pl_module: LightningModule, blocks: str | Sequence[str] | None, before: Collection[str]
+) -> None:
     """
     Raises ValueError if a module has made layers after the callbacks' `setup`, which were not there to be pruned.
 
     Args:
         who: class name of the callback that pruned, for the message.
         pl_module: the module.
+        blocks: the name of the list of blocks, or of several, as for `find_stages`.
         before: the `layer_names` in `setup`.
     """
-    later = layer_names(pl_module) - set(before)
+    later = layer_names(pl_module, blocks) - set(before)
     if later:
         raise ValueError(
             f"{type(pl_module).__name__} has made {len(later)} layers after {who} has pruned, first {min(later)}: "

@@ -25,7 +25,7 @@ from prune_callbacks.engine.sequential import Order, check_order, prune_sequenti
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import needs_calibration
 from prune_callbacks.ranks import patient_ranks
-from prune_callbacks.storage.model_folder import savable, save_sparse_model
+from prune_callbacks.storage.model_folder import check_savable, save_sparse_model
 
 
 class OneShotPrune(PrunesOnce):
@@ -120,8 +120,8 @@ class OneShotPrune(PrunesOnce):
             )
         model = model_in_setup("OneShotPrune", pl_module, self.blocks)
         if self.dirpath is not None:
-            savable(model)
-        self._layers = layer_names(pl_module) if makes_in_setup(pl_module) else None
+            check_savable(model)
+        self._layers = layer_names(pl_module, self.blocks) if makes_in_setup(pl_module) else None
         needed, trial = self._needs_batches(), Lineup(trainer).trial() is not None
         own = needed and (self.forward is not None or not isinstance(model, PreTrainedModel))
         aside = untouched(trainer, pl_module) if own else isolate_rng()
@@ -160,7 +160,7 @@ class OneShotPrune(PrunesOnce):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.report is not None and self._layers is not None:
-            refuse_later_layers("OneShotPrune", pl_module, self._layers)
+            refuse_later_layers("OneShotPrune", pl_module, self.blocks, self._layers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path is not None and not self._restored:

@@ -16,8 +16,10 @@ from prune_callbacks.anatomy.coupling import Coupled, find_coupled
 from prune_callbacks.anatomy.names import naming
 from prune_callbacks.anatomy.target import LayerTarget
 from prune_callbacks.calibration.batches import Batch, named_inputs, run_model
-from prune_callbacks.calibration.sources import calibration_source, evaluating
-from prune_callbacks.engine.plan import check_prunable, parsed_device, refuse_compiled
+from prune_callbacks.calibration.in_turn import calibration_source
+from prune_callbacks.calibration.sources import evaluating
+from prune_callbacks.engine.fitting import check_prunable
+from prune_callbacks.engine.plan import parsed_device, refuse_compiled
 from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.engine.sharing import share_weights
 from prune_callbacks.pruners import Wanda

@@ -13,7 +13,8 @@ from prune_callbacks.allocation.measuring import allocate
 from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.anatomy.stages import find_stages
 from prune_callbacks.calibration.batches import Batch, OwnStep
-from prune_callbacks.calibration.sources import Chain, Source, calibration_source, evaluating
+from prune_callbacks.calibration.in_turn import calibration_source
+from prune_callbacks.calibration.sources import Chain, Source, evaluating
 from prune_callbacks.engine.plan import Plan, make_plan
 from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.engine.report import PruneReport, warn_of_missed_counts

@@ -11,6 +11,7 @@ from prune_callbacks.anatomy.names import naming
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.engine.plan import Plan
 from prune_callbacks.engine.report import LayerReport
+from prune_callbacks.engine.shares import cost, shared_out, sharing_an_input
 from prune_callbacks.pruners import Magnitude, Pruned, Pruner, check_weight
 from prune_callbacks.pruners.questions import coupled, joint, needs_calibration
 from prune_callbacks.ranks import Ranks
@@ -58,9 +59,9 @@ class BlockPruning:
         statistics = self._without_few(targets, statistics)
         self._never_seen(targets)
         groups = [[c.reader, *c.writers] for reader, c in self.plan.coupled.items() if reader in targets]
-        groups = groups or _sharing_an_input(targets, statistics, self._pruner_of)
-        owners = _shared_out(
-            [_cost([targets[n] for n in names], statistics.get(names[0])) for names in groups], self.ranks
+        groups = groups or sharing_an_input(targets, statistics, self._pruner_of)
+        owners = shared_out(
+            [cost([targets[n] for n in names], statistics.get(names[0])) for names in groups], self.ranks
         )
 
         def solve() -> dict[str, _Outcome]:
@@ -232,37 +233,6 @@ def _prune_by_group(pruner: Pruner, weight: Tensor, statistic: Statistic | None,
     losses = [part.loss for part in done if part.loss is not None]
     loss = sum(losses) if len(losses) == groups else None
     return Pruned(torch.cat([part.weight for part in done]), torch.cat([part.keep for part in done]), loss)
-
-
-def _cost(targets: Sequence[Target], statistic: Statistic | None) -> float:
-    """Returns the relative cost of solving: with a Gram a factorisation and a product per row, else one per weight."""
-    shapes = [target.shape for target in targets]
-    rows, size = sum(out for out, _ in shapes), shapes[0][1]
-    whole = statistic.parts[0] if isinstance(statistic, GroupedStatistic) else statistic
-    groups = targets[0].groups
-    return float(size**2 * (size * groups / 3 + rows) if isinstance(whole, Gram) else size * rows)
-
-
-def _shared_out(costs: Sequence[float], ranks: Ranks) -> list[int]:
-    """Returns the rank for every cost; costs are assigned in descending order, each to the rank of least total cost."""
-    loads, owners = [0.0] * ranks.size, [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owners[i] = loads.index(min(loads))
-        loads[owners[i]] += costs[i]
-    return owners
-
-
-def _sharing_an_input(
-    targets: dict[str, Target], statistics: Statistics, pruner_of: Callable[[str], Pruner]
-) -> list[list[str]]:
-    """Groups the targets, in order, that a joint pruner solves for together; any other target is a group by itself."""
-    groups: dict[object, list[str]] = {}
-    for name, target in targets.items():
-        weight, statistic, pruner = target.parameter, statistics.get(name), pruner_of(name)
-        together = (id(statistic), weight.dtype, weight.device, repr(pruner.pattern))
-        shared = statistic is not None and target.groups == 1 and joint(pruner)
-        groups.setdefault(together if shared else name, []).append(name)
-    return list(groups.values())
 
 
 def _relative_loss(weight: Tensor, pruned: Pruned, statistic: Statistic | None) -> float | None:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from prune_callbacks.interfaces import compared_by_name
 from prune_callbacks.solvers.linalg import NumericalError, all_finite, quadratic_form
 from prune_callbacks.solvers.statistics import Gram, InputNorm, Statistic
 from prune_callbacks.sparsity import Pattern
@@ -33,6 +34,7 @@ class Pruned:
     scale: Float[Tensor, "out groups"] | None = None
 
 
+@compared_by_name
 @runtime_checkable
 class Pruner(Protocol):
     """

@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prune_callbacks.sparsity.layouts import has_pattern, matrices
 from prune_callbacks.sparsity.parameter_names import Parameters
 from prune_callbacks.sparsity.patterns import Pattern
-from prune_callbacks.sparsity.questions import kept_of_group
 from prune_callbacks.writing import whole_file
 
 METADATA = "prune_callbacks.masks"
 """The metadata key of the shapes in a masks file."""
-
+NONE: Mapping[str, int] = MappingProxyType({})
 NamedTensors = Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
 
 
@@ -190,11 +190,7 @@ class MaskSet(Mapping[str, Tensor]):
         return {name: count for name, count in counts.items() if count}
 
     def check(
-        self,
-        pattern: Pattern,
-        *,
-        input_first: Collection[str] = (),
-        convolutions: Mapping[str, int] = MappingProxyType({}),
+        self, pattern: Pattern, *, input_first: Collection[str] = (), convolutions: Mapping[str, int] = NONE
     ) -> None:
         """
         Raises ValueError naming the masks that do not have `pattern`.
@@ -209,24 +205,9 @@ class MaskSet(Mapping[str, Tensor]):
                 checked along the input channels. Masks of four dimensions and more are those of convolutions anyway.
         """
         groups = {name: convolutions.get(name, 1 if len(shape) > 3 else 0) for name, shape in self._shapes.items()}
-        wrong = [n for n in self if not self._has(self._matrices(n, pattern, n in input_first, groups[n]), pattern)]
+        wrong = [n for n in self if not has_pattern(matrices(self[n], pattern, n in input_first, groups[n]), pattern)]
         if wrong:
             raise ValueError(f"{len(wrong)} of {len(self)} masks do not have {pattern}: {', '.join(wrong[:3])}")
-
-    def _matrices(self, name: str, pattern: Pattern, input_first: bool, groups: int) -> Tensor:
-        """Returns a mask as (out, in) or (matrices, out, in); of a convolution (`groups` is not 0) one per group."""
-        keep = self[name]
-        if groups and keep.ndim > 2:
-            by_channel = kept_of_group(pattern) is not None
-            rows = (keep.movedim(1, -1) if by_channel else keep).flatten(1)
-            return rows.unflatten(0, (groups, -1)) if groups > 1 else rows
-        return keep.mT if input_first and keep.ndim > 1 else keep
-
-    @staticmethod
-    def _has(keep: Tensor, pattern: Pattern) -> bool:
-        if keep.ndim == 3:
-            return not keep.all() and all(bool(matrix.all()) or pattern.holds(matrix) for matrix in keep)
-        return keep.ndim == 2 and pattern.holds(keep)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns packed masks and shapes as plain values that `torch.load(weights_only=True)` accepts."""

@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from prune_callbacks.interfaces import compared_by_name
 from prune_callbacks.sparsity.selection import count_true, keep_largest, refuse_nan
 
 
+@compared_by_name
 @runtime_checkable
 class Pattern(Protocol):
     """

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
+from prune_callbacks.interfaces import compared_by_name
+
 Unit = Literal["step", "epoch"]
 
 
+@compared_by_name
 @runtime_checkable
 class Schedule(Protocol):
     """

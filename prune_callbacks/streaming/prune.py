@@ -86,15 +86,9 @@ def prune_checkpoint(
         checkpoint = CheckpointFolder(source)
         model = build_skeleton(checkpoint.config, model_dtype(checkpoint, dtype))
         device = device or "cpu"
+        stages = block_stages(model, blocks)
         plan = make_plan(
-            "prune_checkpoint",
-            model,
-            pruner,
-            given,
-            targets=targets,
-            stages=block_stages(model, blocks),
-            device=device,
-            unread=True,
+            "prune_checkpoint", model, pruner, given, targets=targets, stages=stages, device=device, unread=True
         )
         walk = BlockWalk(checkpoint, model, plan, given, min_expert_tokens)
         setting = {

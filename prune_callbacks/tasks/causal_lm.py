@@ -1,7 +1,6 @@
 """CausalLM: a LightningModule over any causal language model of `transformers`."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,11 @@ from prune_callbacks.anatomy.blocks import NoBlocksError, find_blocks
 from prune_callbacks.measure.perplexity import Perplexity
 from prune_callbacks.tasks.batches import model_inputs, predicted, taken
 from prune_callbacks.tasks.objectives import LanguageModeling, Objective
+
+
+def adamw(parameters: Iterable[torch.nn.Parameter]) -> Optimizer:
+    """Returns AdamW with learning rate 1e-4; a function, because a file of settings can name one."""
+    return torch.optim.AdamW(parameters, lr=1e-4)
 
 
 class CausalLM(LightningModule):
@@ -48,7 +52,7 @@ class CausalLM(LightningModule):
     def __init__(
         self,
         model: PreTrainedModel,
-        optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer] = partial(torch.optim.AdamW, lr=1e-4),  # noqa: B008
+        optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer] = adamw,
         scheduler: Callable[..., LRScheduler] | None = None,
         objective: Objective | None = None,
         scheduler_steps: int | None = None,

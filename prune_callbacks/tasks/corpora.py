@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
+from prune_callbacks.interfaces import compared_by_name
 from prune_callbacks.tasks.rows import Chat, found, read_row
 
 Part = Literal["train", "calibration", "evaluation"]
 SHARES: dict[Part, float] = {"train": 0.7, "calibration": 0.15, "evaluation": 0.15}
 
 
+@compared_by_name
 @runtime_checkable
 class Corpus(Protocol):
     """A named source of documents."""

@@ -72,9 +72,9 @@ class TokenDataModule(ResumableData):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        train: Corpus | str,
-        calibration: Corpus | str,
-        evaluation: Corpus | str,
+        train: Corpus | str | Path,
+        calibration: Corpus | str | Path,
+        evaluation: Corpus | str | Path,
         *,
         evaluate: Sequence[str] | str = (),
         root: str | Path | None = None,
@@ -100,10 +100,10 @@ class TokenDataModule(ResumableData):
             raise ValueError(f"bos=True, and the tokenizer of {name_of(tokenizer)} has no BOS token: leave bos out")
         self.join_rows = join_rows
         self.text_setting: dict[str, Any] = {"bos": self.bos}
-        parts: tuple[tuple[Part, Corpus | str], ...]
+        parts: tuple[tuple[Part, Corpus | str | Path], ...]
         parts = (("train", train), ("calibration", calibration), ("evaluation", evaluation))
         self.corpora: dict[str, Corpus] = {
-            part: corpus(given, part, root) if isinstance(given, str) else given for part, given in parts
+            part: corpus(str(given), part, root) if isinstance(given, str | Path) else given for part, given in parts
         }
         self.evaluation_title = self._evaluation_title(self.corpora["evaluation"])
         evaluate = [evaluate] if isinstance(evaluate, str) else evaluate

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prune_callbacks.interfaces import compared_by_name
 from prune_callbacks.tasks.batches import predicted, taken
 
 Losses = dict[str, Tensor]
 
 
+@compared_by_name
 @runtime_checkable
 class Objective(Protocol):
     """A training loss for a causal LM."""
