@@ -72,7 +72,7 @@ def test_the_recipe_beside_one_shot(finished):
         assert report["optimizer_steps"] == 72
         assert report["violations"] == {}
         assert report["sparsity"]["achieved"] == pytest.approx(0.9, abs=2e-5)
-        assert len(report["sparsity"]["layers"]) == 8  # all convolutions and the linear layer
+        assert len(report["sparsity"]["layers"]) == 9  # all convolutions and the linear layer
         assert report["skipped"] == {}
         assert {"val_accuracy", "val_loss"} == set(report["metrics"])
         for name, stages in report["metrics"].items():
@@ -151,7 +151,8 @@ def test_zeros_of_convolutions_beside_normalization_hold_and_control_without_the
         module, prune = ImageClassifier(SmallResNet(width=4)), OneShotPrune(Magnitude(Unstructured(0.9)))
         trainer_of([prune, *enforcer], tmp_path, limit_val_batches=0).fit(module, datamodule=DigitsDataModule())
         masks = prune.report.masks
-        assert len(masks) == 7  # the linear layer makes the output
+        assert len(masks) == 8  # not the linear layer, which makes the output
+        assert not any("classify" in name for name in masks)
         assert masks.sparsity() == pytest.approx(0.9, abs=0.01)
         weights = dict(module.named_parameters())
         assert masks.violations(weights) == ({} if held else {name: (~masks[name]).sum() for name in masks})
