@@ -154,8 +154,8 @@ def test_zeros_of_convolutions_beside_normalization_hold_and_control_without_the
         assert len(masks) == 8  # not the linear layer, which makes the output
         assert not any("classify" in name for name in masks)
         assert masks.sparsity() == pytest.approx(0.9, abs=0.01)
-        weights = dict(module.named_parameters())
-        assert masks.violations(weights) == ({} if held else {name: (~masks[name]).sum() for name in masks})
+        back = sum(masks.violations(module.named_parameters()).values())
+        assert (back == 0) if held else (back > 0.5 * sum(int((~masks[name]).sum()) for name in masks))
 
 
 def means(folders, tmp_path, monkeypatch, capsys):
@@ -176,11 +176,11 @@ def check_bar(found, near):
 
 
 def test_ninety_percent_cost_little_in_rounds_and_much_at_once(tmp_path, monkeypatch, capsys):
-    """One seed, a sixth of the recipe's steps."""
-    words = ["schedule.rounds=2", "schedule.begin=90", "schedule.every=75", "module.scheduler_steps=90"]
-    run(tmp_path / "run", *words, "trainer.max_steps=240")
+    """One seed, a ninth of the recipe's steps."""
+    words = ["schedule.rounds=2", "schedule.begin=60", "schedule.every=50", "module.scheduler_steps=60"]
+    run(tmp_path / "run", *words, "callbacks.iterative.rewind.step=10", "trainer.max_steps=160")
     found, _ = means([tmp_path / "run"], tmp_path, monkeypatch, capsys)
-    assert found["dense"] > 0.96
+    assert found["dense"] > 0.95
     check_bar(found, near=0.03)
 
 
