@@ -181,7 +181,7 @@ def test_ninety_percent_cost_little_in_rounds_and_much_at_once(tmp_path, monkeyp
     run(tmp_path / "run", *words, "callbacks.iterative.rewind.step=10", "trainer.max_steps=160")
     found, _ = means([tmp_path / "run"], tmp_path, monkeypatch, capsys)
     assert found["dense"] > 0.95
-    check_bar(found, near=0.03)
+    check_bar(found, near=0.05)
 
 
 @pytest.mark.slow
