@@ -157,6 +157,37 @@ PROMISES = {
             "test_fuzz::test_control_a_chain_that_is_none_has_other_masks",
         ),
     ),
+    "every callback works on every kind of module, as by re-running the whole module": Promise(
+        (
+            "test_any_module::test_one_shot_equals_rerunning_the_whole_module",
+            "test_any_module::test_iterative_pruning_removes_the_smallest_of_all_layers",
+            "test_any_module::test_the_enforcer_finds_and_holds_the_zeros",
+            "test_stages::test_layers_around_the_blocks_are_pruned_in_their_turn",
+            "test_stages::test_a_chain_and_running_the_model_again_give_the_same",
+        ),
+        ("test_stages::test_at_once_takes_all_statistics_from_the_dense_model",),
+    ),
+    "convolutions are pruned as linear layers on patches, in bounded memory": Promise(
+        (
+            "test_convolutions::test_a_convolution_is_a_linear_layer_on_patches",
+            "test_convolutions::test_statistics_of_layers_of_a_resnet_50_take_a_gram_and_a_batch",
+        ),
+        ("test_convolutions::test_the_order_of_columns_matters_for_groups_of_weights",),
+    ),
+    "calibration by a module's own step leaves no trace": Promise(
+        (
+            "test_own_steps::test_calibration_leaves_no_trace",
+            "test_own_steps::test_training_draws_what_it_draws_without_pruning",
+        ),
+        ("test_own_steps::test_the_step_s_inputs_are_what_counts",),
+    ),
+    "what is left out of any module is named": Promise(
+        (
+            "test_stages::test_what_is_left_out_is_named_and_can_be_asked_for",
+            "test_stages::test_layers_that_do_not_fit_stay_dense_by_default_and_are_refused_by_name",
+            "test_stages::test_recurrent_layers_are_pruned_by_magnitude_and_it_is_said",
+        ),
+    ),
     "what the model takes of a batch is what it gets, and what is dropped is named": Promise(
         (
             "test_batches::test_padding_of_a_mapping_does_not_count_and_a_tuple_without_names_is_refused",
