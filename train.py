@@ -1,4 +1,4 @@
-"""Prunes a language model, recovers its quality, and writes reports: python train.py recipe=NAME; --help says more."""
+"""Prunes a model, recovers its quality, and writes reports: python train.py recipe=NAME; --help says more."""
 
 # What takes seconds to import is imported where it is used: help and misspelt keys are answered at once.
 import os

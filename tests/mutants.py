@@ -420,8 +420,8 @@ MUTANTS = (
     Mutant(
         "pruning_moves_the_random_state",
         "callbacks/one_shot_prune.py",
-        "with aside, patient_ranks(trainer.strategy.root_device) as ranks:",
-        "with patient_ranks(trainer.strategy.root_device) as ranks:",
+        "stack.enter_context(untouched(trainer, pl_module) if own else isolate_rng())",
+        "pass",
         "test_enforcer.py::test_pruning_does_not_change_what_training_draws",
     ),
     Mutant(

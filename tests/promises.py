@@ -32,6 +32,8 @@ RECIPES = {
     "magnitude_50": "test_train::test_weights_and_biases_offline",
     "imp_90": "test_train::test_imp_beside_one_shot",
     "oneshot_90": "test_train::test_imp_beside_one_shot",
+    "digits_imp_90": "test_digits::test_the_recipe_beside_one_shot",
+    "digits_oneshot_90": "test_digits::test_the_recipe_beside_one_shot",
     **dict.fromkeys(("recover_deepspeed", "consolidate"), f"{CONSOLIDATED}[deepspeed_zero3]"),
     "prune_streaming": "test_streaming::test_the_recipe_prunes_a_tiny_checkpoint_and_goes_on",
     "sensitivity": "test_sensitivity::test_the_recipe_and_the_allocations_that_read_its_file",

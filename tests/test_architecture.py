@@ -20,6 +20,7 @@ CORE = ("Unstructured", "NM", "Magnitude", "Wanda", "SparseGPT", "MRP", "ALPS", 
 LATE = (
     "matplotlib",
     "scipy",
+    "sklearn",
     "jinja2",
     "torch._dynamo",
     "datasets",

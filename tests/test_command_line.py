@@ -256,7 +256,7 @@ def test_the_nearest_keys_are_written_as_they_are_typed(wanda, word, nearest_wor
         (
             ["recipe=wanda_2of4", "pattern.sparsity=0.5"],
             "There is no key pattern.sparsity in recipe=wanda_2of4; it is a key of pattern=columns, "
-            "pattern=unstructured, recipe=gradual_cubic_80, recipe=imp_90. pattern has n, m.",
+            "pattern=unstructured, recipe=digits_imp_90, recipe=gradual_cubic_80, recipe=imp_90. pattern has n, m.",
         ),
         (
             ["--multirun", "recipe=sweep", "pruner=mrp,wanda", "pruner.variant=SM"],
@@ -329,6 +329,7 @@ def test_a_key_that_nothing_reads_is_not_added(refused, word):
         (["recipe=sweep", "+trainer.fast_dev_run=true"], "Nothing in recipe=sweep reads a key trainer.fast_dev_run"),
         (["recipe=wanda_50", "schedule=constant"], "schedule=constant would be ignored: nothing in recipe=wanda_50 re"),
         (["recipe=imp_90", "allocation=owl"], "allocation=owl would be ignored: nothing in recipe=imp_90 reads allo"),
+        (["recipe=digits_imp_90", "objective=logits"], "objective=logits would be ignored: nothing in recipe=digits_i"),
         (["recipe=wanda_50", "+callbacks.one_shot.pruner.damping=1"], "what is behind callbacks.one_shot.pruner.damp"),
     ],
 )

@@ -487,6 +487,8 @@ def test_recipes_leave_bos_to_the_tokenizer_but_for_the_papers_models():
     for model in (recipes / "model").glob("*.yaml"):
         for data in (recipes / "data").glob("*.yaml"):
             cfg = OmegaConf.create({"model": OmegaConf.load(model), "data": OmegaConf.load(data)})
+            if data.stem == "digits":  # images
+                continue
             assert cfg.data.bos is (False if model.stem in ("llama2_7b", "opt_125m") else None)
             assert cfg.data.join_rows is None
 

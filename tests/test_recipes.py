@@ -36,7 +36,7 @@ from prune_callbacks import (
 )
 from prune_callbacks.parallel.strategies import check_strategy
 from prune_callbacks.pruners.ria import RIA
-from prune_callbacks.tasks import HubText, tiny_llama
+from prune_callbacks.tasks import DigitsDataModule, HubText, ImageClassifier, tiny_llama
 
 ROOT = Path(__file__).parent.parent
 train = importlib.util.spec_from_file_location("train", ROOT / "train.py")
@@ -68,7 +68,10 @@ SCHEDULES = {
     "imp_90": IMPSchedule(0.9, rounds=10, every=270, begin=300),
     "oneshot_90": IMPSchedule(0.9, rounds=1, every=270, begin=1500),
     "gradual_cubic_80": CubicSchedule(0.8, begin=0, end=80, every=10),
+    "digits_imp_90": IMPSchedule(0.9, rounds=10, every=135, begin=150),
+    "digits_oneshot_90": IMPSchedule(0.9, rounds=1, every=135, begin=750),
 }
+IMAGES = {"digits_imp_90", "digits_oneshot_90"}
 
 
 def compose(*overrides):
@@ -78,8 +81,9 @@ def compose(*overrides):
 
 def small(name, tmp_path):
     """The recipe itself, but for the model: that needs the 500 MB one, which has a test of its own."""
+    model = [] if name in IMAGES else ["model=tiny_llama"]
     trainer = ["trainer=cpu_or_gpu"] if name == "recover_deepspeed" else []  # DeepSpeed needs CUDA devices
-    return compose(f"recipe={name}", "model=tiny_llama", f"output_dir={tmp_path}", *trainer)
+    return compose(f"recipe={name}", *model, f"output_dir={tmp_path}", *trainer)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,8 +98,9 @@ def test_every_recipe_is_instantiated(name, tmp_path):
     assert isinstance(callbacks[prunes], IterativePrune if name in SCHEDULES else OneShotPrune)
     assert isinstance(callbacks.enforcer, MaskEnforcer)
     module = instantiate(cfg.module)
-    assert isinstance(module, CausalLM)
-    assert type(module.objective) is (SquareHead if name == "recover_distill" else LanguageModeling)
+    assert isinstance(module, ImageClassifier if name in IMAGES else CausalLM)
+    if name not in IMAGES:
+        assert type(module.objective) is (SquareHead if name == "recover_distill" else LanguageModeling)
     trainer = instantiate(
         cfg.trainer, callbacks=list(callbacks.values()), logger=list(instantiate(cfg.logger).values())
     )
@@ -106,6 +111,9 @@ def test_every_recipe_is_instantiated(name, tmp_path):
         assert callbacks.iterative.schedule == SCHEDULES[name]
         assert callbacks.iterative.schedule.changes[-1] < trainer.max_steps
     data = instantiate(cfg.data)
+    if name in IMAGES:
+        assert isinstance(data, DigitsDataModule)
+        return
     data.setup("fit")
     assert data.calibration_windows.shape[1] == data.evaluation_windows.shape[1] == cfg.data.seq_len
 
@@ -131,8 +139,10 @@ def test_ria_is_a_value_of_the_pruner(tmp_path):
     assert instantiate(cfg.callbacks.one_shot).pruner == RIA(Unstructured(0.5), 1.0)
 
 
-def test_imp_and_what_it_is_measured_against_share_all_but_the_method(tmp_path):
-    imp, one_shot = small("imp_90", tmp_path), small("oneshot_90", tmp_path)
+@pytest.mark.parametrize("images", ["", "digits_"])
+def test_imp_and_what_it_is_measured_against_share_all_but_the_method(images, tmp_path):
+    imp, one_shot = small(f"{images}imp_90", tmp_path), small(f"{images}oneshot_90", tmp_path)
+    assert imp.beside == [one_shot.name]
     for key in ("model", "data", "optimizer", "trainer", "pattern", "seed"):
         assert imp[key] == one_shot[key]
     assert imp.trainer.max_steps == imp.schedule.begin + imp.schedule.rounds * imp.schedule.every

@@ -187,7 +187,7 @@ def test_what_is_left_out_is_named_and_can_be_asked_for():
     report, _ = pruned(Tied(), batches, Wanda(HALF), targets=["second", "frozen"])
     assert set(report.masks) == {"second.weight", "frozen.weight"}
     report, _ = pruned(Tied(), batches, Wanda(HALF), targets="f*")
-    assert set(report.masks) == {"first.weight"}  # a default one matches, so the frozen one is not looked for
+    assert set(report.masks) == {"first.weight"}  # a trained one matches, so the frozen one is not looked for
     with pytest.raises(ValueError, match=r"layer head cannot be pruned: its weight is that of an nn.Embedding"):
         pruned(Tied(), batches, Wanda(HALF), targets="head")
     with pytest.raises(ValueError, match=r"target 'third' matches no layer"):

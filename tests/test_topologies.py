@@ -7,6 +7,7 @@ import pytest
 import torch
 from topologies import WIDTH, WORDS, Block, Model, made, rerun_masks
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from prune_callbacks import (
     OWL,
@@ -358,3 +359,15 @@ def test_a_model_that_takes_one_length_and_one_of_features(batches):
     report, reruns = pruned(model, rows)
     assert_masks(report, expected)
     assert not reruns
+
+
+def test_of_several_lists_the_one_that_is_no_chain_is_named():
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=99, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    )
+    ids = torch.randint(1, 99, (4, 7))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        prune_sequentially(t5, [{"input_ids": ids, "labels": ids}], PRUNER, progress=False)
+    told = [str(w.message).partition(" gets")[0] for w in heard if "runs again" in str(w.message)]
+    assert told == [f"T5ForConditionalGeneration: in {stack}.block, block 1" for stack in ("encoder", "decoder")]

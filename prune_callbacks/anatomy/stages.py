@@ -175,8 +175,8 @@ def stage_targets(
     Args:
         model: the model.
         stages: its stages.
-        targets: patterns of names, see `matching`. A pattern that matches no layer which is a target by default is
-            looked for among the others. None: all targets by default.
+        targets: patterns of names, see `matching`. Frozen layers beside trained ones, depthwise convolutions in blocks
+            and tied weights are looked for only if a pattern matches nothing else. None: all targets by default.
         every_kind: see `find_targets`.
 
     Raises:
@@ -194,8 +194,10 @@ def stage_targets(
         return default, {**stages.left, **{found[name].stored_name: reason for name, reason in kept.items()}}
     patterns = [targets] if isinstance(targets, str) else list(targets)
     chosen = {} if patterns else matching(found, patterns, first="")  # which refuses that
+    aside = {name for name, reason in kept.items() if reason != MAKES_OUTPUT}
+    usual = {name: target for name, target in found.items() if name not in aside}
     for pattern in patterns:
-        inside = default if any(matches(target, pattern) for target in default.values()) else found
+        inside = usual if any(matches(target, pattern) for target in usual.values()) else found
         chosen |= matching(inside, pattern, first=stages.parts[0][0])
     tied = next((name for name in chosen if kept.get(name) == TIED), None)
     if tied is not None:

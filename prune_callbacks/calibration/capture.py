@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prune_callbacks.calibration.batches import Batch, to_device
+from prune_callbacks.calibration.shared_modules import refuse_shared_modules
 from prune_callbacks.calibration.stand_ins import (
     BlockInputs,
     HeadReachedError,
     NotAChainError,
     StandIns,
     check_independent,
-    refuse_shared_modules,
 )
 
 

@@ -110,7 +110,7 @@ def calibration_source(
     def make(run: Sequence[int]) -> Source:
         own = [blocks[index] for index in run]
         if lists[run[0]] in chains:
-            return _of_a_list(model, own, mine, ranks, idle)
+            return _of_a_list(model, own, mine, ranks, idle, f"in {lists[run[0]]}, ")
         return Rerun(model, range(len(own)), mine, ranks)
 
     return make(order) if len(runs) == 1 and order == sorted(order) else InTurn(runs, make)
@@ -127,8 +127,14 @@ def _chains(order: Sequence[int], lists: Sequence[str | None]) -> set[str]:
     return found
 
 
-def _of_a_list(model: nn.Module, blocks: Sequence[nn.Module], mine: Any, ranks: Ranks, idle: bool) -> Source:
-    """Returns the source of the blocks of one list: a chain, or with a warning the whole model if they form none."""
+def _of_a_list(
+    model: nn.Module, blocks: Sequence[nn.Module], mine: Any, ranks: Ranks, idle: bool, where: str = ""
+) -> Source:
+    """
+    Returns the source of the blocks of one list: a chain, or with a warning the whole model if they form none.
+
+    `where` names the list in the warning, if there are several.
+    """
 
     def captured() -> tuple[list[BlockInputs], str | None]:
         try:
@@ -142,7 +148,7 @@ def _of_a_list(model: nn.Module, blocks: Sequence[nn.Module], mine: Any, ranks: 
         return Chain(inputs, ranks)
     if ranks.rank == 0:
         warnings.warn(
-            f"{type(model).__name__}: {problem}. So the whole model runs again for every block, which is slower",
+            f"{type(model).__name__}: {where}{problem}. So the whole model runs again for every block, which is slower",
             stacklevel=5,
         )
     order = ranks.attempt(lambda: [] if idle else order_of_execution(model, blocks, mine[0]))

@@ -1,6 +1,6 @@
 """Stand-ins for decoder blocks, which record how a model calls its blocks and whether these form a chain."""
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -186,34 +186,6 @@ def _without(place: int | str | None, args: tuple[Any, ...], kwargs: dict[str, A
     if isinstance(place, int):
         return (*args[:place], *args[place + 1 :]), kwargs
     return args, {key: value for key, value in kwargs.items() if key != place}
-
-
-def refuse_shared_modules(model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Raises NotAChainError if a block shares a module with weights with another block or the rest of the model."""
-    owner: dict[int, int] = {}
-    for index, block in enumerate(blocks):
-        for module in block.modules():
-            if _has_weights(module) and owner.setdefault(id(module), index) != index:
-                raise NotAChainError(f"its blocks {owner[id(module)]} and {index} share a {type(module).__name__}")
-    for module in _besides(model, {id(block) for block in blocks}):
-        if _has_weights(module) and id(module) in owner:
-            raise NotAChainError(f"its block {owner[id(module)]} shares a {type(module).__name__} with other parts")
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return next(module.parameters(recurse=False), None) is not None
-
-
-def _besides(model: nn.Module, blocks: Set[int]) -> Iterator[nn.Module]:
-    """Yields the modules of a model that are not only inside of blocks, given by their ids."""
-    seen: set[int] = set()
-    left = [model]
-    while left:
-        module = left.pop()
-        if id(module) not in blocks and id(module) not in seen:
-            seen.add(id(module))
-            yield module
-            left += module.children()
 
 
 def check_independent(captured: BlockInputs, again: BlockInputs) -> None:

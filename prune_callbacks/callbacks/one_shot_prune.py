@@ -28,6 +28,7 @@ from prune_callbacks.engine.sequential import Order, check_order, prune_sequenti
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import needs_calibration
 from prune_callbacks.ranks import patient_ranks
+from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.model_folder import check_savable, save_sparse_model
 
 
@@ -125,18 +126,24 @@ class OneShotPrune(PrunesOnce):
         if self.dirpath is not None:
             check_savable(model)
         self._layers = layer_names(pl_module, self.blocks) if makes_in_setup(pl_module) else None
+        self.report = self._prune(trainer, pl_module, model)
+        if self.targets is None:
+            self.report = replace(self.report, skipped=self.report.skipped | layers_beside(pl_module, model))
+        rank_zero_info(
+            f"pruned {len(self.report.layers)} layers, {self.report.sparsity:.2%} zeros, in {self.report.seconds:.0f} s"
+        )
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> PruneReport:
         needed, trial = self._needs_batches(), Lineup(trainer).trial() is not None
         own = needed and (self.forward is not None or not isinstance(model, PreTrainedModel))
+        count = 1 if trial else self.num_batches
         with ExitStack() as stack:
             if own:  # all of the module runs
                 stack.enter_context(on_its_device(trainer, pl_module))
-                stack.enter_context(untouched(trainer, pl_module))
-            else:
-                stack.enter_context(isolate_rng())
+            stack.enter_context(untouched(trainer, pl_module) if own else isolate_rng())
             ranks = stack.enter_context(patient_ranks(trainer.strategy.root_device))
-            count = 1 if trial else self.num_batches
             takes = None if own else model
-            self.report = prune_sequentially(
+            report = prune_sequentially(
                 model,
                 calibration_batches(trainer, ranks, takes, self.batches, count) if needed else None,
                 self.pruner,
@@ -151,22 +158,16 @@ class OneShotPrune(PrunesOnce):
                 ranks=ranks,
             )
             if self.dirpath is not None and not trial:
-                ranks.attempt(lambda: self._save(trainer, model))
-        assert self.report is not None
-        if self.targets is None:
-            self.report = replace(self.report, skipped=self.report.skipped | layers_beside(pl_module, model))
-        rank_zero_info(
-            f"pruned {len(self.report.layers)} layers, {self.report.sparsity:.2%} zeros, in {self.report.seconds:.0f} s"
-        )
+                ranks.attempt(lambda: self._save(trainer, model, report.masks))
+        return report
 
     def _needs_batches(self) -> bool:
         """Returns whether the pruner or the allocation needs calibration batches."""
         return any(needs_calibration(part) for part in (self.pruner, self.allocation) if part is not None)
 
-    def _save(self, trainer: Trainer, model: nn.Module) -> None:
+    def _save(self, trainer: Trainer, model: nn.Module, masks: MaskSet) -> None:
         if trainer.is_global_zero and self.dirpath is not None:
-            assert self.report is not None
-            save_sparse_model(model, self.report.masks, self.dirpath)
+            save_sparse_model(model, masks, self.dirpath)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.report is not None and self._layers is not None:

@@ -43,8 +43,8 @@ def own_step(pl_module: LightningModule, forward: Forward | None) -> Callable[[n
             raise ValueError(
                 f"{type(pl_module).__name__} failed on a calibration batch ({type(error).__name__}: {error}). "
                 "Calibration runs its own step when the fit begins: before its setup and on_train_start, without "
-                "optimizers and gradients. Say how the module runs on a batch: OneShotPrune(..., forward=lambda module, "
-                "batch: module(batch[0]))"
+                "optimizers and gradients. Say how the module runs on a batch: "
+                "OneShotPrune(..., forward=lambda module, batch: module(batch[0]))"
             ) from error
 
     return run

@@ -6,20 +6,19 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.calibration.windows import contiguous_windows, joined_windows, random_windows
 from prune_callbacks.tasks.corpora import SHARES, Corpus, Part, TextFile
-from prune_callbacks.tasks.loader import ResumableLoader, Shuffled, Windows
+from prune_callbacks.tasks.loader import ResumableData, Windows
 from prune_callbacks.tasks.named_corpora import corpus
 from prune_callbacks.tasks.rows import as_text
 from prune_callbacks.tasks.tokens import begins_with_bos, encode, name_of
 
 
-class TokenDataModule(LightningDataModule):
+class TokenDataModule(ResumableData):
     """
     A data module that cuts corpora into windows of `seq_len` tokens; batches are `{"input_ids": (batch, seq_len)}`.
 
@@ -89,7 +88,7 @@ class TokenDataModule(LightningDataModule):
         bos: bool | None = None,
         join_rows: bool | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, seed)
         if seq_len < 2 or calibration_windows < 1:
             raise ValueError(
                 f"TokenDataModule needs seq_len >= 2 and calibration_windows >= 1, "
@@ -112,12 +111,8 @@ class TokenDataModule(LightningDataModule):
         if len(self._further) < len(evaluate):
             raise ValueError(f"evaluate names one corpus twice: {list(evaluate)}")
         self.seq_len = seq_len
-        self.batch_size = batch_size
         self.calibration_batch_size = calibration_batch_size
-        self.seed = seed
         self._limits = {"train": train_windows, "calibration": calibration_windows, "evaluation": evaluation_windows}
-        self._loader: ResumableLoader | None = None
-        self._left_at: dict[str, int] | None = None
         self.train_windows: Int[Tensor, "windows tokens"] | None = None
         self.calibration_windows: Int[Tensor, "windows tokens"] | None = None
         self.evaluation_windows: Int[Tensor, "windows tokens"] | None = None
@@ -160,27 +155,7 @@ class TokenDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns a loader of shuffled training windows, which resumes after the batches of a loaded checkpoint."""
         assert self.train_windows is not None
-        windows = Windows(self.train_windows)
-        ranks = {"num_replicas": 1, "rank": 0}
-        if self.trainer is not None and self.trainer.world_size > 1:
-            ranks = self.trainer.strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]
-        sampler = Shuffled(windows, ranks["num_replicas"], ranks["rank"], seed=self.seed)
-        self._loader = ResumableLoader(windows, self.batch_size, sampler=sampler, generator=torch.Generator())
-        if self._left_at is not None:
-            self._loader.load_state_dict(self._left_at)
-        return self._loader
-
-    # Lightning restores the state of a loader only if none was made before the checkpoint is read, but it needs one to
-    # estimate the length of the training. The state of a data module is restored early enough.
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the position in the training windows, for the checkpoint."""
-        return {} if self._loader is None else self._loader.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the position in the training windows from a checkpoint."""
-        self._left_at = state_dict or None
-        if self._loader is not None and self._left_at is not None:  # some strategies restore after the loader is made
-            self._loader.load_state_dict(self._left_at)
+        return self._shuffled(Windows(self.train_windows))
 
     def calibration_dataloader(self) -> DataLoader[Any]:
         """Returns a loader of the calibration windows, for `OneShotPrune`."""
@@ -193,7 +168,7 @@ class TokenDataModule(LightningDataModule):
         return self._in_order(self.evaluation_windows)
 
     def _in_order(self, windows: Tensor) -> DataLoader[Any]:
-        # Without its own generator, a loader draws a number from the global one, which dropout uses too.
+        # Its own generator, as in `_shuffled`.
         return DataLoader(Windows(windows), self.calibration_batch_size, generator=torch.Generator())
 
     def _evaluation_title(self, source: Corpus) -> str:

@@ -1,10 +1,11 @@
-"""A loader of windows that resumes from a checkpoint, in an order that is shared by all ranks."""
+"""Training data that resumes from a checkpoint, in an order that is shared by all ranks."""
 
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -87,3 +88,44 @@ class ResumableLoader(DataLoader[Any]):
                 "steps, which changes the end of training (set max_steps) and learning-rate schedules"
             )
         self._left_at = {"epoch": state_dict["epoch"], "given": state_dict["windows"] // self._step}
+
+
+class ResumableData(LightningDataModule):
+    """
+    A data module whose training resumes after the batches of a checkpoint, also in the middle of an epoch.
+
+    Args:
+        batch_size: items per training batch of each rank.
+        seed: seed that shuffles the training data.
+    """
+
+    def __init__(self, batch_size: int, seed: int) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.seed = seed
+        self._loader: ResumableLoader | None = None
+        self._left_at: dict[str, int] | None = None
+
+    def _shuffled(self, dataset: Dataset[Any]) -> ResumableLoader:
+        """Returns a loader of this rank's part of a shuffled dataset, which resumes where a loaded checkpoint ended."""
+        ranks = {"num_replicas": 1, "rank": 0}
+        if self.trainer is not None and self.trainer.world_size > 1:
+            ranks = self.trainer.strategy.distributed_sampler_kwargs  # type: ignore[attr-defined]
+        sampler = Shuffled(dataset, ranks["num_replicas"], ranks["rank"], seed=self.seed)
+        # Without its own generator, a loader draws a number from the global one, which dropout uses too.
+        self._loader = ResumableLoader(dataset, self.batch_size, sampler=sampler, generator=torch.Generator())
+        if self._left_at is not None:
+            self._loader.load_state_dict(self._left_at)
+        return self._loader
+
+    # Lightning restores the state of a loader only if none was made before the checkpoint is read, but it needs one to
+    # estimate the length of the training. The state of a data module is restored early enough.
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position in the training data, for the checkpoint."""
+        return {} if self._loader is None else self._loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the position in the training data from a checkpoint."""
+        self._left_at = state_dict or None
+        if self._loader is not None and self._left_at is not None:  # some strategies restore after the loader is made
+            self._loader.load_state_dict(self._left_at)
