@@ -119,6 +119,7 @@ def test_enforcer_measures_the_step_its_share_and_its_memory(tmp_path, monkeypat
     assert row["mask_bytes_here"] == 4 * (128 * 128 * 2 + 64 * 128 * 2 + 3 * 384 * 128) // 8
 
 
+@pytest.mark.slow
 def test_deployment_measures_every_cell_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, tokenizer):
     bench = load("deployment")
     tiny_llama(hidden_size=32, layers=2).save_pretrained(tmp_path / "model")
@@ -216,7 +217,7 @@ measured(keep_largest, (torch.ones(4), 2), (scores, len(scores) // 2))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux")
-@pytest.mark.parametrize(("out", "size"), [(512, 2048), slow(1536, 1536), slow(3072, 768)])
+@pytest.mark.parametrize(("out", "size"), [slow(512, 2048), slow(1536, 1536), slow(3072, 768)])
 def test_what_scaling_counts_for_a_solver_is_what_it_takes(out, size):
     bench = load("scaling")
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}

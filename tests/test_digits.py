@@ -115,6 +115,7 @@ ROUNDS = ("schedule.rounds=2", "schedule.begin=16", "schedule.every=10", "traine
 SHORT = ("smoke=true", "beside=[]", *ROUNDS)
 
 
+@pytest.mark.slow
 def test_a_seed_decides_all_bits_and_a_resumed_run_ends_with_them(tmp_path):
     """The checkpoint is of step 30, in the middle of the second epoch and of the second round."""
     every = "callbacks.checkpoint.every_n_train_steps=30"
@@ -132,6 +133,7 @@ def test_a_seed_decides_all_bits_and_a_resumed_run_ends_with_them(tmp_path):
     assert other["rounds"] != whole["rounds"]
 
 
+@pytest.mark.slow
 def test_control_without_rewinding_training_goes_on(tmp_path):
     before = run(tmp_path / "a", *SHORT)
     after = run(tmp_path / "b", *SHORT, "callbacks.iterative.rewind=null")
