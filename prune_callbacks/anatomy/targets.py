@@ -58,9 +58,9 @@ def all_targets(parts: Sequence[tuple[str, nn.Module]], *, every_kind: bool) -> 
             warnings.warn(f"{target.name} shares its weight with {owner} and is pruned with it", stacklevel=4)
     if not found:
         raise ValueError(
-            f"there is no nn.Linear or Conv1D{', convolution or other matrix' if every_kind else ''} to prune in the "
-            "decoder blocks, or in a model without blocks. Packed or quantized layers cannot be pruned: load the model "
-            "with its weights dequantized"
+            f"there is no nn.Linear or Conv1D{', convolution or other matrix' if every_kind else ''} to prune in "
+            f"{', '.join(name or 'the model' for name, _ in list(parts)[:2])}. Packed or quantized layers cannot be "
+            "pruned: load the model with its weights dequantized"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Prunes a model block by block; every block is calibrated on the outputs of the pruned blocks before it."""
+"""Prunes a model stage by stage; every stage is calibrated on what the pruned stages before it compute."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
