@@ -58,8 +58,8 @@ def all_targets(parts: Sequence[tuple[str, nn.Module]], *, every_kind: bool) -> 
             warnings.warn(f"{target.name} shares its weight with {owner} and is pruned with it", stacklevel=4)
     if not found:
         raise ValueError(
-            f"there is no nn.Linear or Conv1D{', convolution or other matrix' if every_kind else ''} to prune in "
-            f"{', '.join(name or 'the model' for name, _ in list(parts)[:2])}. Packed or quantized layers cannot be "
+            f"{' and '.join(name or 'the model' for name, _ in list(parts)[:2])} hold no nn.Linear or Conv1D to prune"
+            f"{', nor a convolution or another matrix' if every_kind else ''}. Packed or quantized layers cannot be "
             "pruned: load the model with its weights dequantized"
         )
     return found
