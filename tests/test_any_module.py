@@ -121,4 +121,4 @@ def test_the_readme_s_example_runs(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     readme = (Path(__file__).parents[1] / "README.md").read_text().split("### Any module\n")[1]
     exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], {"__name__": "example"})
-    assert "0.5 {'net.8.weight': 'it is the last layer that is defined, which makes" in capsys.readouterr().out
+    assert "0.5 {'net.8.weight': 'it is the last layer that is called, which makes" in capsys.readouterr().out

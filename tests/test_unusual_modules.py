@@ -107,7 +107,7 @@ def test_a_frozen_teacher_that_is_defined_last_makes_no_output(rounds, tmp_path)
     assert set(masks) == {"student.0.weight", "student.2.weight"}
     assert all(torch.equal(value, before[name]) for name, value in module.teacher.state_dict().items())
     if not rounds:
-        assert "the last layer that is defined" in prune.report.skipped["student.4.weight"]
+        assert "the last layer that is called" in prune.report.skipped["student.4.weight"]
         assert "is not trained" in prune.report.skipped["teacher.0.weight"]
 
 
@@ -269,7 +269,7 @@ def test_what_other_pruners_and_a_model_inside_leave_dense_is_named(tmp_path):
     data = DataLoader([{"input_ids": torch.randint(3, 30, (4, 7))}], batch_size=None)
     trainer_of([prune, MaskEnforcer()], tmp_path, max_steps=1, accumulate_grad_batches=1).fit(Headed(), data)
     assert prune.report.skipped == {
-        "pooler.dense": "it is outside of the blocks",
+        "pooler.dense": "it is outside of the blocks, where nothing is pruned",
         "head": "it is outside of the BertModel",
     }
 
@@ -364,3 +364,62 @@ def test_masks_of_a_part_find_it_again(tmp_path):
     trainer = trainer_of([enforcer], tmp_path, max_steps=2, accumulate_grad_batches=1)
     trainer.fit(fresh, DataLoader([x.float() for x in rows()], batch_size=None))
     assert report.masks.violations(fresh.student.named_parameters()) == {}
+
+
+@pytest.mark.parametrize("last", ["single", "block", "recurrent"])
+def test_the_layer_that_is_called_last_makes_the_output_wherever_it_is_defined(last):
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.stem = nn.Linear(8, 3), nn.Linear(8, 8)
+            inner = {"single": nn.Linear(8, 8), "block": nn.ModuleList([Block()]), "recurrent": nn.GRU(8, 8)}
+            self.inner = inner[last]
+
+        def forward(self, x):
+            x = torch.tanh(self.stem(x))
+            for part in self.inner if last == "block" else [self.inner]:
+                x = part(x)
+            return self.head(x[0] if last == "recurrent" else x)
+
+    torch.manual_seed(0)
+    report = pruned(Backwards().double(), rows())
+    assert report.skipped.keys() == {"head.weight"}
+    assert "the last layer that is called, which makes the output" in report.skipped["head.weight"]
+    assert {name.split(".")[0] for name in report.masks} == {"stem", "inner"}
+
+
+def test_a_layer_that_loses_all_its_weights_is_named(tmp_path):
+    module = Taught()
+    with torch.no_grad():
+        module.student[2].weight *= 1e-6
+    prune = IterativePrune(ConstantSchedule(0.7))
+    trainer = trainer_of([prune, MaskEnforcer()], tmp_path, max_steps=1, accumulate_grad_batches=1)
+    with pytest.warns(UserWarning, match=r'1 layers have no weight left, first student.2.weight.*scope="layer"'):
+        trainer.fit(module, DataLoader([x.float() for x in rows()], batch_size=None))
+
+
+def test_layers_are_named_as_they_are_printed():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru, self.attention = nn.GRU(8, 8), nn.MultiheadAttention(8, 2)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.gru(x)[0]
+            return self.head(self.attention(x, x, x)[0])
+
+    torch.manual_seed(0)
+    model = Named().double()
+    asked = {
+        "head": {"head.weight"},
+        "head.weight": {"head.weight"},
+        "gru": {"gru.weight_ih_l0", "gru.weight_hh_l0"},
+        "attention": {"attention.in_proj_weight", "attention.out_proj.weight"},
+    }
+    for pattern, expected in asked.items():
+        assert (
+            set(pruned(copy.deepcopy(model), rows(5), Magnitude(Unstructured(0.5)), targets=pattern).masks) == expected
+        )
+    with pytest.raises(ValueError, match=r"'hed' matches no layer. There are gru.weight_ih_l0, .*Did you mean 'head'"):
+        pruned(model, rows(5), targets="hed")

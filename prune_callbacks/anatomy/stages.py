@@ -19,12 +19,13 @@ from prune_callbacks.anatomy.names import dotted
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.anatomy.targets import all_targets, check_parameters, matches, matching, matrices, targets_of
 
-MAKES_OUTPUT = "it is the last layer that is defined, which makes the output; name it in `targets` to prune it too"
+LAST_DEFINED = "it is the last layer that is defined, which makes the output; name it in `targets` to prune it too"
+LAST_CALLED = "it is the last layer that is called, which makes the output; name it in `targets` to prune it too"
 TIED = "its weight is that of an nn.Embedding too, which is never pruned"
 FROZEN = "its weight is not trained (requires_grad=False); name it in `targets` to prune it too"
 DEPTHWISE = "it is a depthwise convolution, which has few weights; name it in `targets` to prune it too"
 TOWER = "it is a list of blocks besides those that are pruned; name it with `blocks` to prune it"
-OUTSIDE = "it is outside of the blocks"
+OUTSIDE = "it is outside of the blocks, where nothing is pruned"
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,19 @@ class Stages:
         left: the reason for every layer, or list of blocks, that is in no stage, by name.
         found_in_blocks: whether the stages are the blocks of lists. Elsewhere layers have all kinds of shapes: the
             layer that makes the output, and those that do not fit the pattern, stay dense unless they are named.
+        last: the stage that was seen to be called last; None: nothing is known of the calls.
     """
 
     parts: Sequence[tuple[str, nn.Module]]
     lists: Sequence[str | None]
     left: Mapping[str, str] = field(default_factory=dict)
     found_in_blocks: bool = True
+    last: str | None = None
+
+    @property
+    def ends_behind_blocks(self) -> bool:
+        """Returns whether there are blocks, and behind them nothing or a single layer as the last stage."""
+        return self.found_in_blocks or (self.lists[-1] is None and any(name is not None for name in self.lists))
 
 
 def find_stages(model: nn.Module, blocks: str | Sequence[str] | None = None) -> Stages:
@@ -63,8 +71,8 @@ def find_stages(model: nn.Module, blocks: str | Sequence[str] | None = None) -> 
         NoBlocksError: a model of transformers has lists, of which none has as many members as its configuration says.
     """
     if blocks is not None:
-        stages = _of_lists(model, [blocks] if isinstance(blocks, str) else list(dict.fromkeys(blocks)))
-        return _with_left(model, stages) if isinstance(model, PreTrainedModel) else stages
+        named = _of_lists(model, [blocks] if isinstance(blocks, str) else list(dict.fromkeys(blocks)))
+        return _with_left(model, named) if isinstance(model, PreTrainedModel) else named
     refuse_lazy(model)
     if is_sequence_to_sequence(model):
         return _with_left(model, _of_lists(model, encoder_and_decoder(model)))
@@ -194,11 +202,11 @@ def stage_targets(
         return default, {**stages.left, **{found[name].stored_name: reason for name, reason in kept.items()}}
     patterns = [targets] if isinstance(targets, str) else list(targets)
     chosen = {} if patterns else matching(found, patterns, first="")  # which refuses that
-    aside = {name for name, reason in kept.items() if reason != MAKES_OUTPUT}
+    aside = {name for name, reason in kept.items() if reason not in (LAST_DEFINED, LAST_CALLED)}
     usual = {name: target for name, target in found.items() if name not in aside}
     for pattern in patterns:
         inside = usual if any(matches(target, pattern) for target in usual.values()) else found
-        chosen |= matching(inside, pattern, first=stages.parts[0][0])
+        chosen |= matching(inside, pattern, first=stages.parts[0][0] if stages.found_in_blocks else "")
     tied = next((name for name in chosen if kept.get(name) == TIED), None)
     if tied is not None:
         raise ValueError(f"layer {tied} cannot be pruned: {TIED}")
@@ -210,8 +218,7 @@ def prunable_weights(model: nn.Module, stages: Stages) -> dict[str, nn.Parameter
     """
     Returns all weights of a model that a pruning may have zeroed, by name; see `matrices`.
 
-    In a model without blocks these are all of its layers', else those of its lists of blocks. Weights of embeddings and
-    of the output layer of a model of transformers are left out.
+    Those of embeddings and outside of lists of blocks, where a model has such, are left out.
     """
     towers = [(name, model.get_submodule(name)) for name, reason in stages.left.items() if reason == TOWER]
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -229,14 +236,16 @@ def _kept_dense(model: nn.Module, stages: Stages, found: Mapping[str, Target]) -
     if any(target.parameter.requires_grad for target in plain.values()):
         kept |= {name: FROZEN for name, target in plain.items() if not target.parameter.requires_grad}
     last = _output(stages, kept)
-    return kept if last is None or last not in found else kept | {last: MAKES_OUTPUT}
+    reason = LAST_DEFINED if stages.last is None else LAST_CALLED
+    return kept if last is None or last not in found else kept | {last: reason}
 
 
 def _output(stages: Stages, kept: Mapping[str, str]) -> str | None:
     """Returns the name of the layer that makes the output: the last stage that is trained, if it is a single layer."""
     beside_trained = FROZEN in kept.values()
     for (name, part), owner in zip(reversed(stages.parts), reversed(stages.lists), strict=True):
-        if not beside_trained or any(parameter.requires_grad for parameter in part.parameters()):
+        trained = not beside_trained or any(parameter.requires_grad for parameter in part.parameters())
+        if name == stages.last or (stages.last is None and trained):
             own = list(targets_of(name, part))
             return own[0].name if owner is None and len(own) == 1 and own[0].name not in kept else None
     return None

@@ -71,6 +71,11 @@ class Target(ABC):
         """Returns the parameter's full name, as in the model's `state_dict`."""
 
     @property
+    def layer(self) -> str:
+        """Returns the full name of the layer, which may have several targets."""
+        return self.parameter_name.rpartition(".")[0]
+
+    @property
     def stored_name(self) -> str:
         """Returns the matrix's name in reports: the parameter's name, and for a part of it the part's."""
         return self.parameter_name

@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from prune_callbacks.anatomy.adapters import adapter_modules
 from prune_callbacks.anatomy.convolution import CONVOLUTIONS, ConvTarget
 from prune_callbacks.anatomy.experts import expert_targets, fused_parameters, routers
-from prune_callbacks.anatomy.names import dotted
+from prune_callbacks.anatomy.names import belongs, dotted
 from prune_callbacks.anatomy.target import LINEAR, LayerTarget, Target
 from prune_callbacks.anatomy.torch_modules import RECURRENT, attention_targets, recurrent_targets
 
@@ -69,14 +70,15 @@ def matching(found: Mapping[str, Target], targets: Sequence[str] | str, *, first
     """
     Returns the targets that match one of the shell-style patterns, in the model's order.
 
-    A pattern is compared with full names ("*.mlp.*") and their last part ("down_proj"). It matches one expert by its
+    A pattern is compared with full names of layers ("*.mlp.*") or parameters ("head.weight"), and the last part of a
+    layer's ("down_proj"). It matches all matrices of an attention or a recurrent layer by its name, one expert by its
     name, which ends in the expert's index ("*.experts.down_proj.3"), or all experts by the name of their parameter
     ("down_proj"); the parts of an attention's `in_proj_weight` likewise.
 
     Args:
         found: the targets to choose from, by name.
         targets: the patterns.
-        first: the name of the part whose layers an error lists.
+        first: the name of the part whose layers an error lists; "" for all of them.
 
     Raises:
         ValueError: there is no pattern, or one matches nothing.
@@ -86,12 +88,17 @@ def matching(found: Mapping[str, Target], targets: Sequence[str] | str, *, first
         raise ValueError("targets is empty, so nothing would be pruned; None prunes every linear layer of the blocks")
     for pattern in patterns:
         if not any(matches(target, pattern) for target in found.values()):
-            near = [t for name, t in found.items() if name == first or name.startswith(f"{first}." if first else "")]
-            shown = [f"{t.parameter_name}.*" if t.parts > 1 else t.name for t in near or found.values()]
-            raise ValueError(
-                f"target {pattern!r} matches no layer. The first block has {', '.join(list(dict.fromkeys(shown))[:20])}"
-            )
+            shown, where = _shown(found, first), "The first block has" if first else "There are"
+            close = get_close_matches(pattern, [*shown, *(name.rsplit(".", 1)[-1] for name in shown)], 1)
+            meant = f". Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"target {pattern!r} matches no layer. {where} {', '.join(shown[:20])}{meant}")
     return {name: target for name, target in found.items() if any(matches(target, p) for p in patterns)}
+
+
+def _shown(found: Mapping[str, Target], first: str) -> list[str]:
+    """Returns the names of the targets in a part; parts of one parameter have one."""
+    near = [target for name, target in found.items() if belongs(name, first)]
+    return list(dict.fromkeys(f"{t.parameter_name}.*" if t.parts > 1 else t.name for t in near))
 
 
 def check_parameters(targets: Iterable[Target]) -> None:
@@ -193,7 +200,9 @@ def targets_of(path: str, module: nn.Module, *, every_kind: bool = True) -> Iter
 def matches(target: Target, pattern: str) -> bool:
     """Returns whether a pattern matches a target; see `matching`."""
     whole = target.parameter_name if target.parts > 1 else target.name
-    return any(fnmatchcase(known, pattern) for known in (target.name, whole, whole.rsplit(".", 1)[-1]))
+    last = {name.rsplit(".", 1)[-1] for name in (whole, target.layer)}
+    names = {target.name, whole, target.layer, target.parameter_name, *last}
+    return any(fnmatchcase(name, pattern) for name in names)
 
 
 def parameters_of(targets: Iterable[Target]) -> dict[str, nn.Parameter]:

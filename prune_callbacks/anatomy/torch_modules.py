@@ -50,6 +50,10 @@ class AttentionTarget(Target):
         return self.holder
 
     @property
+    def layer(self) -> str:
+        return self.holder.removesuffix(".weight").rpartition(".")[0]
+
+    @property
     def stored_name(self) -> str:
         return self.name if self.packed else self.holder
 

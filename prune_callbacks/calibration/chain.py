@@ -43,14 +43,22 @@ def needing_a_chain(who: str, model: nn.Module) -> Iterator[None]:
 
 def order_of_execution(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> list[int]:
     """Returns the indices of the blocks in the order of their first calls; those that are not called come last."""
-    order: dict[int, None] = {}
+    order = list(dict.fromkeys(calls(model, blocks, batch)))
+    if not order:
+        raise ValueError(f"the forward pass of {type(model).__name__} calls none of its {len(blocks)} decoder blocks")
+    return [*order, *(index for index in range(len(blocks)) if index not in order)]
+
+
+def calls(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> list[int]:
+    """Returns the index of the block of every call in a forward pass, in order."""
+    order: list[int] = []
     once = {id(block): index for index, block in reversed(list(enumerate(blocks)))}  # a block may stand there twice
 
     def noted(index: int) -> Callable[..., Any]:
         original = blocks[index].forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            order.setdefault(index)
+            order.append(index)
             return original(*args, **kwargs)
 
         return forward
@@ -61,9 +69,7 @@ def order_of_execution(model: nn.Module, blocks: Sequence[nn.Module], batch: Bat
         except FAILURES as error:
             explain(model, batch, error)
             raise
-    if not order:
-        raise ValueError(f"the forward pass of {type(model).__name__} calls none of its {len(blocks)} decoder blocks")
-    return [*order, *(index for index in range(len(blocks)) if index not in order)]
+    return order
 
 
 SAMPLE = 64

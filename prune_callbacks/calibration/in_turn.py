@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prune_callbacks.anatomy.stages import Stages
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.calibration.batches import Batch, named_inputs, warn_of_dropped_keys
-from prune_callbacks.calibration.chain import chain_inputs, order_of_execution
+from prune_callbacks.calibration.chain import calls, chain_inputs, order_of_execution
 from prune_callbacks.calibration.checks import check_batches
 from prune_callbacks.calibration.pairs import told_apart
 from prune_callbacks.calibration.prefetch import Visit
-from prune_callbacks.calibration.sources import Chain, Make, Rerun, Source, Statistics
+from prune_callbacks.calibration.sources import Chain, Make, Rerun, Source, Statistics, evaluating
 from prune_callbacks.calibration.stand_ins import BlockInputs, NotAChainError
 from prune_callbacks.ranks import Ranks
 
@@ -62,6 +63,27 @@ class InTurn(Source):
 
     def copy(self) -> "InTurn":
         return InTurn(self.runs, self._make)
+
+
+def last_called(model: nn.Module, stages: Stages, batches: Any, ranks: Ranks) -> str | None:
+    """
+    Returns the name of the stage that the model calls last, on the first batch of the first rank that has one.
+
+    Frozen stages beside trained ones, such as a teacher, do not count. None if there is no batch, or no stage is
+    called. A collective of the ranks.
+    """
+
+    def found() -> str | None:
+        if not len(batches):
+            return None
+        check_batches(model, batches)
+        trained = [pair for pair in stages.parts if any(p.requires_grad for p in pair[1].parameters())]
+        parts = trained or stages.parts
+        with evaluating(model):
+            order = calls(model, [part for _, part in parts], batches[0])
+        return parts[order[-1]][0] if order else None
+
+    return next((name for name in ranks.gather(ranks.attempt(found)) if name is not None), None)
 
 
 def calibration_source(

@@ -9,7 +9,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from prune_callbacks.anatomy.blocks import find_language_model
-from prune_callbacks.anatomy.changeable import refuse_overlaps
 from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
 from prune_callbacks.anatomy.stages import find_stages, stage_targets
 from prune_callbacks.anatomy.target import Target
@@ -23,7 +22,7 @@ from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.model_in_setup import model_in_setup
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
 from prune_callbacks.callbacks.zeros import masks_from_zeros
-from prune_callbacks.engine.fitting import check_prunable, without_misfits
+from prune_callbacks.engine.fitting import check_all_prunable, without_misfits
 from prune_callbacks.engine.iterative import Scope, check_shrinkable, shrink_masks
 from prune_callbacks.parallel.strategies import world
 from prune_callbacks.pruners import Magnitude, Pruner
@@ -96,6 +95,7 @@ class IterativePrune(PrunesInRounds):
         self._restored: dict[str, Any] | None = None
         self._random_states: list[dict[str, Any]] = []
         self._layers: dict[str, Target] = {}
+        self._left: dict[str, str] = {}
         self._targets: dict[str, list[Target]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -105,11 +105,10 @@ class IterativePrune(PrunesInRounds):
         stages = find_stages(model_in_setup("IterativePrune", pl_module, self.blocks), self.blocks)
         layers = self._layers = self._found(pl_module)
         if self.targets is None:
-            for text in describe_dense(*dense_in_mixtures(stages.parts, layers), other_matrices(stages.parts, layers)):
+            others = {n: why for n, why in other_matrices(stages.parts, layers).items() if n not in self._left}
+            for text in describe_dense(*dense_in_mixtures(stages.parts, layers), others):
                 rank_zero_warn(f"IterativePrune: {text}")
-        for target in layers.values():
-            check_prunable(target, self.pruner.pattern, unread=True)
-        refuse_overlaps(layers.values())
+        check_all_prunable(layers.values(), self.pruner.pattern)
         self.masks = MaskSet.all_kept({name: p.shape for name, p in parameters_of(layers.values()).items()})
         self._targets = {name: [t for t in layers.values() if t.parameter_name == name] for name in self.masks}
 
@@ -179,6 +178,12 @@ class IterativePrune(PrunesInRounds):
         # Set last, so that an interrupted change does not count as made.
         self.round, self.target, self.masks = bisect_right(self.schedule.changes, now), target, masks
         self.seconds += time.perf_counter() - begin
+        empty = [name for name, share in masks.layer_sparsity().items() if share == 1]
+        if empty:
+            rank_zero_warn(
+                f"IterativePrune: {len(empty)} layers have no weight left, first {empty[0]}: the weights of all layers "
+                'are compared with each other; scope="layer" removes the same share of each'
+            )
         rank_zero_info(
             f"round {self.round} of {len(self.schedule.changes)}: {masks.sparsity():.2%} zeros after {now} "
             f"{self.schedule.unit}s" + (f", back to step {self.rewind.step}" if self.rewind is not None else "")
@@ -233,7 +238,7 @@ class IterativePrune(PrunesInRounds):
     def _found(self, pl_module: LightningModule) -> dict[str, Target]:
         model = find_language_model(pl_module)
         stages = find_stages(model, self.blocks)
-        layers, _ = stage_targets(model, stages, self.targets)
+        layers, self._left = stage_targets(model, stages, self.targets)
         if self.targets is None and not stages.found_in_blocks:
             layers, _ = without_misfits(layers, self.pruner.pattern)
         refuse_parts("IterativePrune", layers.values())

@@ -115,7 +115,15 @@ class RunQuality:
         return _windows(trainer) is None if self.validation is None else self.validation
 
     def _metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        return validation_metrics(trainer, pl_module) if self._validates(trainer) else {}
+        if not self._validates(trainer):
+            return {}
+        metrics = validation_metrics(trainer, pl_module)
+        if not metrics:
+            raise ValueError(
+                f"RunReport measures what {type(pl_module).__name__} logs in its validation, and it logs nothing: add "
+                'self.log("val_accuracy", ...) to validation_step, or leave RunReport out'
+            )
+        return metrics
 
     def _texts(self, trainer: Trainer, model: nn.Module, stage: str, record: RunRecord) -> float:
         """Measures perplexity on every text, writes it into the record, and returns the first."""

@@ -1,9 +1,9 @@
 """Compares the matrices to prune with a pattern, which must fit their shapes."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from prune_callbacks.anatomy.changeable import check_changeable
+from prune_callbacks.anatomy.changeable import check_changeable, refuse_overlaps
 from prune_callbacks.anatomy.names import naming
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.sparsity import Pattern
@@ -53,13 +53,20 @@ def check_prunable(target: Target, pattern: Pattern, *, unread: bool = False) ->
         check_shape(target, pattern)
 
 
+def check_all_prunable(targets: Collection[Target], pattern: Pattern) -> None:
+    """Raises ValueError, naming the layers, for weights that cannot be pruned in a fit, which may shard them later."""
+    for target in targets:
+        check_prunable(target, pattern, unread=True)
+    refuse_overlaps(targets)
+
+
 def check_shape(target: Target, pattern: Pattern) -> None:
     """Raises ValueError for a matrix that the pattern does not fit; groups of N:M must lie inside of `target.run`."""
     rows, columns = target.shape
-    pattern.check_shape((rows // target.groups, columns))
     group = kept_of_group(pattern)
-    if group is not None and target.run % group[1]:
+    if group is not None and target.convolution and target.run % group[1]:
         raise ValueError(
             f"{pattern} needs input channels (of a group) divisible by {group[1]}, got {target.run}. Choose another m, "
             "or leave this layer out of `targets`"
         )
+    pattern.check_shape((rows // target.groups, columns))

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prune_callbacks.allocation.measuring import allocate
 from prune_callbacks.allocation.protocol import Allocation
-from prune_callbacks.anatomy.stages import find_stages
-from prune_callbacks.calibration.batches import Batch, OwnStep
-from prune_callbacks.calibration.in_turn import calibration_source
+from prune_callbacks.anatomy.stages import Stages, find_stages
+from prune_callbacks.calibration.batches import Batch, OwnStep, named_inputs
+from prune_callbacks.calibration.in_turn import calibration_source, last_called
 from prune_callbacks.calibration.sources import Chain, Source, evaluating
 from prune_callbacks.engine.plan import Plan, make_plan
 from prune_callbacks.engine.progress import layer_progress
@@ -94,19 +94,18 @@ def prune_sequentially(
     check_order(order)
     begin = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model
+    batches, stages = _staged(model, batches, targets, blocks, forward, ranks)
     plan = make_plan(
         "prune_sequentially",
         model,
         pruner,
         batches,
         targets=targets,
-        stages=find_stages(model, blocks),
+        stages=stages,
         allocation=allocation,
         device=device,
         ranks=ranks,
     )
-    if forward is not None and batches is not None:
-        batches = [OwnStep(batch, forward, seed) for seed, batch in enumerate(batches)]
     if plan.device is not None and plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
     run = BlockPruning(plan, ranks, min_expert_tokens)
@@ -129,6 +128,25 @@ def prune_sequentially(
         run.by_magnitude,
         run.convolutions,
     )
+
+
+def _staged(
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    targets: Sequence[str] | str | None,
+    blocks: str | Sequence[str] | None,
+    forward: Callable[[nn.Module, Any], object] | None,
+    ranks: Ranks,
+) -> tuple[Any, Stages]:
+    """Returns the batches, ready to run, and the stages of the model, with the last one called where that is needed."""
+    if forward is not None and batches is not None:
+        batches = [OwnStep(batch, forward, seed) for seed, batch in enumerate(batches)]
+    stages = find_stages(model, blocks)
+    # Behind blocks the last layer that is defined makes the output; elsewhere one pass shows which is called last.
+    if targets is None and batches is not None and not stages.ends_behind_blocks:
+        batches = batches if isinstance(batches, Tensor) else [named_inputs(batch) for batch in batches]
+        stages = replace(stages, last=last_called(model, stages, batches, ranks))
+    return batches, stages
 
 
 def _prune_blocks(
@@ -161,7 +179,7 @@ def _prune_blocks(
         with closing(source.visits(plan.reached, plan.device)) as visits:
             for index, block_name, block, where in visits:
                 here = plan.in_block(index)
-                bar.update(task, description=f"pruning {block_name}")
+                bar.update(task, description=f"pruning {block_name or 'all layers'}")
                 if here:
                     seen = plan.calibrated_in_block(index) if plan.calibrated else {}
                     statistics = source.collect(plan.pruner.statistic, index, block, seen, where) if seen else {}
