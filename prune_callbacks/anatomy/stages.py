@@ -14,6 +14,7 @@ from prune_callbacks.anatomy.blocks import (
     outer_lists,
     refuse_lazy,
 )
+from prune_callbacks.anatomy.ends import embedded_weights, output_layer
 from prune_callbacks.anatomy.experts import routers
 from prune_callbacks.anatomy.names import dotted
 from prune_callbacks.anatomy.target import Target
@@ -163,14 +164,6 @@ def _with_left(model: nn.Module, stages: Stages) -> Stages:
     return Stages(stages.parts, stages.lists, left)
 
 
-def output_layer(model: nn.Module) -> nn.Module | None:
-    """Returns the output layer of a model of transformers, if it has one that transformers can find."""
-    try:
-        return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
-    except (AttributeError, NotImplementedError):  # a custom model
-        return None
-
-
 def stage_targets(
     model: nn.Module, stages: Stages, targets: Sequence[str] | str | None = None, *, every_kind: bool = True
 ) -> tuple[dict[str, Target], dict[str, str]]:
@@ -221,8 +214,7 @@ def prunable_weights(model: nn.Module, stages: Stages) -> dict[str, nn.Parameter
     Those of embeddings and outside of lists of blocks, where a model has such, are left out.
     """
     towers = [(name, model.get_submodule(name)) for name, reason in stages.left.items() if reason == TOWER]
-    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    found = matrices([*stages.parts, *towers])
+    found, embedded = matrices([*stages.parts, *towers]), embedded_weights(model)
     return {name: parameter for name, parameter in found.items() if id(parameter) not in embedded}
 
 
@@ -230,7 +222,7 @@ def _kept_dense(model: nn.Module, stages: Stages, found: Mapping[str, Target]) -
     """Returns the targets that stay dense unless they are named, with the reason."""
     if stages.found_in_blocks:
         return {name: DEPTHWISE for name, target in found.items() if target.depthwise}
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embedded = embedded_weights(model)
     plain = {name: target for name, target in found.items() if target.why_no_parameter is None}
     kept = {name: TIED for name, target in plain.items() if id(target.parameter) in embedded}
     if any(target.parameter.requires_grad for target in plain.values()):
