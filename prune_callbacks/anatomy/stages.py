@@ -189,7 +189,7 @@ def stage_targets(
     default = {name: target for name, target in found.items() if name not in kept and name not in deciding}
     if targets is None:
         if not default:
-            name, reason = next(iter(kept.items()))
+            name, reason = next(iter(kept.items()), (next(iter(found)), "it decides which experts a token goes to"))
             raise ValueError(f"no layer of {type(model).__name__} is a target by default; {name}: {reason}")
         check_parameters(default.values())
         return default, {**stages.left, **{found[name].stored_name: reason for name, reason in kept.items()}}
