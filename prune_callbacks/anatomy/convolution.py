@@ -91,8 +91,8 @@ class ConvTarget(Target):
         samples = x if x.ndim == dims + 2 else x[None]
         if not samples.numel():
             return
-        # The patches, and the padded samples that they are views of, take no more memory than the batch; a product with
-        # few rows is slow, so a small batch is not cut smaller than that.
+        # Half a batch of patches and the padded samples beside it fit into the memory of one batch. The least number
+        # keeps enough rows for a fast product where the batch is small.
         numbers = min(NUMBERS, max(2**16, samples.numel() // 2))
         for few in samples.split(max(1, numbers // self._numbers(samples))):
             patches = self._patches(few).unflatten(1, (layer.groups, -1))

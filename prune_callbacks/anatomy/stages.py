@@ -15,10 +15,18 @@ from prune_callbacks.anatomy.blocks import (
     refuse_lazy,
 )
 from prune_callbacks.anatomy.ends import embedded_weights, output_layer
-from prune_callbacks.anatomy.experts import routers
 from prune_callbacks.anatomy.names import dotted
 from prune_callbacks.anatomy.target import Target
-from prune_callbacks.anatomy.targets import all_targets, check_parameters, matches, matching, matrices, targets_of
+from prune_callbacks.anatomy.targets import (
+    all_targets,
+    check_parameters,
+    holds_targets,
+    matches,
+    matching,
+    matrices,
+    targets_of,
+    without_routers,
+)
 
 LAST_DEFINED = "it is the last layer that is defined, which makes the output; name it in `targets` to prune it too"
 LAST_CALLED = "it is the last layer that is called, which makes the output; name it in `targets` to prune it too"
@@ -131,13 +139,12 @@ def _walked(
     if id(module) in seen:
         return
     seen.add(id(module))
-    if next(targets_of(name, module), None) is not None:
+    if holds_targets([module]):
         yield name, module, None
     elif owner is not None and has_forward(module):
-        inner = {id(part) for part in module.modules()}
-        if any(next(targets_of("", part), None) is not None for part in module.modules()):
+        if holds_targets(module.modules()):
             yield name, module, owner
-        seen |= inner
+        seen |= {id(part) for part in module.modules()}
     else:
         for own, child in module.named_children():
             yield from _walked(dotted(name, own), child, name if isinstance(module, nn.ModuleList) else None, seen)
@@ -155,7 +162,7 @@ def _with_left(model: nn.Module, stages: Stages) -> Stages:
     left: dict[str, str] = {}
     for name, members in outer_lists(model).items():
         inner = [module for module in members.modules() if id(module) not in known]
-        if name not in stages.lists and any(next(targets_of("", module), None) is not None for module in inner):
+        if name not in stages.lists and holds_targets(inner):
             left[name] = TOWER
             known |= {id(module) for module in inner}
     for name, module in model.named_modules():
@@ -185,8 +192,8 @@ def stage_targets(
     """
     found = all_targets(stages.parts, every_kind=every_kind)
     kept = _kept_dense(model, stages, found)
-    deciding = {dotted(part_name, name) for part_name, part in stages.parts for name in routers(part)}
-    default = {name: target for name, target in found.items() if name not in kept and name not in deciding}
+    usual = without_routers(found, stages.parts)
+    default = {name: target for name, target in usual.items() if name not in kept}
     if targets is None:
         if not default:
             name, reason = next(iter(kept.items()), (next(iter(found)), "it decides which experts a token goes to"))
@@ -196,9 +203,9 @@ def stage_targets(
     patterns = [targets] if isinstance(targets, str) else list(targets)
     chosen = {} if patterns else matching(found, patterns, first="")  # which refuses that
     aside = {name for name, reason in kept.items() if reason not in (LAST_DEFINED, LAST_CALLED)}
-    usual = {name: target for name, target in found.items() if name not in aside}
+    near = {name: target for name, target in found.items() if name not in aside}
     for pattern in patterns:
-        inside = usual if any(matches(target, pattern) for target in usual.values()) else found
+        inside = near if any(matches(target, pattern) for target in near.values()) else found
         chosen |= matching(inside, pattern, first=stages.parts[0][0] if stages.found_in_blocks else "")
     tied = next((name for name in chosen if kept.get(name) == TIED), None)
     if tied is not None:

@@ -38,11 +38,7 @@ def find_targets(
             parameter, such as under `torch.nn.utils.prune` or a parametrization.
     """
     found = all_targets(parts, every_kind=every_kind)
-    if targets is None:
-        deciding = {dotted(part_name, name) for part_name, part in parts for name in routers(part)}
-        chosen = {name: target for name, target in found.items() if name not in deciding}
-    else:
-        chosen = matching(found, targets, first=parts[0][0])
+    chosen = without_routers(found, parts) if targets is None else matching(found, targets, first=parts[0][0])
     check_parameters(chosen.values())
     return chosen
 
@@ -99,6 +95,12 @@ def _shown(found: Mapping[str, Target], first: str) -> list[str]:
     """Returns the names of the targets in a part; parts of one parameter have one."""
     near = [target for name, target in found.items() if belongs(name, first)]
     return list(dict.fromkeys(f"{t.parameter_name}.*" if t.parts > 1 else t.name for t in near))
+
+
+def without_routers(found: Mapping[str, Target], parts: Sequence[tuple[str, nn.Module]]) -> dict[str, Target]:
+    """Returns the targets that are no routers, which stay dense by default."""
+    deciding = {dotted(part_name, name) for part_name, part in parts for name in routers(part)}
+    return {name: target for name, target in found.items() if name not in deciding}
 
 
 def check_parameters(targets: Iterable[Target]) -> None:
@@ -195,6 +197,11 @@ def targets_of(path: str, module: nn.Module, *, every_kind: bool = True) -> Iter
         yield from recurrent_targets(path, module)
     else:
         yield from expert_targets(path, module)
+
+
+def holds_targets(modules: Iterable[nn.Module]) -> bool:
+    """Returns whether one of the modules has a target in its own parameters."""
+    return any(next(targets_of("", module), None) is not None for module in modules)
 
 
 def matches(target: Target, pattern: str) -> bool:

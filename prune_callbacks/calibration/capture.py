@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from prune_callbacks.anatomy.ends import output_layer
 from prune_callbacks.calibration.batches import Batch, to_device
 from prune_callbacks.calibration.shared_modules import refuse_shared_modules
 from prune_callbacks.calibration.stand_ins import (
@@ -67,10 +67,7 @@ def capture_one_by_one(
 @contextmanager
 def _without_head(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Ends forward passes where the output layer of a model of transformers begins; other models run to their end."""
-    try:
-        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
-    except (AttributeError, NotImplementedError):  # a custom model whose output layer transformers cannot find
-        head = None
+    head = output_layer(model)
 
     def end(*args: Any, **kwargs: Any) -> Any:
         raise HeadReachedError

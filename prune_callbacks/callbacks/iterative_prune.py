@@ -7,10 +7,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.anatomy.experts import dense_in_mixtures, describe_dense
-from prune_callbacks.anatomy.stages import find_stages, stage_targets
+from prune_callbacks.anatomy.stages import Stages, find_stages, stage_targets
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.anatomy.targets import SPARSE, parameters_of, refuse_parts
 from prune_callbacks.anatomy.torch_modules import other_matrices
@@ -102,8 +103,9 @@ class IterativePrune(PrunesInRounds):
         if not Lineup(trainer).begins_fit(self, stage):
             return
         self._begin()
-        stages = find_stages(model_in_setup("IterativePrune", pl_module, self.blocks), self.blocks)
-        layers = self._layers = self._found(pl_module)
+        model = model_in_setup("IterativePrune", pl_module, self.blocks)
+        stages = find_stages(model, self.blocks)
+        layers = self._layers = self._found(model, stages)
         if self.targets is None:
             others = {n: why for n, why in other_matrices(stages.parts, layers).items() if n not in self._left}
             for text in describe_dense(*dense_in_mixtures(stages.parts, layers), others):
@@ -235,9 +237,7 @@ class IterativePrune(PrunesInRounds):
         if self._file is not None and state_dict["rewind_file"] is not None:
             self._file.load_state_dict(state_dict["rewind_file"])
 
-    def _found(self, pl_module: LightningModule) -> dict[str, Target]:
-        model = find_language_model(pl_module)
-        stages = find_stages(model, self.blocks)
+    def _found(self, model: nn.Module, stages: Stages) -> dict[str, Target]:
         layers, self._left = stage_targets(model, stages, self.targets)
         if self.targets is None and not stages.found_in_blocks:
             layers, _ = without_misfits(layers, self.pruner.pattern)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from prune_callbacks.anatomy.blocks import NoBlocksError, find_blocks
+from prune_callbacks.anatomy.ends import embedded_weights
 from prune_callbacks.anatomy.targets import SPARSE, matrices
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.checkpoints import TrainingCheckpoint
@@ -77,5 +78,4 @@ def _prunable(skeleton: nn.Module) -> set[int]:
     try:
         return {id(parameter) for parameter in matrices(find_blocks(skeleton)).values()}
     except NoBlocksError:
-        embeddings = {id(m.weight) for m in skeleton.modules() if isinstance(m, nn.Embedding)}
-        return {id(p) for p in skeleton.parameters() if p.ndim > 1} - embeddings
+        return {id(p) for p in skeleton.parameters() if p.ndim > 1} - embedded_weights(skeleton)
