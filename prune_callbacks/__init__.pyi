@@ -17,10 +17,12 @@ from .callbacks import (
 )
 from .deploy import convert_, load_compressed, measure_compression, revert_, save_compressed, shrink
 from .engine.permuting import permute_channels_
+from .engine.reconstruct import reconstruct_
 from .engine.report import PruneReport
 from .engine.sequential import prune_sequentially
 from .measure import ZeroShot
 from .pruners import ALPS, GPTQ, MRP, RIA, Magnitude, Pruned, SparseGPT, SparseGPTQ, Structured, Wanda
+from .reconstruction.settings import BlockReconstruction
 from .solvers import Gram, Grid, InputNorm
 from .sparsity import (
     NM,
@@ -46,6 +48,7 @@ __all__ = [
     "OWL",
     "RIA",
     "Block",
+    "BlockReconstruction",
     "CausalLM",
     "Columns",
     "ConstantSchedule",
@@ -91,6 +94,7 @@ __all__ = [
     "permute_channels_",
     "prune_checkpoint",
     "prune_sequentially",
+    "reconstruct_",
     "revert_",
     "save_compressed",
     "shrink",

@@ -116,9 +116,13 @@ def run_block(index: int, block: nn.Module, inputs: BlockInputs, device: torch.d
     )
 
 
-@torch.no_grad()
 def block_output(index: int, block: nn.Module, inputs: BlockInputs, device: torch.device) -> Any:
-    """Runs block `index`; returns its output as it is, in a tuple or list if the block makes one."""
+    """
+    Runs block `index`, with gradients if they are enabled.
+
+    Returns:
+        its output as it is, in a tuple or list if the block makes one.
+    """
     call, hidden, place = inputs.calls[index], inputs.hidden.to(device), inputs.place
     assert call is not None
     args, kwargs = to_device(call, device)

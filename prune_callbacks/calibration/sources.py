@@ -55,6 +55,13 @@ class Source(ABC):
     def copy(self) -> "Source":
         """Returns a source that stands at the same block and moves on by itself."""
 
+    def chain(self, who: str) -> "Chain":
+        """Returns the source as a chain; raises ValueError, naming who asks, if its stages form none."""
+        raise ValueError(
+            f"{who} needs blocks that form a chain, each with the hidden states of the one before it, and the stages "
+            'of this model do not. If one list of its blocks does, name it with blocks="..."'
+        )
+
 
 class Chain(Source):
     """
@@ -92,6 +99,9 @@ class Chain(Source):
 
     def copy(self) -> "Chain":
         return Chain([replace(batch) for batch in self.inputs], self.ranks)
+
+    def chain(self, who: str) -> "Chain":
+        return self
 
 
 class Rerun(Source):

@@ -28,6 +28,7 @@ from prune_callbacks.engine.sequential import Order, check_order, prune_sequenti
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import needs_calibration
 from prune_callbacks.ranks import patient_ranks
+from prune_callbacks.reconstruction.settings import BlockReconstruction, short
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.model_folder import check_savable, save_sparse_model
 
@@ -61,6 +62,8 @@ class OneShotPrune(PrunesOnce):
         order: "sequential" or "at_once"; see `prune_sequentially`.
         allocation: spreads the pattern's sparsity over the layers, with the same total: `OWL()`,
             `LagrangianAllocation()`, `SensitivityAllocation(...)`; None: the same in every layer.
+        reconstruction: trains every block, right after it is pruned, until it computes what it did in the dense model;
+            None: blocks stay as the pruner leaves them. It needs decoder blocks that form a chain.
         dirpath: the folder to write the pruned model (`model/`, by `save_pretrained`) and its masks
             (`masks.safetensors`) into right after pruning, so that a later failure does not lose them; None: not saved.
         min_expert_tokens: an expert that fewer calibration tokens reach is pruned by Magnitude, with a warning.
@@ -85,6 +88,7 @@ class OneShotPrune(PrunesOnce):
         forward: Forward | None = None,
         order: Order = "sequential",
         allocation: Allocation | None = None,
+        reconstruction: BlockReconstruction | None = None,
         dirpath: str | Path | None = None,
         min_expert_tokens: int = 32,
         progress: bool = True,
@@ -98,6 +102,7 @@ class OneShotPrune(PrunesOnce):
             check_allocation(allocation, pruner)
         self.pruner = pruner
         self.allocation = allocation
+        self.reconstruction = reconstruction
         self.batches = batches
         self.num_batches = num_batches
         self.targets = targets
@@ -153,6 +158,7 @@ class OneShotPrune(PrunesOnce):
                 order=self.order,
                 device=trainer.strategy.root_device,
                 allocation=self.allocation,
+                reconstruction=short(self.reconstruction) if trial else self.reconstruction,
                 min_expert_tokens=self.min_expert_tokens,
                 progress=self.progress,
                 ranks=ranks,
@@ -162,8 +168,10 @@ class OneShotPrune(PrunesOnce):
         return report
 
     def _needs_batches(self) -> bool:
-        """Returns whether the pruner or the allocation needs calibration batches."""
-        return any(needs_calibration(part) for part in (self.pruner, self.allocation) if part is not None)
+        """Returns whether the pruner, the allocation or the reconstruction needs calibration batches."""
+        return self.reconstruction is not None or any(
+            needs_calibration(part) for part in (self.pruner, self.allocation) if part is not None
+        )
 
     def _save(self, trainer: Trainer, model: nn.Module, masks: MaskSet) -> None:
         if trainer.is_global_zero and self.dirpath is not None:

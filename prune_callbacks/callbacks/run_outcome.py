@@ -17,6 +17,7 @@ from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.memory import peak_memory
 from prune_callbacks.parallel.strategies import gathered_state_dict, world
+from prune_callbacks.reconstruction.report import reconstruction_record
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.model_folder import save_sparse_model
 from prune_callbacks.storage.run_record import Zeros
@@ -67,12 +68,21 @@ def outcome(
         "sparsity": Zeros(_target(one_shot, iterative), _achieved(masks, zeros), zeros),
         "violations": violations,
         "reconstruction_loss": {layer.name: layer.relative_loss for layer in report.layers} if report else {},
+        "reconstruction": _reconstruction(one_shot),
         "skipped": report.skipped if report else {},
         "by_magnitude": report.by_magnitude if report else {},
         "peak_memory_bytes": max(peaks),
         "versions": {name: version(name) for name in (*PACKAGES, *further)} | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
     }
+
+
+def _reconstruction(one_shot: OneShotPrune | None) -> dict[str, Any]:
+    """Returns the record of the blocks' reconstruction; {} without one."""
+    if one_shot is None or one_shot.report is None or one_shot.reconstruction is None:
+        return {}
+    report = one_shot.report
+    return reconstruction_record(one_shot.reconstruction, report.reconstruction, report.untrained)
 
 
 def seconds_of_pruning(one_shot: OneShotPrune | None, iterative: IterativePrune | None) -> float:

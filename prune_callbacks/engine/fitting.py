@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from prune_callbacks.anatomy.changeable import check_changeable, refuse_overlaps
 from prune_callbacks.anatomy.names import naming
 from prune_callbacks.anatomy.target import Target
+from prune_callbacks.pruners import Pruner
+from prune_callbacks.pruners.questions import rounds
 from prune_callbacks.sparsity import Pattern
 from prune_callbacks.sparsity.questions import kept_of_group
 
@@ -70,3 +72,24 @@ def check_shape(target: Target, pattern: Pattern) -> None:
             "or leave this layer out of `targets`"
         )
     pattern.check_shape((rows // target.groups, columns))
+
+
+def check_trainable(pruner: Pruner, targets: Mapping[str, Target], *, unread: bool) -> None:
+    """
+    Raises ValueError if reconstruction cannot train what a pruner leaves.
+
+    Args:
+        pruner: the pruner.
+        targets: the targets, by name.
+        unread: whether the values are read from files, where `requires_grad` says nothing.
+    """
+    if rounds(pruner):
+        raise ValueError(
+            f"{type(pruner).__name__} rounds the weights, and reconstruction would move them off their grid: prune "
+            "without rounding, and quantize afterwards"
+        )
+    if not unread and not any(target.parameter.requires_grad for target in targets.values()):
+        raise ValueError(
+            "reconstruction trains the weights that are kept, and all of them are frozen (requires_grad=False); call "
+            "model.requires_grad_(True) before"
+        )

@@ -19,10 +19,11 @@ from prune_callbacks.anatomy.stages import FROZEN, Stages, in_lists, stage_targe
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.anatomy.torch_modules import other_matrices
 from prune_callbacks.calibration.batches import Batch
-from prune_callbacks.engine.fitting import as_pattern_needs, check_prunable, without_misfits
+from prune_callbacks.engine.fitting import as_pattern_needs, check_prunable, check_trainable, without_misfits
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import coupled, needs_calibration, rounds
 from prune_callbacks.ranks import ALONE, Ranks
+from prune_callbacks.reconstruction.settings import BlockReconstruction
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Plan:
         allocation: gives every target a pattern of its own; None: every target has the pruner's pattern.
         device: the device to move blocks to, one at a time; None: blocks stay on their device.
         lists: for every stage the name of its list of blocks, None for a single layer; see `calibration_source`.
+        reconstruction: trains every block after it is pruned; None: blocks stay as the pruner leaves them.
     """
 
     blocks: Sequence[tuple[str, nn.Module]]
@@ -51,6 +53,7 @@ class Plan:
     allocation: Allocation | None = None
     device: torch.device | None = None
     lists: Sequence[str | None] | None = None
+    reconstruction: BlockReconstruction | None = None
 
     @cached_property
     def last(self) -> int:
@@ -78,9 +81,14 @@ class Plan:
         return needs_calibration(self.pruner)
 
     @property
+    def runs(self) -> bool:
+        """Returns whether blocks are run on the calibration batches, pruned ones among them."""
+        return self.calibrated or self.reconstruction is not None
+
+    @property
     def observed(self) -> bool:
-        """Returns whether the pruner or the allocation needs the calibration batches."""
-        return self.calibrated or (self.allocation is not None and needs_calibration(self.allocation))
+        """Returns whether anything needs the calibration batches: pruner, reconstruction or allocation."""
+        return self.runs or (self.allocation is not None and needs_calibration(self.allocation))
 
     def in_block(self, index: int) -> dict[str, Target]:
         """Returns the targets of a block, by name."""
@@ -101,6 +109,7 @@ def make_plan(
     targets: Sequence[str] | str | None = None,
     stages: Stages,
     allocation: Allocation | None = None,
+    reconstruction: BlockReconstruction | None = None,
     device: torch.device | str | None = None,
     ranks: Ranks = ALONE,
     unread: bool = False,
@@ -119,6 +128,7 @@ def make_plan(
         targets: patterns of layer names.
         stages: the stages of the model.
         allocation: spreads sparsity over targets.
+        reconstruction: trains blocks after pruning.
         device: the device to work on.
         ranks: the processes; all of them fail if one lacks the device.
         unread: whether the model is on the meta device and its values will be read from files.
@@ -156,12 +166,14 @@ def make_plan(
         skipped |= misfits
     for target in chosen.values():
         check_prunable(target, pruner.pattern, unread=unread)
+    if reconstruction is not None:
+        check_trainable(pruner, chosen, unread=unread)
     where = ranks.attempt(lambda: None if device is None else parsed_device(device))
     by_reader = {group.reader: group for group in groups}
     parts, lists = _with_targets(stages, chosen)
-    plan = Plan(parts, pruner, chosen, skipped, by_reader, removed, allocation, where, lists)
+    plan = Plan(parts, pruner, chosen, skipped, by_reader, removed, allocation, where, lists, reconstruction)
     if plan.observed and batches is None:
-        asking = pruner if plan.calibrated else allocation
+        asking = pruner if plan.calibrated else reconstruction or allocation
         raise ValueError(f"{type(asking).__name__} needs calibration batches, got None")
     return plan
 

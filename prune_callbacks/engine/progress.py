@@ -15,16 +15,17 @@ from rich.progress import (
 
 
 @contextmanager
-def layer_progress(total: int, show: bool) -> Iterator[tuple[Progress, TaskID]]:
-    """Shows a progress bar over `total` layers, with an estimate of the time left; yields the bar and its task."""
+def layer_progress(total: int, show: bool, unit: str = "layers") -> Iterator[tuple[Progress, TaskID]]:
+    """Shows a bar over `total` layers, or other units, with the time left; yields the bar and its task."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("layers"),
+        TextColumn(unit),
         TimeElapsedColumn(),
         TextColumn("remaining"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=not show) as bar:
+    # A layer may take minutes, so the speed is taken from all that is done.
+    with Progress(*columns, disable=not show, speed_estimate_period=86400) as bar:
         yield bar, bar.add_task("pruning", total=total)

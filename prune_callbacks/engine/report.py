@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from prune_callbacks.pruners import Pruner
+from prune_callbacks.reconstruction.report import BlockReport
 from prune_callbacks.results import Result
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.sparsity.questions import removes_single_weights
@@ -52,6 +53,8 @@ class PruneReport(Result):
             number of tokens; and matrices of recurrent layers, with 0.
         scales: the scales of layers that were also rounded, by parameter name: (out, groups), float16; see `Grid`.
         convolutions: the masks of convolutions, (out, in / groups, ...), by name, with the number of groups.
+        reconstruction: one entry per reconstructed block, in order; () without reconstruction.
+        untrained: the reason for every parameter of these blocks that reconstruction left as it was, by name.
     """
 
     masks: MaskSet
@@ -63,6 +66,8 @@ class PruneReport(Result):
     scales: dict[str, Tensor] = field(default_factory=dict)
     by_magnitude: dict[str, int] = field(default_factory=dict)
     convolutions: dict[str, int] = field(default_factory=dict)
+    reconstruction: tuple[BlockReport, ...] = ()
+    untrained: dict[str, str] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -81,6 +86,8 @@ class PruneReport(Result):
             "scales": dict(self.scales),
             "by_magnitude": dict(self.by_magnitude),
             "convolutions": dict(self.convolutions),
+            "reconstruction": [asdict(block) for block in self.reconstruction],
+            "untrained": dict(self.untrained),
         }
 
     @classmethod
@@ -96,6 +103,8 @@ class PruneReport(Result):
             scales=state.get("scales", {}),  # absent from checkpoints of 0.1
             by_magnitude=state.get("by_magnitude", {}),
             convolutions=state.get("convolutions", {}),
+            reconstruction=tuple(BlockReport(**block) for block in state.get("reconstruction", ())),
+            untrained=state.get("untrained", {}),
         )
 
 

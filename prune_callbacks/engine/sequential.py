@@ -14,16 +14,18 @@ from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.anatomy.stages import Stages, find_stages
 from prune_callbacks.calibration.batches import Batch, OwnStep, named_inputs
 from prune_callbacks.calibration.in_turn import calibration_source, last_called
+from prune_callbacks.calibration.prefetch import Visit
 from prune_callbacks.calibration.sources import Chain, Source, evaluating
 from prune_callbacks.engine.plan import Plan, make_plan
 from prune_callbacks.engine.progress import layer_progress
+from prune_callbacks.engine.rebuilding import Rebuilding, cut
 from prune_callbacks.engine.report import PruneReport, warn_of_missed_counts
 from prune_callbacks.engine.sharing import share_weights
 from prune_callbacks.engine.solving import BlockPruning
 from prune_callbacks.memory import peak_memory
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.ranks import ALONE, Ranks
-from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.reconstruction.settings import BlockReconstruction
 
 Order = Literal["sequential", "at_once"]
 
@@ -46,6 +48,7 @@ def prune_sequentially(
     order: Order = "sequential",
     device: torch.device | str | None = None,
     allocation: Allocation | None = None,
+    reconstruction: BlockReconstruction | None = None,
     min_expert_tokens: int = 32,
     progress: bool = True,
     ranks: Ranks = ALONE,
@@ -77,6 +80,8 @@ def prune_sequentially(
         device: the device to run and solve blocks on, one at a time; None: the model's own. While a GPU solves for one
             block, the next is copied to it, so the GPU holds two.
         allocation: spreads the pattern's sparsity over the layers, e.g. `OWL()`; None: the same in every layer.
+        reconstruction: trains every block, right after it is pruned, until it computes what it did in the dense model;
+            None: blocks stay as the pruner leaves them. It needs blocks that form a chain.
         min_expert_tokens: an expert that fewer calibration tokens reach is pruned by Magnitude to the same pattern, and
             a warning names it. Over 32 tokens the norm of a Gaussian feature is known to an eighth.
         progress: show a progress bar.
@@ -95,6 +100,7 @@ def prune_sequentially(
     begin = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model
     batches, stages = _staged(model, batches, targets, blocks, forward, ranks)
+    batches, windows = cut(batches, reconstruction, order, ranks)
     plan = make_plan(
         "prune_sequentially",
         model,
@@ -103,6 +109,7 @@ def prune_sequentially(
         targets=targets,
         stages=stages,
         allocation=allocation,
+        reconstruction=reconstruction,
         device=device,
         ranks=ranks,
     )
@@ -110,24 +117,14 @@ def prune_sequentially(
         torch.cuda.reset_peak_memory_stats(plan.device)
     run = BlockPruning(plan, ranks, min_expert_tokens)
     share_weights(model, ranks)
-    peak = _prune_blocks(model, batches, plan, run, ranks, order, show=progress and ranks.rank == 0)
+    peak = _prune_blocks(model, batches, windows, plan, run, ranks, order, show=progress and ranks.rank == 0)
     if not run.layers:
         raise ValueError(
             f"nothing was pruned; all {len(run.skipped)} layers were skipped: {next(iter(run.skipped.values()))}"
         )
     if allocation is not None and ranks.rank == 0:
         warn_of_missed_counts({t.stored_name: run.pruners[name] for name, t in plan.targets.items()}, run.layers)
-    return PruneReport(
-        MaskSet.join(run.masks),
-        tuple(run.layers),
-        run.skipped,
-        time.perf_counter() - begin,
-        peak,
-        frozenset(run.input_first),
-        run.scales,
-        run.by_magnitude,
-        run.convolutions,
-    )
+    return run.report(time.perf_counter() - begin, peak)
 
 
 def _staged(
@@ -152,6 +149,7 @@ def _staged(
 def _prune_blocks(
     model: nn.Module,
     batches: Iterable[Batch] | None,
+    windows: Sequence[tuple[int, int]],
     plan: Plan,
     run: BlockPruning,
     ranks: Ranks,
@@ -176,18 +174,50 @@ def _prune_blocks(
         if order == "at_once":
             plan = replace(plan, blocks=[("", model)], lists=[None])  # one stage, with all targets
             source = source_of(plan)
+        rebuilding = None
+        if plan.reconstruction is not None:
+            rebuilding = Rebuilding(model, plan.reconstruction, windows, source, ranks)
         with closing(source.visits(plan.reached, plan.device)) as visits:
-            for index, block_name, block, where in visits:
-                here = plan.in_block(index)
-                bar.update(task, description=f"pruning {block_name or 'all layers'}")
-                if here:
-                    seen = plan.calibrated_in_block(index) if plan.calibrated else {}
-                    statistics = source.collect(plan.pruner.statistic, index, block, seen, where) if seen else {}
-                    if seen and not statistics and not source.calls(index):
-                        run.leave_dense(block_name, here, lambda count: bar.advance(task, count))
-                    else:
-                        run.prune(here, statistics, lambda count: bar.advance(task, count))
-                    del statistics
-                if index < plan.last and plan.calibrated:
-                    source.advance(index, block, where)
-    return peak_memory(where)
+            for visit in visits:
+                bar.update(task, description=f"pruning {visit[1] or 'all layers'}")
+                _prune_block(
+                    plan,
+                    run,
+                    source,
+                    visit,
+                    rebuilding,
+                    advance=lambda count: bar.advance(task, count),
+                    show=lambda text: bar.update(task, description=text),
+                )
+    if rebuilding is not None:
+        run.reconstruction, run.untrained = tuple(rebuilding.rebuilder.reports), rebuilding.rebuilder.left
+    return peak_memory(visit[3])
+
+
+def _prune_block(
+    plan: Plan,
+    run: BlockPruning,
+    source: Source,
+    visit: Visit,
+    rebuilding: Rebuilding | None,
+    *,
+    advance: Callable[[int], None],
+    show: Callable[[str], None],
+) -> None:
+    """Prunes one stage, reconstructs it, and moves the source on to the next."""
+    index, name, block, where = visit
+    if rebuilding is not None:
+        rebuilding.note_dense(index, block, where)
+    here, before = plan.in_block(index), len(run.masks)
+    if here:
+        seen = plan.calibrated_in_block(index) if plan.calibrated else {}
+        statistics = source.collect(plan.pruner.statistic, index, block, seen, where) if seen else {}
+        if seen and not statistics and not source.calls(index):
+            run.leave_dense(name, here, advance)
+        else:
+            run.prune(here, statistics, advance)
+        del statistics
+    if rebuilding is not None:
+        rebuilding.train(index, name, block, where, run.masks[before:], show)
+    if index < plan.last and plan.runs:
+        source.advance(index, block, where)

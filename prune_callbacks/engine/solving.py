@@ -9,15 +9,15 @@ from torch import Tensor
 
 from prune_callbacks.anatomy.names import naming
 from prune_callbacks.anatomy.target import Target
+from prune_callbacks.engine.by_group import prune_by_group, relative_loss
 from prune_callbacks.engine.plan import Plan
-from prune_callbacks.engine.report import LayerReport
+from prune_callbacks.engine.report import LayerReport, PruneReport
 from prune_callbacks.engine.shares import cost, shared_out, sharing_an_input
 from prune_callbacks.pruners import Magnitude, Pruned, Pruner, check_weight
 from prune_callbacks.pruners.questions import coupled, joint, needs_calibration
 from prune_callbacks.ranks import Ranks
-from prune_callbacks.solvers import Gram
-from prune_callbacks.solvers.linalg import quadratic_form
-from prune_callbacks.solvers.statistics import Statistic, by_group
+from prune_callbacks.reconstruction.report import BlockReport
+from prune_callbacks.solvers.statistics import Statistic
 from prune_callbacks.sparsity import MaskSet
 
 Statistics = dict[str, Statistic]
@@ -45,6 +45,8 @@ class BlockPruning:
         self.scales: dict[str, Tensor] = {}
         self.input_first: set[str] = set()
         self.convolutions: dict[str, int] = {}
+        self.reconstruction: tuple[BlockReport, ...] = ()
+        self.untrained: dict[str, str] = {}
         self.few_tokens = False
 
     def prune(self, targets: dict[str, Target], statistics: Statistics, advance: Callable[[int], None]) -> None:
@@ -78,6 +80,22 @@ class BlockPruning:
             for name in names:
                 self.ranks.broadcast(targets[name].stored, owner)
         self._note(targets, {name: outcome for part in parts for name, outcome in part.items()})
+
+    def report(self, seconds: float, peak_memory_bytes: int) -> PruneReport:
+        """Returns the results of all blocks so far."""
+        return PruneReport(
+            MaskSet.join(self.masks),
+            tuple(self.layers),
+            self.skipped,
+            seconds,
+            peak_memory_bytes,
+            frozenset(self.input_first),
+            self.scales,
+            self.by_magnitude,
+            self.convolutions,
+            self.reconstruction,
+            self.untrained,
+        )
 
     def leave_dense(self, block: str, targets: Mapping[str, Target], advance: Callable[[int], None]) -> None:
         """Records that no target of a block is pruned because the model never calls the block, and warns once."""
@@ -180,7 +198,7 @@ class BlockPruning:
                     check_weight(part, pruner.pattern)
         with naming(", ".join(targets)):
             results = self._results(leader, pruner, weights, statistic)
-            relative = [_relative_loss(w, pruned, statistic) for w, pruned in zip(weights, results, strict=True)]
+            relative = [relative_loss(w, pruned, statistic) for w, pruned in zip(weights, results, strict=True)]
         seconds = time.perf_counter() - begin
         rows = sum(len(weight) for weight in weights)
         return {
@@ -201,7 +219,7 @@ class BlockPruning:
             return pruned
         if together is not None and self.plan.targets[leader].groups == 1:
             return together.prune_together(weights, statistic)
-        return [_prune_by_group(pruner, weight, statistic, self.plan.targets[leader].groups) for weight in weights]
+        return [prune_by_group(pruner, weight, statistic, self.plan.targets[leader].groups) for weight in weights]
 
 
 _Outcome = tuple[LayerReport, MaskSet, Tensor | None] | str
@@ -222,24 +240,3 @@ def _joined_mask(holder: str, targets: Mapping[str, Target], keeps: Mapping[str,
     for name, mask in keeps.items():
         targets[name].part_of(keep).copy_(mask)
     return MaskSet({holder: keep})
-
-
-def _prune_by_group(pruner: Pruner, weight: Tensor, statistic: Statistic | None, groups: int) -> Pruned:
-    """Prunes a weight whose rows fall into groups, each with inputs of its own, group by group."""
-    if groups == 1:
-        return pruner.prune(weight, statistic)
-    statistics = by_group(statistic) if statistic is not None else [None] * groups
-    done = [pruner.prune(part, known) for part, known in zip(weight.chunk(groups), statistics, strict=True)]
-    losses = [part.loss for part in done if part.loss is not None]
-    loss = sum(losses) if len(losses) == groups else None
-    return Pruned(torch.cat([part.weight for part in done]), torch.cat([part.keep for part in done]), loss)
-
-
-def _relative_loss(weight: Tensor, pruned: Pruned, statistic: Statistic | None) -> float | None:
-    """Returns the loss over the squared norm of the dense output; None without a Gram. Costs one product `W G`."""
-    grams = by_group(statistic)
-    if pruned.loss is None or not isinstance(grams[0], Gram):
-        return None
-    parts = zip(weight.chunk(len(grams)), grams, strict=True)
-    output = sum(quadratic_form(part.to(gram.matrix), gram.matrix) for part, gram in parts)
-    return pruned.loss / output if output > 0 else 0.0

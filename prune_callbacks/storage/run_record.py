@@ -95,6 +95,8 @@ class RunRecord:
         sparsity: fractions of zeros.
         violations: how many pruned weights are not zero, by parameter name; {} if there are none.
         reconstruction_loss: the relative loss of every layer's output when it was pruned, by layer.
+        reconstruction: of block reconstruction: its settings, seconds, the names of blocks that were put back, every
+            block's loss before and after, and why parameters were not trained; {} without it.
         skipped: the reason for every layer that stayed dense, by layer.
         by_magnitude: the number of tokens of every expert that too few tokens reached.
         warnings: the texts of warnings.
@@ -132,6 +134,7 @@ class RunRecord:
     sparsity: Zeros = field(default_factory=Zeros)
     violations: dict[str, int] | None = None
     reconstruction_loss: dict[str, float | None] = field(default_factory=dict)
+    reconstruction: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     by_magnitude: dict[str, int] = field(default_factory=dict)
     warnings: list[str] | None = None

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_callbacks.calibration.batches import Batch
+from prune_callbacks.reconstruction.report import BlockReport, reconstruction_record
 from prune_callbacks.storage.model_card import write_model_card
 from prune_callbacks.storage.run_record import RunRecord, Seconds, Zeros
 from prune_callbacks.streaming.files import copy_file, size_of, sizes, write_json
@@ -27,9 +28,11 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 """Suffixes of weight files."""
 
 
-def check_space(journal: Journal, shards: Shards, batches: Sequence[Batch], model: PreTrainedModel) -> None:
+def check_space(
+    journal: Journal, shards: Shards, batches: Sequence[Batch], model: PreTrainedModel, streams: int
+) -> None:
     """
-    Raises ValueError if the disk has no room for the model, its masks, and two sets of hidden states.
+    Raises ValueError if the disk has no room for the model, its masks, and two sets of hidden states of each stream.
 
     Bytes that an earlier, unfinished call has written count as available.
     """
@@ -38,7 +41,8 @@ def check_space(journal: Journal, shards: Shards, batches: Sequence[Batch], mode
     for batch in batches:
         ids = batch["input_ids"] if isinstance(batch, Mapping) and "input_ids" in batch else batch
         tokens += ids.numel() if isinstance(ids, Tensor) else 0
-    needed = shards.nbytes + shards.nbytes // (8 * model.dtype.itemsize) * 2 + 2 * tokens * width * model.dtype.itemsize
+    needed = shards.nbytes + shards.nbytes // (8 * model.dtype.itemsize) * 2
+    needed += 2 * streams * tokens * width * model.dtype.itemsize
     needed -= sum(size_of(folder) for folder in (journal.work, journal.model, journal.target / MODEL))
     free = shutil.disk_usage(journal.target).free
     if needed > free:
@@ -109,6 +113,7 @@ def _report(journal: Journal, walk: BlockWalk) -> RunRecord:
         violations={name: count for record in journal.records for name, count in record["violations"].items()},
         reconstruction_loss={layer["name"]: layer["relative_loss"] for layer in layers},
         skipped=skipped,
+        reconstruction=_reconstruction(journal, walk),
         by_magnitude={name: n for record in journal.records for name, n in record["by_magnitude"].items()},
         seconds=Seconds(sum(record["seconds"] for record in journal.records), 0.0, 0.0),
         files=sizes(
@@ -118,3 +123,11 @@ def _report(journal: Journal, walk: BlockWalk) -> RunRecord:
         peak_memory_bytes=max((record["peak_memory_bytes"] for record in journal.records), default=0),
         versions={name: version(name) for name in ("prune-callbacks", "torch", "transformers", "safetensors")},
     )
+
+
+def _reconstruction(journal: Journal, walk: BlockWalk) -> dict[str, Any]:
+    if walk.plan.reconstruction is None:
+        return {}
+    blocks = [BlockReport(**block) for record in journal.records for block in record.get("reconstruction", ())]
+    untrained = {name: why for record in journal.records for name, why in record.get("untrained", {}).items()}
+    return reconstruction_record(walk.plan.reconstruction, blocks, untrained)

@@ -1,7 +1,7 @@
 """The inputs of the decoder blocks: hidden states in files, all other arguments stored once for all windows."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +35,11 @@ class StoredInputs(BlockInputs):
         self.calls = calls
         self.tokens = tokens
         self.place = place
+
+    def beside_in(self, folder: Path | None) -> "StoredInputs":
+        """Returns the same windows with other hidden states: those in a folder; None: the same ones, for now."""
+        path = self.path if folder is None else folder / self.path.name
+        return StoredInputs(path, self.calls, self.tokens, self.place)
 
     @property
     def hidden(self) -> Tensor:  # type: ignore[override]
@@ -116,18 +121,3 @@ def _once(calls: list[Call | None], shared: dict[bytes, Tensor]) -> list[Call | 
         return known[id(tensor)]
 
     return [change_tensors(call, first) for call in calls]
-
-
-def described_batches(batches: Iterable[Batch]) -> Iterator[str]:
-    """Yields a hash of the content of every batch, 16 hexadecimal digits each."""
-    for batch in batches:
-        parts = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-        digest = hashlib.sha256()
-        for name in sorted(parts):
-            value = parts[name]
-            if isinstance(value, Tensor):
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            else:
-                digest.update(f"{name} {value!r}".encode())
-        yield digest.hexdigest()[:16]

@@ -96,8 +96,9 @@ class Journal:
 
     def tidy(self) -> None:
         """Removes hidden states that are incomplete or no longer needed."""
-        for folder in sorted(self.work.glob("hidden_*")):
-            if folder != self.hidden(len(self.records)):
+        needed = (self.hidden(len(self.records)), self.dense(len(self.records)))
+        for folder in sorted([*self.work.glob("hidden_*"), *self.work.glob("dense_*")]):
+            if folder not in needed:
                 remove_folder(folder)
 
     def finish(self, report: RunRecord) -> None:
@@ -117,6 +118,10 @@ class Journal:
     def hidden(self, index: int) -> Path:
         """Returns the folder of the hidden states that enter a block."""
         return self.work / f"hidden_{index:05d}"
+
+    def dense(self, index: int) -> Path:
+        """Returns the folder of the hidden states that enter a block in the dense model; only reconstruction has it."""
+        return self.work / f"dense_{index:05d}"
 
     def masks(self, index: int) -> Path:
         """Returns the path of the masks of a block."""

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from prune_callbacks.anatomy.stages import block_stages
 from prune_callbacks.calibration.batches import Batch, named_inputs
+from prune_callbacks.calibration.described import described
 from prune_callbacks.engine.plan import make_plan
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import coupled, needs_calibration
+from prune_callbacks.ranks import ALONE
+from prune_callbacks.reconstruction.settings import BlockReconstruction
+from prune_callbacks.reconstruction.windows import Windows, single_windows
 from prune_callbacks.recorded_warnings import RecordedWarnings
 from prune_callbacks.streaming.finishing import check_space, finish
-from prune_callbacks.streaming.inputs import described_batches
 from prune_callbacks.streaming.journal import Journal, alone
 from prune_callbacks.streaming.memory import returning_memory
 from prune_callbacks.streaming.skeleton import build_skeleton, model_dtype
@@ -32,6 +35,7 @@ def prune_checkpoint(
     device: torch.device | str | None = None,
     targets: Sequence[str] | str | None = None,
     blocks: str | None = None,
+    reconstruction: BlockReconstruction | None = None,
     min_expert_tokens: int = 32,
     dtype: torch.dtype | str | None = None,
     name: str | None = None,
@@ -52,10 +56,12 @@ def prune_checkpoint(
         target: a folder to write into.
         pruner: chooses the weights to remove and updates the rest; any pruner but `Structured`.
         batches: calibration batches, as in `prune_sequentially`; a call that resumes needs the same ones. May be None
-            for a pruner that needs no calibration.
+            for a pruner that needs no calibration, without reconstruction.
         device: the device on which blocks are run and pruned, one at a time; None: the CPU.
         targets: patterns of layer names; None as in `prune_sequentially`.
         blocks: name of the list of decoder blocks, where it cannot be found.
+        reconstruction: as in `prune_sequentially`; the hidden states of the dense model are kept in files too, and
+            memory holds one block five times.
         min_expert_tokens: as in `prune_sequentially`.
         dtype: dtype of the weights, as in `from_pretrained`; None: that of the configuration.
         name: name of the recipe, for the report.
@@ -82,29 +88,29 @@ def prune_checkpoint(
             "load it and use prune_sequentially"
         )
     with RecordedWarnings() as heard:
-        given = _given_batches(pruner, batches)
+        given, order = _given_batches(pruner, reconstruction, batches)
         checkpoint = CheckpointFolder(source)
         model = build_skeleton(checkpoint.config, model_dtype(checkpoint, dtype))
         device = device or "cpu"
         stages = block_stages(model, blocks)
         plan = make_plan(
-            "prune_checkpoint", model, pruner, given, targets=targets, stages=stages, device=device, unread=True
+            "prune_checkpoint",
+            model,
+            pruner,
+            given,
+            targets=targets,
+            stages=stages,
+            reconstruction=reconstruction,
+            device=device,
+            unread=True,
         )
-        walk = BlockWalk(checkpoint, model, plan, given, min_expert_tokens)
-        setting = {
-            "source": checkpoint.fingerprint(),
-            "pruner": repr(pruner),
-            "targets": list(plan.targets),
-            "min_expert_tokens": min_expert_tokens,
-            "dtype": str(model.dtype),
-            "device": walk.where.type,
-            "batches": list(described_batches(given)),
-        }
+        walk = BlockWalk(checkpoint, model, plan, given, min_expert_tokens, order)
+        setting = _setting(walk, given, min_expert_tokens)
         with alone(target):
             journal = Journal(target, setting)
             if journal.report is None:
                 journal.prepare()
-                check_space(journal, walk.shards, given, model)
+                check_space(journal, walk.shards, given, model, streams=1 if reconstruction is None else 2)
                 with returning_memory():
                     walk.run(journal, progress, heard)
                 about = {"recipe": name, "model": source.name, "command": command}
@@ -114,18 +120,36 @@ def prune_checkpoint(
             return journal.report
 
 
-def _given_batches(pruner: Pruner, batches: Iterable[Batch] | None) -> list[Batch]:
-    """Returns the calibration batches as a list; an empty one for a pruner that needs no calibration."""
+def _setting(walk: BlockWalk, batches: Sequence[Batch], min_expert_tokens: int) -> dict[str, Any]:
+    """Returns all settings on which the result depends."""
+    plan = walk.plan
+    setting = {
+        "source": walk.checkpoint.fingerprint(),
+        "pruner": repr(plan.pruner),
+        "targets": list(plan.targets),
+        "min_expert_tokens": min_expert_tokens,
+        "dtype": str(walk.model.dtype),
+        "device": walk.where.type,
+        "batches": [described(batch) for batch in batches],
+    }
+    return setting if plan.reconstruction is None else setting | {"reconstruction": repr(plan.reconstruction)}
+
+
+def _given_batches(
+    pruner: Pruner, reconstruction: BlockReconstruction | None, batches: Iterable[Batch] | None
+) -> Windows:
+    """Returns the calibration batches, cut into single windows for reconstruction; no batches if none are needed."""
     if isinstance(batches, Tensor):
         raise ValueError(f"batches must be several batches, got one tensor of shape {tuple(batches.shape)}; split it")
-    if not needs_calibration(pruner):
-        return []
+    if not needs_calibration(pruner) and reconstruction is None:
+        return Windows([], [])
     if batches is None:
-        raise ValueError(f"{type(pruner).__name__} needs calibration batches, got None")
+        asking = pruner if needs_calibration(pruner) else reconstruction
+        raise ValueError(f"{type(asking).__name__} needs calibration batches, got None")
     given = [named_inputs(batch) for batch in batches]
     if not given:
         raise ValueError("there is no calibration batch; give at least one batch of token ids")
-    return given
+    return Windows(given, []) if reconstruction is None else single_windows(given, reconstruction, ALONE)
 
 
 def _check_folders(source: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prune_callbacks.anatomy.names import belongs
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.anatomy.targets import parameters_of
 from prune_callbacks.calibration.batches import Batch
@@ -21,6 +22,7 @@ from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.engine.solving import BlockPruning
 from prune_callbacks.memory import peak_memory, reset_peak_memory
 from prune_callbacks.ranks import ALONE
+from prune_callbacks.reconstruction.blocks import Rebuilder, Show
 from prune_callbacks.recorded_warnings import RecordedWarnings
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.streaming.files import sizes, whole, write_tensors
@@ -45,6 +47,7 @@ class BlockWalk:
         plan: the targets, the pruner and the device.
         batches: calibration batches; empty for a pruner that needs no calibration.
         min_expert_tokens: an expert that fewer tokens reach is pruned by Magnitude.
+        windows: the order of the batches in a reconstruction; see `Windows`.
 
     Attributes:
         shards: the distribution of the weights over files.
@@ -60,6 +63,7 @@ class BlockWalk:
         plan: Plan,
         batches: Sequence[Batch],
         min_expert_tokens: int,
+        windows: Sequence[tuple[int, int]] = (),
     ) -> None:
         assert plan.device is not None
         self.checkpoint, self.model, self.plan, self.batches, self.where = checkpoint, model, plan, batches, plan.device
@@ -69,6 +73,8 @@ class BlockWalk:
         self.shards = Shards(model, [name for name, _ in self.blocks], find_places(model, checkpoint))
         check_batches(model, batches)
         self.few_tokens = False
+        settings = plan.reconstruction
+        self.rebuilder = None if settings is None else Rebuilder(model, settings, windows, ALONE, frozen=False)
 
     def run(self, journal: Journal, progress: bool, heard: RecordedWarnings) -> None:
         """Prunes all unfinished blocks; every record includes all warnings so far."""
@@ -81,23 +87,33 @@ class BlockWalk:
         with layer_progress(len(self.plan.targets), progress) as (bar, task):
             bar.update(task, completed=sum(len(self.plan.in_block(index)) for index in range(begin)))
             inputs: list[StoredInputs] = []
-            if self.plan.calibrated and begin <= self.plan.last:
+            if self.plan.runs and begin <= self.plan.last:
                 bar.update(task, description="embedding the calibration windows")
                 inputs = self._inputs(journal, begin)
+            self._dense = [piece.beside_in(journal.dense(begin) if begin else None) for piece in inputs]
             with loading_ahead(self.where) as ahead:
                 for index in range(begin, len(self.blocks)):
                     bar.update(task, description=f"pruning {self.blocks[index][0]}")
                     started = time.perf_counter()
-                    record = self._block(journal, index, inputs, ahead, lambda count: bar.advance(task, count))
+                    record = self._block(
+                        journal,
+                        index,
+                        inputs,
+                        ahead,
+                        lambda count: bar.advance(task, count),
+                        lambda text: bar.update(task, description=text),
+                    )
                     seconds = time.perf_counter() - started
                     more = {"seconds": seconds, "peak_memory_bytes": peak_memory(self.where)}
                     journal.commit(record | more | {"warnings": list(heard.texts), "few_tokens": self.few_tokens})
 
     def _inputs(self, journal: Journal, index: int) -> list[StoredInputs]:
         """Returns the inputs of a block: the first one, or one whose hidden states an earlier call has written."""
-        if index > 0 and not journal.hidden(index).is_dir():
+        needed = [journal.hidden(index)] + ([journal.dense(index)] if self.rebuilder is not None else [])
+        missing = next((folder for folder in needed if not folder.is_dir()), None)
+        if index > 0 and missing is not None:
             raise ValueError(
-                f"{journal.hidden(index)} is missing, with the hidden states that enter block {index}, the first "
+                f"{missing} is missing, with the hidden states that enter block {index}, the first "
                 f"unfinished one: pruning cannot resume without it. Put it back, or "
                 f"delete {journal.target} to start again"
             )
@@ -124,19 +140,22 @@ class BlockWalk:
         inputs: Sequence[StoredInputs],
         ahead: Ahead | None,
         advance: Advance,
+        show: Show,
     ) -> dict[str, Any]:
         """Prunes a block, runs it to get the inputs of the next one, and writes its weights; returns its record."""
         targets, names = self.plan.in_block(index), self.shards.of_block[index]
         shard = journal.model / self.shards.file(index)
-        runs = self.plan.calibrated and index < self.plan.last
+        runs = self.plan.runs and index < self.plan.last
         nothing: tuple[str, ...] = ("skipped", "by_magnitude", "violations", "parameters")
         record: dict[str, Any] = {"layers": []} | {key: {} for key in nothing}
         prefix, block = self.blocks[index]
         self._load(index, ahead)
         if targets or runs:
             block.to(self.where)
+        if self.rebuilder is not None and (targets or runs):
+            store_next(index, block, self._dense, self.where, journal.dense(index + 1))
         if targets:
-            record = self._prune(journal, index, targets, inputs, advance)
+            record = self._prune(journal, index, targets, inputs, advance, show)
         if runs:
             store_next(index, block, inputs, self.where, journal.hidden(index + 1))
         state = block.state_dict()
@@ -152,17 +171,22 @@ class BlockWalk:
         targets: dict[str, Target],
         inputs: Sequence[StoredInputs],
         advance: Advance,
+        show: Show,
     ) -> dict[str, Any]:
         run = BlockPruning(replace(self.plan, skipped={}), ALONE, self.min_expert_tokens)
         run.few_tokens = self.few_tokens
-        make, block = self.plan.pruner.statistic, self.blocks[index][1]
+        name, block = self.blocks[index]
+        make = self.plan.pruner.statistic
         statistics = collect(make, index, block, targets, list(inputs), self.where) if self.plan.calibrated else {}
         if self.plan.calibrated and all(batch.calls[index] is None for batch in inputs):
-            run.leave_dense(self.blocks[index][0], targets, advance)
+            run.leave_dense(name, targets, advance)
         else:
             run.prune(targets, statistics, advance)
         self.few_tokens = run.few_tokens
+        del statistics
         masks = MaskSet.join(run.masks)
+        if self.rebuilder is not None:
+            self.rebuilder.reconstruct(index, name, block, inputs, self._dense, masks, self.where, show)
         tensors, shapes = masks_in_pieces(masks)
         write_tensors(journal.masks(index), tensors, shapes)
         if run.scales:
@@ -174,7 +198,15 @@ class BlockWalk:
             "by_magnitude": run.by_magnitude,
             "parameters": {name: [int((~masks[name]).count_nonzero()), math.prod(masks.shape(name))] for name in masks},
             "violations": masks.violations({name: weights[name] for name in masks}),
-        }
+        } | self._reconstructed(name)
+
+    def _reconstructed(self, name: str) -> dict[str, Any]:
+        """Returns the record of a block's reconstruction; {} without one."""
+        if self.rebuilder is None:
+            return {}
+        reports = [report.to_dict() for report in self.rebuilder.reports if report.name == name]
+        untrained = {path: why for path, why in self.rebuilder.left.items() if belongs(path, name)}
+        return {"reconstruction": reports, "untrained": untrained}
 
     def _load(self, index: int, ahead: Ahead | None = None) -> None:
         """Loads the weights of a block; on a GPU, starts to read and copy those of the next one in the background."""

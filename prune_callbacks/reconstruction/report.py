@@ -1,0 +1,50 @@
+"""The report of the reconstruction of one block."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prune_callbacks.reconstruction.settings import BlockReconstruction
+from prune_callbacks.results import Result
+
+
+@dataclass(frozen=True)
+class BlockReport(Result):
+    """
+    The result of reconstructing one block.
+
+    Attributes:
+        name: the block's name.
+        before: the loss on the held-out windows after pruning: the mean over tokens of the squared distance from the
+            target, relative to the target's squared norm.
+        after: the same loss after reconstruction.
+        passes: the number of the best pass over the windows, whose parameters the block has; 0 for a block that was put
+            back, because no pass made it better.
+        parameters: how many values were trained, pruned ones among them.
+        seconds: the wall time of its training.
+    """
+
+    name: str
+    before: float
+    after: float
+    passes: int
+    parameters: int
+    seconds: float
+
+    @property
+    def put_back(self) -> bool:
+        """Returns whether the block is as it was after pruning."""
+        return self.passes == 0
+
+
+def reconstruction_record(
+    settings: BlockReconstruction, blocks: Sequence[BlockReport], untrained: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns what `report.json` says of a reconstruction."""
+    return {
+        "settings": repr(settings),
+        "seconds": sum(block.seconds for block in blocks),
+        "put_back": [block.name for block in blocks if block.put_back],
+        "blocks": [block.to_dict() for block in blocks],
+        "untrained": dict(untrained),
+    }
