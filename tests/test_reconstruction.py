@@ -331,6 +331,7 @@ def refused(text, model, **changes):
 def test_bad_input_is_refused_before_work():
     refused("there is 1, so none is left to train on: give more windows, or held_out=0", llama(), batches=[ids(1)])
     refused("BlockReconstruction needs calibration batches, got None", llama(), batches=None)
+    refused("reconstruction must be a BlockReconstruction, got 6", llama(), reconstruction=6)
     refused('use order="sequential"', llama(), order="at_once")
     refused("SparseGPTQ rounds the weights", llama(), pruner=SparseGPTQ(NM(2, 4)))
     refused("all of them are frozen", llama().requires_grad_(False))

@@ -28,7 +28,7 @@ from prune_callbacks.engine.sequential import Order, check_order, prune_sequenti
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import needs_calibration
 from prune_callbacks.ranks import patient_ranks
-from prune_callbacks.reconstruction.settings import BlockReconstruction, short
+from prune_callbacks.reconstruction.settings import BlockReconstruction, check_reconstruction, short
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.model_folder import check_savable, save_sparse_model
 
@@ -100,6 +100,7 @@ class OneShotPrune(PrunesOnce):
         check_order(order)
         if allocation is not None:
             check_allocation(allocation, pruner)
+        check_reconstruction("OneShotPrune", reconstruction)
         self.pruner = pruner
         self.allocation = allocation
         self.reconstruction = reconstruction

@@ -19,7 +19,7 @@ from prune_callbacks.memory import peak_memory, reset_peak_memory
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.reconstruction.blocks import Rebuilder
 from prune_callbacks.reconstruction.report import BlockReport
-from prune_callbacks.reconstruction.settings import BlockReconstruction
+from prune_callbacks.reconstruction.settings import BlockReconstruction, check_reconstruction
 from prune_callbacks.reconstruction.windows import single_windows
 from prune_callbacks.results import Result
 from prune_callbacks.sparsity import MaskSet
@@ -79,6 +79,9 @@ def reconstruct_(
             blocks form no chain, or the windows are too few. During the work, naming the block: outputs are not finite.
     """
     begin = time.perf_counter()
+    if reconstruction is None:
+        raise ValueError("reconstruct_ needs a BlockReconstruction, got None; e.g. BlockReconstruction()")
+    check_reconstruction("reconstruct_", reconstruction)
     where = ranks.attempt(lambda: None if device is None else parsed_device(device))
     stages, dense = block_stages(sparse_model, blocks), block_stages(dense_model, blocks)
     masks = _checked(sparse_model, dense_model, masks, stages.parts, dense.parts)

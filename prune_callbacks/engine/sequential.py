@@ -25,7 +25,7 @@ from prune_callbacks.engine.solving import BlockPruning
 from prune_callbacks.memory import peak_memory
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.ranks import ALONE, Ranks
-from prune_callbacks.reconstruction.settings import BlockReconstruction
+from prune_callbacks.reconstruction.settings import BlockReconstruction, check_reconstruction
 
 Order = Literal["sequential", "at_once"]
 
@@ -97,6 +97,7 @@ def prune_sequentially(
             for activations that are not finite or a Gram that cannot be factorised.
     """
     check_order(order)
+    check_reconstruction("prune_sequentially", reconstruction)
     begin = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model
     batches, stages = _staged(model, batches, targets, blocks, forward, ranks)

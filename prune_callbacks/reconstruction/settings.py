@@ -71,3 +71,11 @@ class BlockReconstruction:
 def short(reconstruction: BlockReconstruction | None) -> BlockReconstruction | None:
     """Returns the settings for a trial run of one batch: one pass, with nothing held out."""
     return None if reconstruction is None else replace(reconstruction, passes=1, held_out=0.0)
+
+
+def check_reconstruction(who: str, reconstruction: object) -> None:
+    """Raises ValueError, naming who asks, for something that is neither a `BlockReconstruction` nor None."""
+    if reconstruction is not None and not isinstance(reconstruction, BlockReconstruction):
+        raise ValueError(
+            f"{who}: reconstruction must be a BlockReconstruction, got {reconstruction!r}; e.g. BlockReconstruction()"
+        )

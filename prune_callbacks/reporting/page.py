@@ -17,6 +17,7 @@ from prune_callbacks.reporting.drawing import (
     subplots,
 )
 from prune_callbacks.reporting.metrics import curves_of_rounds, plain_number, quantities
+from prune_callbacks.reporting.reconstruction import reconstruction_picture
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.run_folder import Run, read_run
 from prune_callbacks.storage.run_record import STAGES, RunRecord
@@ -60,6 +61,7 @@ def render_page(run: Run) -> str:
         violations=sum(record.violations.values()) if record.violations is not None else None,
         sparsity_map=heat_map(record.sparsity.layers, "zeros", percent=True) if record.sparsity.layers else None,
         loss_map=heat_map(losses, "relative squared error", percent=False) if losses else None,
+        reconstruction=reconstruction_picture(record.reconstruction) if record.reconstruction.get("blocks") else None,
         training=_training(record) if record.training_loss else None,
         quantities=quantities([record]),
         rounds=_rounds(record) if len(record.rounds) > 1 else None,

@@ -14,7 +14,7 @@ from prune_callbacks.engine.plan import make_plan
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import coupled, needs_calibration
 from prune_callbacks.ranks import ALONE
-from prune_callbacks.reconstruction.settings import BlockReconstruction
+from prune_callbacks.reconstruction.settings import BlockReconstruction, check_reconstruction
 from prune_callbacks.reconstruction.windows import Windows, single_windows
 from prune_callbacks.recorded_warnings import RecordedWarnings
 from prune_callbacks.streaming.finishing import check_space, finish
@@ -80,6 +80,7 @@ def prune_checkpoint(
     environment sets MALLOC_MMAP_THRESHOLD_.
     """
     check_pruner("prune_checkpoint", pruner)
+    check_reconstruction("prune_checkpoint", reconstruction)
     source, target = Path(source), Path(target)
     _check_folders(source, target)
     if coupled(pruner):
