@@ -287,10 +287,10 @@ MUTANTS = (
     Mutant(
         "next_block_sees_the_dense_one",
         "engine/sequential.py",
-        "            for index, block_name, block, where in visits:\n",
-        """            for index, block_name, block, where in visits:
-                if index < plan.last and plan.calibrated and here:
-                    source.advance(index, block, where)
+        "    here, before = plan.in_block(index), len(run.masks)\n",
+        """    here, before = plan.in_block(index), len(run.masks)
+    if index < plan.last and plan.calibrated and here:
+        source.advance(index, block, where)
 """,
         "test_blocks.py::test_sequential_pruning_equals_rerunning_the_whole_model",
     ),
@@ -453,18 +453,96 @@ MUTANTS = (
         "        self.records.append(dict(record))\n",
         "test_streaming.py::test_finished_blocks_are_not_done_again",
     ),
+    # reconstruction
+    Mutant(
+        "error_not_divided_by_the_norm",
+        "reconstruction/training.py",
+        "return self._real(self._goals[number], squares / norms).sum()",
+        "return self._real(self._goals[number], squares).sum()",
+        "test_reconstruction.py",
+    ),
+    Mutant(
+        "padding_counts_in_reconstruction",
+        "reconstruction/training.py",
+        "return values if tokens is None or tokens.shape != values.shape else values[tokens.to(values.device)]",
+        "return values",
+        "test_reconstruction.py::test_loss_and_gradients_are_those_of_float64_autograd",
+    ),
+    Mutant(
+        "target_of_the_pruned_stream",
+        "engine/rebuilding.py",
+        "        self._dense.advance(index, block, where)\n",
+        "        self._dense.inputs = self._pruned.copy().inputs\n        self._dense.advance(index, block, where)\n",
+        "test_reconstruction.py::test_it_is_pruning_and_reconstructing_block_after_block",
+    ),
+    Mutant(
+        "last_pass_kept_in_place_of_the_best",
+        "reconstruction/training.py",
+        "    masters.restore(values)\n",
+        "",
+        "test_reconstruction.py",
+    ),
+    Mutant(
+        "zeros_trained_in_reconstruction",
+        "reconstruction/training.py",
+        "    access = PlainAccess(masters, masks, [optimizer]) if masks else None\n",
+        "    access = None\n",
+        "test_reconstruction.py",
+    ),
+    Mutant(
+        "small_steps_rounded_away",
+        "reconstruction/parameters.py",
+        "wide = torch.promote_types(parameter.dtype, torch.float32)",
+        "wide = parameter.dtype",
+        "test_reconstruction.py::test_small_steps_of_16_bit_weights_are_not_rounded_away",
+    ),
+    Mutant(
+        "gradients_of_one_rank",
+        "reconstruction/training.py",
+        "return {name: self._ranks.sum(gradient) for name,",
+        "return {name: gradient for name,",
+        "test_reconstruction.py::test_two_ranks_are_one",
+    ),
+    Mutant(
+        "tied_parameter_trained",
+        "reconstruction/parameters.py",
+        "        elif _memory(parameter) in outside:\n",
+        "        elif False:\n",
+        "test_reconstruction.py::test_zeros_stay_and_whatever_may_not_change_is_bit_identical",
+    ),
+    Mutant(
+        "router_trained",
+        "reconstruction/parameters.py",
+        "        elif any(inside(path, router) for router in deciding):\n",
+        "        elif False:\n",
+        "test_reconstruction.py::test_routers_stay_and_experts_are_trained",
+    ),
+    Mutant(
+        "held_out_windows_trained_on",
+        "reconstruction/training.py",
+        "    training = range(count - held)\n",
+        "    training = range(count)\n",
+        "test_reconstruction.py::test_held_out_windows_take_no_part",
+    ),
+    Mutant(
+        "dense_stream_removed_too_early",
+        "streaming/journal.py",
+        "needed = (self.hidden(len(self.records)), self.dense(len(self.records)))",
+        "needed = (self.hidden(len(self.records)),)",
+        "test_reconstruction_streaming.py",
+    ),
     Mutant(
         "streamed_block_run_before_it_is_pruned",
         "streaming/walk.py",
         """        if targets:
-            record = self._prune(journal, index, targets, inputs, advance)
+            record = self._prune(journal, index, targets, inputs, advance, show)
         if runs:
             store_next(index, block, inputs, self.where, journal.hidden(index + 1))
 """,
         """        if runs:
             store_next(index, block, inputs, self.where, journal.hidden(index + 1))
         if targets:
-            record = self._prune(journal, index, targets, inputs, advance)
+            record = self._prune(journal, index, targets, inputs, advance, show)
 """,
         "test_streaming.py::test_every_pruner_from_several_files",
     ),

@@ -266,6 +266,22 @@ def test_the_best_pass_counts_and_two_without_gain_end_a_block(monkeypatch):
     assert not torch.equal(seen[2], seen[4])
 
 
+def test_held_out_windows_take_no_part(monkeypatch):
+    parts = {"trained": set(), "judged": set()}
+    gradients, of = BlockLoss.gradients, BlockLoss.of
+    monkeypatch.setattr(
+        BlockLoss,
+        "gradients",
+        lambda self, places, *rest: (parts["trained"].update(places), gradients(self, places, *rest))[1],
+    )
+    monkeypatch.setattr(BlockLoss, "of", lambda self, places: (parts["judged"].update(places), of(self, places))[1])
+    pruned(llama(), reconstruction=FEW)
+    assert parts == {"trained": set(range(6)), "judged": {6, 7}}
+    parts.update(trained=set(), judged=set())
+    pruned(llama(), reconstruction=BlockReconstruction(passes=1, held_out=0))
+    assert parts == {"trained": set(range(8)), "judged": set(range(8))}
+
+
 def test_small_steps_of_16_bit_weights_are_not_rounded_away():
     model, dense = llama().bfloat16(), llama().bfloat16()
     masks = pruned(model).masks

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.pruners.questions import needs_calibration
+from prune_callbacks.reconstruction.settings import BlockReconstruction
 from prune_callbacks.streaming.prune import prune_checkpoint
 from prune_callbacks.streaming.source import CheckpointFolder
 
@@ -39,6 +40,7 @@ def prune_on_windows(
     device: str | None = None,
     dtype: str | None = None,
     blocks: str | None = None,
+    reconstruction: BlockReconstruction | None = None,
     min_expert_tokens: int = 32,
     name: str | None = None,
     whole_model: Mapping[str, Any] | None = None,
@@ -55,6 +57,7 @@ def prune_on_windows(
         device: the device on which blocks are run and pruned.
         dtype: dtype of the weights; None: that of the configuration.
         blocks: name of the list of decoder blocks, where it cannot be found.
+        reconstruction: trains every block after it is pruned; None: blocks stay as the pruner leaves them.
         min_expert_tokens: as in `prune_sequentially`.
         name: name of the recipe, for the report.
         whole_model: settings that need the whole model in memory, by name; all values must be empty.
@@ -77,7 +80,7 @@ def prune_on_windows(
             "separately (prune_callbacks.measure.perplexity)"
         )
     batches = None
-    if needs_calibration(pruner):
+    if needs_calibration(pruner) or reconstruction is not None:
         data.setup("fit")
         assert data.calibration_windows is not None
         batches = data.calibration_windows.split(data.calibration_batch_size)
@@ -88,6 +91,7 @@ def prune_on_windows(
         batches,
         targets=targets,
         blocks=blocks,
+        reconstruction=reconstruction,
         min_expert_tokens=min_expert_tokens,
         device=device,
         dtype=dtype,
