@@ -9,6 +9,7 @@ from torch import Tensor
 from prune_callbacks.solvers.least_squares import MaskedLeastSquares
 from prune_callbacks.solvers.linalg import DampedGram, ridge_inverse
 from prune_callbacks.solvers.mrp import eq_14
+from prune_callbacks.solvers.precision import full_precision
 from prune_callbacks.solvers.solved import Solved
 from prune_callbacks.solvers.sparsegpt import Choose
 from prune_callbacks.solvers.split import product_dtype
@@ -23,6 +24,7 @@ START = 0.05
 """The tolerance of the solution that the search starts from: its distance from the optimum, relative to the loss."""
 
 
+@full_precision()
 def alps(
     weight: Float[Tensor, "out in"],
     system: DampedGram,

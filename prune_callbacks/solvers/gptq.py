@@ -8,6 +8,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from prune_callbacks.solvers.linalg import DampedGram
+from prune_callbacks.solvers.precision import full_precision
 from prune_callbacks.solvers.solved import Solved
 from prune_callbacks.solvers.sparsegpt import Choose, masked, sweep, sweep_block
 
@@ -130,6 +131,7 @@ def round_to_nearest(weight: Float[Tensor, "out in"], grid: Grid) -> tuple[Tenso
     return grid.rounded(weight, grid.spread(scale, weight.shape[1])), scale
 
 
+@full_precision()
 def gptq(
     weight: Float[Tensor, "out in"],
     system: DampedGram,

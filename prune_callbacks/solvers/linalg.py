@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prune_callbacks.solvers.float64 import sum_in_float64
+from prune_callbacks.solvers.precision import full_precision
 from prune_callbacks.solvers.split import Split, split
 
 CHOLESKY_ATTEMPTS = 4
@@ -73,6 +74,7 @@ class DampedGram:
         return total if dtype == residual.dtype else 1.01 * total
 
 
+@full_precision()
 def damp(gram: Float[Tensor, "in in"], damping: float) -> DampedGram:
     """
     Damps a Gram and factorises it.
@@ -123,6 +125,7 @@ def damp(gram: Float[Tensor, "in in"], damping: float) -> DampedGram:
     )
 
 
+@full_precision()
 def ridge_inverse(matrix: Float[Tensor, "in in"], added: Float[Tensor, " in"]) -> Float[Tensor, "in in"]:
     """Computes `(H + diag(added))^-1` of a positive definite H, by a Cholesky factorisation."""
     regular = matrix.clone()
@@ -130,6 +133,7 @@ def ridge_inverse(matrix: Float[Tensor, "in in"], added: Float[Tensor, " in"]) -
     return torch.cholesky_inverse(torch.linalg.cholesky(regular))
 
 
+@full_precision()
 def quadratic_form(rows: Float[Tensor, "rows in"], gram: Float[Tensor, "in in"]) -> float:
     """
     Computes `sum over rows of r G r^T`, the squared norm of the rows' products with the inputs.

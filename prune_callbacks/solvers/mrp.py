@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prune_callbacks.solvers.least_squares import MaskedLeastSquares
 from prune_callbacks.solvers.linalg import DampedGram
+from prune_callbacks.solvers.precision import full_precision
 from prune_callbacks.solvers.solved import Solved, sum_by_layer
 from prune_callbacks.solvers.sparsegpt import Choose, sweep
 
@@ -30,6 +31,7 @@ weights.
 """
 
 
+@full_precision()
 def mrp_sm(
     weight: Float[Tensor, "out in"],
     system: DampedGram,
@@ -58,6 +60,7 @@ def mrp_sm(
     return _in_blocks(weight, system, choose, block_size, heights)
 
 
+@full_precision()
 def mrp_mm(
     weight: Float[Tensor, "out in"],
     system: DampedGram,
@@ -81,6 +84,7 @@ def mrp_mm(
     return _in_blocks(weight, system, choose, block_size, heights)
 
 
+@full_precision()
 def mrp_ms(
     weight: Float[Tensor, "out in"],
     system: DampedGram,

@@ -5,6 +5,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from prune_callbacks.solvers.float64 import sum_in_float64
+from prune_callbacks.solvers.precision import full_precision
 
 MOST_PASSES = 60
 ENOUGH = 2e-3
@@ -17,6 +18,7 @@ def kept_score(scores: Float[Tensor, "rows in"], n: int, m: int) -> float:
     return float(sum_in_float64(scores.unflatten(1, (-1, m)).topk(n, dim=-1).values))
 
 
+@full_precision()
 def channel_permutation(scores: Float[Tensor, "rows in"], n: int, m: int) -> Int64[Tensor, " in"]:
     """
     Returns an order of the columns for which N:M keeps at least as much score as for the given order.

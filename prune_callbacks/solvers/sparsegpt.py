@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prune_callbacks.solvers.linalg import DampedGram
+from prune_callbacks.solvers.precision import full_precision
 from prune_callbacks.solvers.solved import Solved, sum_by_layer
 
 Choose = Callable[[Float[Tensor, "out columns"], int], Bool[Tensor, "out columns"]]
@@ -20,6 +21,7 @@ Weights beyond the current block do not yet include the block's compensation.
 """
 
 
+@full_precision()
 def sparsegpt(
     weight: Float[Tensor, "out in"],
     system: DampedGram,

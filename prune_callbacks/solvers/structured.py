@@ -6,8 +6,10 @@ from torch import Tensor
 
 from prune_callbacks.solvers.float64 import in_float64
 from prune_callbacks.solvers.linalg import DampedGram
+from prune_callbacks.solvers.precision import full_precision
 
 
+@full_precision()
 def cheapest_units(
     weight: Float[Tensor, "out in"], system: DampedGram, width: int, pools: int, removed: int
 ) -> Bool[Tensor, " units"]:
@@ -57,6 +59,7 @@ def _losses(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
     return losses
 
 
+@full_precision()
 def least_squares_on(
     weight: Float[Tensor, "out in"], system: DampedGram, kept: Bool[Tensor, " in"]
 ) -> Float[Tensor, "out in"]:

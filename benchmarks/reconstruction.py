@@ -1,0 +1,140 @@
+"""
+Perplexity and minutes of block reconstruction, from several starts, beside the start alone.
+
+    python benchmarks/reconstruction.py WINDOWS.safetensors [--held-out TEXT.jsonl] [--starts "ALPS 2:4" ...]
+
+WINDOWS is a safetensors file of integer token windows: `calibration` and `wikitext2`, both (windows, tokens). TEXT has
+one document per line, under "text"; windows of documents that no calibration window comes from are a second text to
+judge on, which like `wikitext2` decides nothing. Every start is pruned alone, then pruned again with reconstruction, so
+that later blocks are calibrated on reconstructed ones. Results are written after every cell; run again, and what is
+finished is not measured twice.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prune_callbacks import ALPS, NM, BlockReconstruction, MaskSet, SparseGPT, Unstructured, Wanda, prune_sequentially
+from prune_callbacks.measure.perplexity import perplexity
+from prune_callbacks.pruners import Pruner
+from prune_callbacks.storage.cells import open_results
+from prune_callbacks.storage.model_folder import save_sparse_model
+from prune_callbacks.tasks import smollm2_135m
+from prune_callbacks.writing import write_json
+
+STARTS: dict[str, Pruner] = {
+    "ALPS 2:4": ALPS(NM(2, 4)),
+    "ALPS 50 %": ALPS(Unstructured(0.5)),
+    "ALPS 60 %": ALPS(Unstructured(0.6)),
+    "ALPS 70 %": ALPS(Unstructured(0.7)),
+    "SparseGPT 2:4": SparseGPT(NM(2, 4)),
+    "Wanda 2:4": Wanda(NM(2, 4)),
+}
+SETTINGS: dict[str, BlockReconstruction | None] = {
+    "alone": None,
+    "quick": BlockReconstruction(passes=2),
+    "reconstruction": BlockReconstruction(),
+}
+
+
+def held_out(path: Path, model: str, calibration: Tensor, count: int = 24) -> Tensor:
+    """Returns the first windows of the last long documents that no calibration window was cut from."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    marks = [tokenizer.decode(row[len(row) // 4 :][:24]).strip() for row in calibration]
+    texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    windows: list[list[int]] = []
+    for text in reversed(texts):
+        ids = tokenizer(text)["input_ids"][: calibration.shape[1]]
+        if len(ids) == calibration.shape[1] and not any(mark in text for mark in marks):
+            windows.append(ids)
+        if len(windows) == count:
+            break
+    return torch.tensor(windows)
+
+
+def measure(model: torch.nn.Module, texts: dict[str, Tensor]) -> dict[str, float]:
+    """Returns the perplexity on every text."""
+    return {name: round(perplexity(model, windows, progress=False), 3) for name, windows in texts.items()}
+
+
+def run(
+    model: str, pruner: Pruner, setting: BlockReconstruction | None, calibration: Tensor, texts: dict[str, Tensor]
+) -> tuple[dict[str, Any], torch.nn.Module, MaskSet]:
+    """Prunes the model, with or without reconstruction; returns the cell, the model and its masks."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    begin = time.perf_counter()
+    report = prune_sequentially(network, calibration.split(4), pruner, reconstruction=setting)
+    seconds = time.perf_counter() - begin
+    assert report.masks.violations(network.named_parameters()) == {}
+    blocks = report.reconstruction
+    cell: dict[str, Any] = {"setting": repr(setting)} | measure(network, texts)
+    cell["seconds"] = {"all": round(seconds, 1), "reconstruction": round(sum(block.seconds for block in blocks), 1)}
+    cell["put_back"] = [block.name for block in blocks if block.put_back]
+    cell["blocks"] = [[round(block.before, 5), round(block.after, 5), block.passes] for block in blocks]
+    return cell, network, report.masks
+
+
+def table(cells: dict[str, Any], texts: list[str]) -> None:
+    """Prints the cells as a table."""
+    print(f"\n| | {' | '.join(texts)} | seconds | of these reconstruction |")
+    print(f"|---|{'---|' * (len(texts) + 2)}")
+    for name, cell in cells.items():
+        seconds = cell.get("seconds", {"all": 0, "reconstruction": 0})
+        values = " | ".join(f"{cell[text]:.2f}" for text in texts)
+        print(f"| {name} | {values} | {seconds['all']:.0f} | {seconds['reconstruction']:.0f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("windows", type=Path)
+    parser.add_argument("--model", help="a causal LM; SmolLM2-135M from its PyPI package by default")
+    parser.add_argument("--held-out", type=Path, help="a .jsonl file of documents")
+    parser.add_argument("--starts", nargs="+", default=list(STARTS), choices=list(STARTS), metavar="START")
+    parser.add_argument("--settings", nargs="+", default=["alone", "reconstruction"], choices=list(SETTINGS))
+    parser.add_argument("--save", type=Path, help="a folder to write the pruned models into")
+    parser.add_argument("--matmul-precision", default="medium", choices=("highest", "high", "medium"))
+    parser.add_argument(
+        "--results", type=Path, default=Path(__file__).parent / "results/reconstruction_smollm2_135m.json"
+    )
+    args = parser.parse_args()
+    path, windows = args.model or smollm2_135m(), load_file(args.windows)
+    calibration = windows["calibration"].long()
+    texts = {"wikitext2": windows["wikitext2"].long()}
+    if args.held_out is not None:
+        texts["held_out"] = held_out(args.held_out, path, calibration)
+    setting: dict[str, Any] = {
+        "model": Path(path).name,
+        "calibration": list(calibration.shape),
+        "texts": {name: list(text.shape) for name, text in texts.items()},
+        "matmul_precision": args.matmul_precision,
+        "seed": 0,
+    }
+    results = open_results(args.results, setting)
+    results["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    if "dense" not in results["cells"]:
+        results["cells"]["dense"] = measure(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), texts)
+    for start in args.starts:
+        for name in args.settings:
+            key = f"{start}, {name}"
+            if key not in results["cells"]:
+                cell, network, masks = run(path, STARTS[start], SETTINGS[name], calibration, texts)
+                results["cells"][key] = cell
+                print(key, {k: v for k, v in cell.items() if k != "blocks"}, flush=True)
+                write_json(args.results, results)
+                if args.save is not None:
+                    save_sparse_model(network, masks, args.save / key.replace(" ", "_").replace("%", "percent"))
+    write_json(args.results, results)
+    table(results["cells"], list(texts))
+
+
+if __name__ == "__main__":
+    main()
