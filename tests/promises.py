@@ -17,7 +17,7 @@ class Promise(NamedTuple):
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 ONE_SHOT = ("wanda_2of4", "sparsegpt_2of4", "mrp_50", "mrp_2of4", "alps_50", "alps_2of4", "demo")
-RECOVERY = ("gradual_cubic_80", "recover_distill", "recover_lora", "recover_masked_lora")
+RECOVERY = ("gradual_cubic_80", "recover_distill", "recover_lora", "recover_masked_lora", "best_2of4", "best_50")
 ABLATIONS = ("ablate_block_size", "ablate_damping", "ablate_calibration_windows", "ablate_calibration_corpus")
 DEPLOY = ("deploy_2of4", "deploy_2of4_int8", "sparse_int4", "shrink_25", "permute_2of4")
 

@@ -40,7 +40,9 @@ def test_a_finished_run_is_told_whole(make):
         "piqa acc 1838 81.25 % ± 1.00 % - 75.25 %",
         "model.layers.0.mlp.gate its 6 inputs are no multiple of 4",
         "damping 0.01 was too small",
-        "pruning 75.2 s training 67 min measuring quality 5 min peak memory 3.00 GiB",
+        "pruning 75.2 s - perplexity",
+        "training 67 min - perplexity",
+        "measuring quality 5 min Peak memory: 3.00 GiB.",
         "seed: 0",
     ):
         assert expected in text

@@ -130,7 +130,9 @@ def test_imp_killed_in_its_third_round_ends_with_the_same_bits(tmp_path):
     assert rounds[0] == rounds[1]
 
 
-@pytest.mark.parametrize("recipe", ["gradual_cubic_80", "recover_distill", "recover_lora", "recover_masked_lora"])
+@pytest.mark.parametrize(
+    "recipe", ["gradual_cubic_80", "recover_distill", "recover_lora", "recover_masked_lora", "best_2of4", "best_50"]
+)
 def test_recovery_recipes_in_small(tmp_path, recipe):
     trained(f"recipe={recipe}", "smoke=true", f"output_dir={tmp_path}")
     report = json.loads((tmp_path / "report.json").read_text())

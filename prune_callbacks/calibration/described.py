@@ -1,4 +1,4 @@
-"""Describes calibration batches by their content."""
+"""Describes calibration batches: their content and their number of tokens."""
 
 import hashlib
 from collections.abc import Mapping
@@ -21,3 +21,12 @@ def described(batch: Batch) -> str:
         else:
             digest.update(f"{name} {value!r}".encode())
     return digest.hexdigest()[:16]
+
+
+def count_tokens(batch: object) -> int:
+    """Returns the number of real tokens in a batch of token ids; 0 for a batch of another kind."""
+    if isinstance(batch, Mapping):
+        mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+        return int(mask.count_nonzero()) if isinstance(mask, Tensor) else count_tokens(ids)
+    whole = isinstance(batch, Tensor) and not batch.is_floating_point()
+    return batch.numel() if whole and isinstance(batch, Tensor) else 0

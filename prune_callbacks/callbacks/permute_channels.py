@@ -1,5 +1,6 @@
 """PermuteChannels: reorders channels when a fit begins, so that N:M keeps a larger score."""
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,6 +35,7 @@ class PermuteChannels(PruningCallback):
 
     Attributes:
         permuted: the gain of every permuted layer, by name.
+        seconds: the wall time of permuting.
 
     Raises:
         ValueError: the pattern is not N:M.
@@ -56,6 +58,7 @@ class PermuteChannels(PruningCallback):
         self.blocks = blocks
         self.progress = progress
         self.permuted: dict[str, Permuted] = {}
+        self.seconds = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         lineup = Lineup(trainer)
@@ -67,6 +70,7 @@ class PermuteChannels(PruningCallback):
         if pruned != self.pattern:
             raise ValueError(f"PermuteChannels orders channels for {self.pattern}, and OneShotPrune prunes to {pruned}")
         model = model_in_setup("PermuteChannels", pl_module, self.blocks)
+        begin = time.perf_counter()
         with isolate_rng(), patient_ranks(trainer.strategy.root_device) as ranks:
             self.permuted = permute_channels_(
                 model,
@@ -77,4 +81,5 @@ class PermuteChannels(PruningCallback):
                 progress=self.progress,
                 ranks=ranks,
             )
+        self.seconds = time.perf_counter() - begin
         rank_zero_info(improvement(self.permuted))

@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
+from prune_callbacks.callbacks.permute_channels import PermuteChannels
 from prune_callbacks.memory import peak_memory
 from prune_callbacks.parallel.strategies import gathered_state_dict, world
 from prune_callbacks.reconstruction.report import reconstruction_record
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.model_folder import save_sparse_model
-from prune_callbacks.storage.run_record import Zeros
+from prune_callbacks.storage.run_record import RunRecord, Zeros
 
 PACKAGES = ("prune-callbacks", "torch", "lightning", "transformers")
 
@@ -85,10 +86,17 @@ def _reconstruction(one_shot: OneShotPrune | None) -> dict[str, Any]:
     return reconstruction_record(one_shot.reconstruction, report.reconstruction, report.untrained)
 
 
-def seconds_of_pruning(one_shot: OneShotPrune | None, iterative: IterativePrune | None) -> float:
-    """Returns the wall time of all changes of the masks so far, in seconds."""
-    at_once = one_shot.report.seconds if one_shot is not None and one_shot.report is not None else 0.0
-    return at_once + (iterative.seconds if iterative is not None else 0.0)
+def note_costs(
+    trainer: Trainer, run: RunRecord, one_shot: OneShotPrune | None, iterative: IterativePrune | None
+) -> None:
+    """Writes into a record what pruning has cost so far: the wall time of all changes of the masks, and the tokens."""
+    report = one_shot.report if one_shot is not None else None
+    run.seconds.prune = (report.seconds if report else 0.0) + (iterative.seconds if iterative is not None else 0.0)
+    if report and report.tokens:
+        run.tokens["prune"] = report.tokens
+    permute = Lineup(trainer).first(PermuteChannels)
+    if permute is not None and permute.permuted:
+        run.permuting = {"seconds": permute.seconds}
 
 
 def _pruning(one_shot: OneShotPrune | None, iterative: IterativePrune | None) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.anatomy.blocks import find_language_model
+from prune_callbacks.calibration.described import count_tokens
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.kinds import FinishesWeights, PruningCallback
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.page_on_time import PageOnTime
-from prune_callbacks.callbacks.run_outcome import masks_in_force, outcome, save_gathered, seconds_of_pruning
+from prune_callbacks.callbacks.run_outcome import masks_in_force, note_costs, outcome, save_gathered
 from prune_callbacks.callbacks.run_quality import RunQuality
 from prune_callbacks.callbacks.training_clock import TrainingClock
 from prune_callbacks.measure.zero_shot import ZeroShot
@@ -153,6 +154,7 @@ class RunReport(PruningCallback):
     ) -> None:
         if self._finished:
             return
+        self.run.add_batch(count_tokens(batch) * trainer.world_size)
         loss = trainer.callback_metrics.get("train_loss")
         if loss is not None:
             self.run.add_loss(trainer.global_step, float(loss))
@@ -242,6 +244,6 @@ class RunReport(PruningCallback):
         if not trainer.is_global_zero:
             return
         self.run = replace(self.run, **found)
-        self.run.seconds.prune = seconds_of_pruning(self._one_shot, self._iterative)
+        note_costs(trainer, self.run, self._one_shot, self._iterative)
         write_json(self.dirpath / "report.json", self.record)
         self._page.changed = True

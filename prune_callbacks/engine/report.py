@@ -54,6 +54,7 @@ class PruneReport(Result):
         scales: the scales of layers that were also rounded, by parameter name: (out, groups), float16; see `Grid`.
         convolutions: the masks of convolutions, (out, in / groups, ...), by name, with the number of groups.
         reconstruction: one entry per reconstructed block, in order; () without reconstruction.
+        tokens: how many calibration tokens there were on all ranks; 0 for batches of other kinds.
         untrained: the reason for every parameter of these blocks that reconstruction left as it was, by name.
     """
 
@@ -68,6 +69,7 @@ class PruneReport(Result):
     convolutions: dict[str, int] = field(default_factory=dict)
     reconstruction: tuple[BlockReport, ...] = ()
     untrained: dict[str, str] = field(default_factory=dict)
+    tokens: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -88,6 +90,7 @@ class PruneReport(Result):
             "convolutions": dict(self.convolutions),
             "reconstruction": [asdict(block) for block in self.reconstruction],
             "untrained": dict(self.untrained),
+            "tokens": self.tokens,
         }
 
     @classmethod
@@ -105,6 +108,7 @@ class PruneReport(Result):
             convolutions=state.get("convolutions", {}),
             reconstruction=tuple(BlockReport(**block) for block in state.get("reconstruction", ())),
             untrained=state.get("untrained", {}),
+            tokens=state.get("tokens", 0),
         )
 
 

@@ -13,6 +13,7 @@ from prune_callbacks.allocation.measuring import allocate
 from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.anatomy.stages import Stages, find_stages
 from prune_callbacks.calibration.batches import Batch, OwnStep, named_inputs
+from prune_callbacks.calibration.described import count_tokens
 from prune_callbacks.calibration.in_turn import calibration_source, last_called
 from prune_callbacks.calibration.prefetch import Visit
 from prune_callbacks.calibration.sources import Chain, Source, evaluating
@@ -118,6 +119,7 @@ def prune_sequentially(
         torch.cuda.reset_peak_memory_stats(plan.device)
     run = BlockPruning(plan, ranks, min_expert_tokens)
     share_weights(model, ranks)
+    run.tokens = sum(ranks.gather(sum(map(count_tokens, [] if batches is None else batches))))
     peak = _prune_blocks(model, batches, windows, plan, run, ranks, order, show=progress and ranks.rank == 0)
     if not run.layers:
         raise ValueError(

@@ -47,6 +47,7 @@ class BlockPruning:
         self.convolutions: dict[str, int] = {}
         self.reconstruction: tuple[BlockReport, ...] = ()
         self.untrained: dict[str, str] = {}
+        self.tokens = 0
         self.few_tokens = False
 
     def prune(self, targets: dict[str, Target], statistics: Statistics, advance: Callable[[int], None]) -> None:
@@ -95,6 +96,7 @@ class BlockPruning:
             self.convolutions,
             self.reconstruction,
             self.untrained,
+            self.tokens,
         )
 
     def leave_dense(self, block: str, targets: Mapping[str, Target], advance: Callable[[int], None]) -> None:

@@ -99,7 +99,7 @@ class Rebuilder:
         loss = BlockLoss(index, block, inputs, goals, self._order, where, self._ranks)
         told = f"reconstructing {name}"
         with naming(name):
-            before, after, best = train_block(
+            done = train_block(
                 block,
                 loss,
                 trained,
@@ -110,4 +110,4 @@ class Rebuilder:
                 lambda number, first, lowest: show(f"{told}, pass {number}: {first:.4g} -> {lowest:.4g}"),
             )
         size = sum(parameter.numel() for parameter in trained.values())
-        self.reports.append(BlockReport(name, before, after, best, size, time.perf_counter() - begin))
+        self.reports.append(BlockReport(name, *done, size, time.perf_counter() - begin))

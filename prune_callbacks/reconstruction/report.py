@@ -20,6 +20,7 @@ class BlockReport(Result):
         after: the same loss after reconstruction.
         passes: the number of the best pass over the windows, whose parameters the block has; 0 for a block that was put
             back, because no pass made it better.
+        tokens: how many tokens the training has seen, counted in every pass.
         parameters: how many values were trained, pruned ones among them.
         seconds: the wall time of its training.
     """
@@ -28,6 +29,7 @@ class BlockReport(Result):
     before: float
     after: float
     passes: int
+    tokens: int
     parameters: int
     seconds: float
 
@@ -44,6 +46,7 @@ def reconstruction_record(
     return {
         "settings": repr(settings),
         "seconds": sum(block.seconds for block in blocks),
+        "tokens": sum(block.tokens for block in blocks),
         "put_back": [block.name for block in blocks if block.put_back],
         "blocks": [block.to_dict() for block in blocks],
         "untrained": dict(untrained),

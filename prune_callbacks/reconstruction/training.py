@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,10 @@ FLOOR = 1e-4
 """The smallest squared norm of a target that an error is divided by, relative to the mean over all tokens."""
 
 PATIENCE = 2
-"""A block ends after this many passes in a row without a lower held-out loss."""
+"""
+A block ends after this many passes in a row without a lower held-out loss, but not in the first half of its passes:
+the loss may rise at first, and fall as the learning rate does.
+"""
 
 
 class BlockLoss:
@@ -81,14 +85,15 @@ class BlockLoss:
         """Returns the numbers of this rank's windows at places of the order."""
         return [number for rank, number in (self._order[place] for place in places) if rank == self._ranks.rank]
 
-    def _count(self, places: Sequence[int]) -> int:
+    def tokens(self, places: Sequence[int]) -> int:
+        """Returns the number of real tokens in the windows at places of the order, at least 1."""
         return max(1, sum(self._counts[place] for place in places))
 
     @torch.no_grad()
     def of(self, places: Sequence[int]) -> float:
         """Returns the loss on the windows at places of the order; a collective of the ranks."""
         total = self._ranks.attempt(lambda: sum(float(self._error(number)) for number in self._mine(places)))
-        return sum(self._ranks.gather(total)) / self._count(places)
+        return sum(self._ranks.gather(total)) / self.tokens(places)
 
     def gradients(
         self, places: Sequence[int], parameters: Mapping[str, nn.Parameter], scaler: GradScaler
@@ -100,13 +105,30 @@ class BlockLoss:
             total: Sequence[Tensor] = []
             for number in self._mine(places):
                 with torch.enable_grad():
-                    loss = scaler.scale(self._error(number) / self._count(places))
+                    loss = scaler.scale(self._error(number) / self.tokens(places))
                 found = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
                 total = [one.add_(other) for one, other in zip(total, found, strict=True)] if total else found
             return total or [torch.zeros_like(parameter) for parameter in tensors]
 
         found = self._ranks.attempt(mine)
         return {name: self._ranks.sum(gradient) for name, gradient in zip(parameters, found, strict=True)}
+
+
+class Trained(NamedTuple):
+    """
+    The result of training a block.
+
+    Attributes:
+        before: the loss on the held-out windows before training.
+        after: the same loss after the best pass.
+        passes: the number of the best pass, whose parameters the block has; 0 for one that is as it was before.
+        tokens: how many tokens the training has seen, counted in every pass.
+    """
+
+    before: float
+    after: float
+    passes: int
+    tokens: int
 
 
 def train_block(
@@ -118,7 +140,7 @@ def train_block(
     count: int,
     seed: int,
     show: Callable[[int, float, float], None],
-) -> tuple[float, float, int]:
+) -> Trained:
     """
     Trains a block's parameters in place, and keeps the best values that they had after a pass.
 
@@ -131,9 +153,6 @@ def train_block(
         count: the number of windows of all ranks.
         seed: of the order of the windows.
         show: called after every pass with its number, the loss before the first pass, and the lowest loss so far.
-
-    Returns:
-        the held-out loss before and after, and the number of the best pass: 0 for a block that is as it was before.
 
     Raises:
         ValueError: the loss is not finite before training.
@@ -163,10 +182,10 @@ def train_block(
             if now < lowest:
                 lowest, best, values = now, number, masters.values()
             show(number, before, lowest)
-            if number - best >= PATIENCE:
+            if number - best >= PATIENCE and 2 * number >= settings.passes:
                 break
     masters.restore(values)
-    return before, lowest, best
+    return Trained(before, lowest, best, number * loss.tokens(training))
 
 
 def _parted(count: int, settings: BlockReconstruction) -> tuple[range, range]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from prune_callbacks.reporting.costs import stage_costs
 from prune_callbacks.reporting.drawing import (
     CORNER,
     draw_corner,
@@ -64,6 +65,7 @@ def render_page(run: Run) -> str:
         reconstruction=reconstruction_picture(record.reconstruction) if record.reconstruction.get("blocks") else None,
         training=_training(record) if record.training_loss else None,
         quantities=quantities([record]),
+        costs=stage_costs(record),
         rounds=_rounds(record) if len(record.rounds) > 1 else None,
         masks=mask_pictures(run.masks) if run.masks is not None else [],
     )

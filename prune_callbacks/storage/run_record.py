@@ -83,6 +83,8 @@ class RunRecord:
         changes: the optimizer steps at which masks changed.
         training_loss: (optimizer step, loss).
         seconds: the wall time of the parts.
+        tokens: how many tokens a part has seen, by its name: "prune" (calibration) and "recover" (training).
+        permuting: of channels that were permuted before pruning: the seconds; {} without it.
         peak_memory_bytes: the largest peak of the process or device.
         pruner: the `repr` of the pruners.
         allocation: the `repr` of the allocation; None: the same sparsity in every layer.
@@ -122,6 +124,8 @@ class RunRecord:
     changes: list[int] = field(default_factory=list)
     training_loss: list[list[Any]] = field(default_factory=list)
     seconds: Seconds = field(default_factory=Seconds)
+    tokens: dict[str, int] = field(default_factory=dict)
+    permuting: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     pruner: str | None = None
     allocation: str | None = None
@@ -153,6 +157,10 @@ class RunRecord:
     def only_metrics(self) -> bool:
         """Returns whether quality was measured by metrics and not by perplexity."""
         return bool(self.metrics) and not any(self.perplexity.at(stage) is not None for stage in STAGES)
+
+    def add_batch(self, tokens: int) -> None:
+        """Counts the tokens of a training batch."""
+        self.tokens["recover"] = self.tokens.get("recover", 0) + tokens
 
     def add_loss(self, step: int, loss: float) -> None:
         """Adds a point to the training loss, unless the last one is of the same step."""

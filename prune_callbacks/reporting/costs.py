@@ -1,0 +1,60 @@
+"""What every stage of a run cost, and what it gave, in words."""
+
+from statistics import mean
+from typing import Any, NamedTuple
+
+from prune_callbacks.storage.run_record import Perplexities, RunRecord
+
+
+class Cost(NamedTuple):
+    """
+    The cost of a stage.
+
+    Attributes:
+        stage: its name.
+        seconds: its wall time; None: not known.
+        tokens: how many tokens it has seen; None: not known.
+        gave: what it changed, in words; "" if nothing is known.
+    """
+
+    stage: str
+    seconds: float | None
+    tokens: int | None
+    gave: str
+
+
+def stage_costs(record: RunRecord) -> list[Cost]:
+    """Returns the costs of the stages that a run had, in order: permuting, pruning, reconstruction, training."""
+    measured, rebuilt = record.perplexity, record.reconstruction
+    costs = []
+    if record.permuting:
+        gave = "an order of the channels of which the pattern keeps more"
+        costs.append(Cost("permuting", record.permuting["seconds"], record.tokens.get("prune"), gave))
+    prune = record.seconds.prune
+    if prune is not None and rebuilt:
+        prune -= rebuilt["seconds"]
+    costs.append(
+        Cost("pruning", prune, record.tokens.get("prune"), "" if rebuilt else _step(measured, "dense", "pruned"))
+    )
+    if rebuilt:
+        costs.append(
+            Cost("reconstruction", rebuilt["seconds"], rebuilt["tokens"], _rebuilt(measured, rebuilt["blocks"]))
+        )
+    costs.append(
+        Cost("training", record.seconds.recover, record.tokens.get("recover"), _step(measured, "pruned", "recovered"))
+    )
+    return costs
+
+
+def _step(measured: Perplexities, before: str, after: str) -> str:
+    first, second = measured.at(before), measured.at(after)
+    return "" if first is None or second is None else f"perplexity {first:.2f} to {second:.2f}"
+
+
+def _rebuilt(measured: Perplexities, blocks: list[dict[str, Any]]) -> str:
+    """Returns what pruning and reconstruction gave together: no perplexity is measured between the two."""
+    if not blocks:
+        return "no block was trained"
+    before, after = (mean(block[key] for block in blocks) for key in ("before", "after"))
+    together = _step(measured, "dense", "pruned")
+    return f"error of a block {before:.3g} to {after:.3g}" + (f"; with pruning {together}" if together else "")
