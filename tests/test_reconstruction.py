@@ -26,11 +26,15 @@ from prune_callbacks import (
 from prune_callbacks.calibration.batches import change_tensors
 from prune_callbacks.calibration.capture import hidden_of
 from prune_callbacks.calibration.chain import chain_inputs
+from prune_callbacks.calibration.stand_ins import BlockInputs
 from prune_callbacks.ranks import ALONE
-from prune_callbacks.reconstruction.training import BlockLoss
+from prune_callbacks.reconstruction.loss import BlockLoss, _real
+from prune_callbacks.reconstruction.training import _MaskedAdam
+from prune_callbacks.reconstruction.windows import single_windows
 from prune_callbacks.tasks import tiny_llama
 
 HERE = Path(__file__).parent
+FEW_OF_ANY = BlockReconstruction(held_out=0)
 FEW = BlockReconstruction(passes=2, learning_rate=0.005, held_out=0.25)
 
 
@@ -266,6 +270,131 @@ def test_the_best_pass_counts_and_two_without_gain_end_a_block(monkeypatch):
     assert not torch.equal(seen[4], seen[6])
 
 
+class Shared(nn.Module):
+    """Two parameters that autograd gives one tensor for, one of them pruned; and a layer that few windows reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8, bias=False)
+        self.delta = nn.Parameter(torch.zeros(8, 8))
+        self.rare = nn.Linear(8, 8)
+
+    def forward(self, x):
+        if float(x.detach().sum()) > 1e6:
+            x = self.rare(x)
+        return x + torch.nn.functional.linear(x, self.layer.weight + self.delta)
+
+
+def test_two_parameters_may_have_one_gradient():
+    torch.manual_seed(0)
+    model = Stack(Shared())
+    dense = copy.deepcopy(model)
+    setting = BlockReconstruction(passes=1, learning_rate=0.01, batch_size=3, held_out=0)
+    report = prune_sequentially(
+        model,
+        list(torch.randn(6, 5, 8).split(1)),
+        Magnitude(NM(2, 4)),
+        targets="*.layer",
+        reconstruction=setting,
+        progress=False,
+    )
+    keep = report.masks["blocks.0.layer.weight"]
+    delta = model.blocks[0].delta
+    assert bool((delta[~keep] != 0).all())  # `mask_gradients` of the layer leaves the other's gradient alone
+    assert bool((model.blocks[0].layer.weight[~keep] == 0).all())
+    assert torch.equal(model.blocks[0].rare.weight, dense.blocks[0].rare.weight)
+
+
+def test_gradients_of_several_windows_are_sums_also_of_one_tensor():
+    torch.manual_seed(0)
+    block = Shared()
+    x, y = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
+    inputs, goals = ([BlockInputs(row[None], [((), {})], None) for row in rows] for rows in (x, y))
+    loss = BlockLoss(0, block, inputs, goals, [(0, 0), (0, 1), (0, 2)], torch.device("cpu"), ALONE)
+    named = dict(block.named_parameters())
+    found = loss.gradients([0, 1, 2], named, GradScaler("cpu", enabled=False))
+    expected = ((block(x) - y).square().sum(-1) / y.square().sum(-1)).mean()
+    wanted = torch.autograd.grad(expected, [block.layer.weight, block.delta])
+    for name, value in zip(("layer.weight", "delta"), wanted, strict=True):
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    assert not found["rare.weight"].any()
+
+
+def test_a_window_that_reaches_no_trained_parameter_is_passed_over():
+    torch.manual_seed(0)
+    block = Shared()
+    inputs = [BlockInputs(torch.randn(1, 5, 8), [((), {})], None)]
+    loss = BlockLoss(0, block, inputs, inputs, [(0, 0)], torch.device("cpu"), ALONE)
+    block.requires_grad_(False)
+    block.rare.requires_grad_(True)
+    found = loss.gradients([0], dict(block.rare.named_parameters()), GradScaler("cpu", enabled=False))
+    assert not any(value.any() for value in found.values())
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_steps_are_relative_to_the_scale_of_a_parameter_and_fall(schedule):
+    parameters = {"big": nn.Parameter(torch.full((4, 4), 10.0)), "small": nn.Parameter(torch.full((4,), 0.1))}
+    parameters["new"] = nn.Parameter(torch.zeros(4))
+    setting = BlockReconstruction(learning_rate=0.01, schedule=schedule)
+    optimizer = _MaskedAdam(parameters, MaskSet({"big": torch.ones(4, 4).bool()}), setting, 4)
+    moved = []
+    for _ in range(4):
+        before = {name: value.detach().clone() for name, value in parameters.items()}
+        optimizer.step({name: torch.ones_like(value) for name, value in parameters.items()})
+        moved.append({name: float((before[name] - value).mean()) for name, value in parameters.items()})
+    factors = {"linear": (1, 0.75, 0.5, 0.25), "cosine": (1, 0.853553, 0.5, 0.146447), "constant": (1, 1, 1, 1)}
+    for step, factor in zip(moved, factors[schedule], strict=True):  # Adam's steps on equal gradients are the rate
+        assert step["big"] == pytest.approx(0.1 * factor, rel=1e-3)
+        assert step["small"] == pytest.approx(0.001 * factor, rel=1e-3)
+        assert step["new"] == pytest.approx(0.1 * factor, rel=1e-3)  # zeros take the scale of the matrices
+
+
+def test_float16_gradients_do_not_underflow():
+    model, dense = llama().half(), llama().half()
+    masks = MaskSet.join(pruned(llama(), targets="*.mlp.*").masks for _ in range(1))
+    masks.apply_(model.named_parameters())
+    report = reconstruct_(model, dense, ids().split(4), masks, FEW, progress=False)
+    assert all(block.after < block.before for block in report.blocks)
+    assert masks.violations(model.named_parameters()) == {}
+
+
+def test_a_loss_that_is_no_longer_finite_ends_a_block_with_a_warning(monkeypatch):
+    losses = iter([1.0, 0.9, math.nan])
+    monkeypatch.setattr(BlockLoss, "of", lambda self, places: next(losses))
+    model, dense = llama(), llama()
+    masks = pruned(model, targets="model.layers.0.*").masks
+    with pytest.warns(UserWarning, match="model.layers.0: the loss is nan after pass 2 of 6, so the training ends"):
+        report = reconstruct_(model, dense, ids().split(4), masks, BlockReconstruction(), progress=False)
+    assert (report.blocks[0].after, report.blocks[0].passes) == (0.9, 1)
+
+
+def test_padding_of_a_decoder_and_of_flat_tokens():
+    values = torch.arange(24.0).view(2, 3, 4)
+    own, other = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool(), torch.ones(2, 5).bool()
+    window = BlockInputs(values, [((), {})], other, beside=(own,))
+    assert torch.equal(_real(window, values), values[own])
+    assert torch.equal(_real(window, values.flatten(0, 1)), values[own])
+    with pytest.raises(ValueError, match=r"cannot be told from text in hidden states of shape \(2, 4, 4\)"):
+        _real(window, torch.zeros(2, 4, 4))
+    assert _real(BlockInputs(values, [((), {})], None), values) is values  # a control: no padding
+
+
+def test_batches_are_cut_into_windows_only_where_that_is_clear():
+    def count(batch):
+        return [len(single_windows([batch], FEW_OF_ANY, ALONE).mine)][0]
+
+    tokens = ids(3, 6)
+    assert count(tokens) == 3
+    assert count({"input_ids": tokens, "attention_mask": tokens, "use_cache": False}) == 3
+    shared = {"input_ids": tokens, "position_ids": torch.arange(6)[None]}
+    cut = single_windows([shared], FEW_OF_ANY, ALONE).mine
+    assert [tuple(window["position_ids"].shape) for window in cut] == [(1, 6)] * 3
+    axes = {"input_ids": tokens, "position_ids": torch.arange(6).expand(3, 3, 6)}  # (axes, batch, tokens)
+    assert count(axes) == 1
+    assert count({"pixel_values": torch.zeros(2, 3, 4, 4)}) == 2
+    assert count({"pixel_values": torch.zeros(2, 3, 4, 4), "boxes": torch.zeros(5, 4)}) == 1
+
+
 def test_held_out_windows_take_no_part(monkeypatch):
     parts = {"trained": set(), "judged": set()}
     gradients, of = BlockLoss.gradients, BlockLoss.of
@@ -324,7 +453,10 @@ def test_random_numbers_and_the_mode_of_the_model_stay():
         ({"passes": 0}, "passes must be a whole number of at least 1, got 0"),
         ({"batch_size": 1.5}, "batch_size must be a whole number of at least 1, got 1.5"),
         ({"learning_rate": 0}, "learning_rate must be above 0, got 0"),
-        ({"learning_rate": math.nan}, "learning_rate must be above 0, got nan"),
+        ({"learning_rate": math.nan}, "learning_rate must be a finite number, got nan"),
+        ({"learning_rate": "a"}, "learning_rate must be a finite number, got 'a'"),
+        ({"held_out": None}, "held_out must be a finite number, got None"),
+        ({"seed": None}, "seed must be a whole number of at least 0, got None"),
         ({"schedule": "step"}, "schedule must be one of"),
         ({"held_out": 1.0}, r"held_out is a share, in \[0, 1\), got 1.0"),
         ({"trained": "norms"}, 'trained must be "all" or "weights"'),

@@ -90,6 +90,6 @@ def check_trainable(pruner: Pruner, targets: Mapping[str, Target], *, unread: bo
         )
     if not unread and not any(target.parameter.requires_grad for target in targets.values()):
         raise ValueError(
-            "reconstruction trains the weights that are kept, and all of them are frozen (requires_grad=False); call "
-            "model.requires_grad_(True) before"
+            "reconstruction trains the weights that are kept, and all of them are frozen (requires_grad=False): "
+            "unfreeze those of the targets. Under adapters the base is frozen: prune before you add them"
         )

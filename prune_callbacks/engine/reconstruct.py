@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,43 +85,74 @@ def reconstruct_(
         raise ValueError("reconstruct_ needs a BlockReconstruction, got None; e.g. BlockReconstruction()")
     check_reconstruction("reconstruct_", reconstruction)
     where = ranks.attempt(lambda: None if device is None else parsed_device(device))
+    sparse_model, dense_model = (getattr(model, "_orig_mod", model) for model in (sparse_model, dense_model))
     stages, dense = block_stages(sparse_model, blocks), block_stages(dense_model, blocks)
-    masks = _checked(sparse_model, dense_model, masks, stages.parts, dense.parts)
-    reached = _up_to_the_last(stages.parts, masks)
-    given, windows = single_windows(batches, reconstruction, ranks)
+    given, windows = single_windows(several(batches), reconstruction, ranks)
+    for model in (sparse_model, dense_model):
+        share_weights(model, ranks)
+    masks = ranks.attempt(lambda: _checked(sparse_model, dense_model, masks, stages.parts, dense.parts))
     if where is not None:
         reset_peak_memory(where)
-    share_weights(sparse_model, ranks)
     rebuilder = Rebuilder(sparse_model, reconstruction, windows, ranks)
-    show = progress and ranks.rank == 0
-    with evaluating(sparse_model), evaluating(dense_model), layer_progress(len(reached), show, "blocks") as (bar, task):
-        bar.update(task, description="running the first calibration batch")
-        outputs, inputs = (
-            _chain(dense_model, dense.parts, given, ranks),
-            _chain(sparse_model, stages.parts, given, ranks),
-        )
-        pairs = zip(inputs.visits(reached, where), outputs.visits(dense.parts[: len(reached)], where), strict=True)
-        for (index, name, block, there), (_, _, dense_block, dense_there) in pairs:
-            bar.update(task, description=f"running {name}")
-            outputs.advance(index, dense_block, dense_there)
-            rebuilder.reconstruct(
-                index,
-                name,
-                block,
-                inputs.inputs,
-                outputs.inputs,
-                masks,
-                there,
-                lambda text: bar.update(task, description=text),
-            )
-            inputs.advance(index, block, there)
-            bar.advance(task)
+    outputs, inputs = _Chained(dense_model, dense.parts, where), _Chained(sparse_model, stages.parts, where)
+    there = _reconstruct_blocks(rebuilder, outputs, inputs, given, masks, ranks, progress and ranks.rank == 0)
     seconds = time.perf_counter() - begin
     return ReconstructionReport(tuple(rebuilder.reports), rebuilder.left, seconds, peak_memory(there))
 
 
-def _chain(model: nn.Module, parts: Parts, batches: Sequence[Batch], ranks: Ranks) -> Chain:
-    return calibration_source(model, [part for _, part in parts], batches, ranks).chain("reconstruct_")
+class _Chained(NamedTuple):
+    """A model, its blocks, and the device to move these to."""
+
+    model: nn.Module
+    parts: Parts
+    device: torch.device | None
+
+    def chain(self, batches: Sequence[Batch], ranks: Ranks) -> Chain:
+        return calibration_source(self.model, [part for _, part in self.parts], batches, ranks).chain("reconstruct_")
+
+
+def _reconstruct_blocks(
+    rebuilder: Rebuilder,
+    dense: _Chained,
+    sparse: _Chained,
+    batches: Sequence[Batch],
+    masks: MaskSet,
+    ranks: Ranks,
+    show: bool,
+) -> torch.device:
+    """Reconstructs the sparse model's blocks up to the last one with a mask; returns the device of the last."""
+    reached = _up_to_the_last(sparse.parts, masks)
+    with evaluating(sparse.model), evaluating(dense.model), layer_progress(len(reached), show, "blocks") as (bar, task):
+        bar.update(task, description="running the first calibration batch")
+        outputs, inputs = dense.chain(batches, ranks), sparse.chain(batches, ranks)
+        with closing(inputs.visits(reached, sparse.device)) as visits:
+            for index, name, block, there in visits:
+                bar.update(task, description=f"running {name}")
+                # The dense block leaves the device before the training.
+                with closing(outputs.visits(dense.parts[index : index + 1], dense.device)) as alone:
+                    for _, _, dense_block, dense_there in alone:
+                        outputs.advance(index, dense_block, dense_there)
+                rebuilder.reconstruct(
+                    index,
+                    name,
+                    block,
+                    inputs.inputs,
+                    outputs.inputs,
+                    masks,
+                    there,
+                    lambda text: bar.update(task, description=text),
+                )
+                inputs.advance(index, block, there)
+                bar.advance(task)
+    return there
+
+
+def several(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """Returns the batches; raises ValueError for one tensor, or None, in place of several."""
+    if batches is None or isinstance(batches, Tensor):
+        found = "None" if batches is None else f"one tensor of shape {tuple(batches.shape)}; split it"
+        raise ValueError(f"batches must be several calibration batches, got {found}")
+    return batches
 
 
 def _checked(model: nn.Module, dense: nn.Module, masks: MaskSet, parts: Parts, dense_parts: Parts) -> MaskSet:

@@ -171,6 +171,8 @@ def _prune_blocks(
         bar.update(task, description="running the first calibration batch")
         if order == "sequential" or plan.allocation is not None:
             source = source_of(plan)
+        if plan.reconstruction is not None:
+            source.chain("reconstruction")  # before anything is measured
         if plan.allocation is not None:
             bar.update(task, description=f"{type(plan.allocation).__name__}: measuring the dense model")
             run.pruners = allocate(plan.allocation, plan.pruner, plan.reached, plan.targets, source, plan.device, ranks)

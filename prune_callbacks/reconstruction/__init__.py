@@ -1,1 +1,1 @@
-"""Block reconstruction: trains what is left of a pruned block until the block computes what it did when dense."""
+"""Block reconstruction: trains the kept weights of a pruned block to give the outputs of the dense model's block."""

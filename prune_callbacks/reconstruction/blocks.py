@@ -10,10 +10,11 @@ from torch import nn
 from prune_callbacks.anatomy.names import dotted, naming
 from prune_callbacks.calibration.stand_ins import BlockInputs
 from prune_callbacks.ranks import Ranks
-from prune_callbacks.reconstruction.parameters import held_back, masks_of_block
+from prune_callbacks.reconstruction.loss import BlockLoss
+from prune_callbacks.reconstruction.parameters import NOT_PRUNED, masks_of_block, not_trained
 from prune_callbacks.reconstruction.report import BlockReport
 from prune_callbacks.reconstruction.settings import BlockReconstruction
-from prune_callbacks.reconstruction.training import BlockLoss, train_block
+from prune_callbacks.reconstruction.training import train_block
 from prune_callbacks.sparsity import MaskSet
 
 Show = Callable[[str], None]
@@ -77,37 +78,44 @@ class Rebuilder:
             ValueError: the outputs of the block are not finite; names the block.
         """
         begin = time.perf_counter()
-        if not any(self._ranks.gather(any(piece.calls[index] is not None for piece in inputs))):
-            if self._ranks.rank == 0:
-                warnings.warn(f"{name} is not reconstructed: the model never calls it", stacklevel=3)
+        masked = masks_of_block(masks, name, [path for path, _ in block.named_parameters()])
+        if not masked or not self._called(index, name, inputs):
             return
-        left = held_back(self._model, name, block, frozen=self._frozen)
-        trained = {path: value for path, value in block.named_parameters() if dotted(name, path) not in left}
-        own = masks_of_block(masks, name, trained)
+        left = not_trained(self._model, name, block, frozen=self._frozen)
         if self._settings.trained == "weights":
-            trained = {path: trained[path] for path in own}
+            others = [path for path, _ in block.named_parameters() if path not in masked]
+            left = {dotted(name, path): NOT_PRUNED for path in others} | left
+        trained = {path: value for path, value in block.named_parameters() if dotted(name, path) not in left}
         self.left |= left
-        if not own and masks_of_block(masks, name, [path for path, _ in block.named_parameters()]):
-            first = next(iter(left))
-            warnings.warn(
-                f"{name} is not reconstructed, since none of its pruned weights can be trained; first {first}: "
-                f"{left[first]}",
-                stacklevel=3,
+        if not trained.keys() & masked.keys():
+            first = dotted(name, next(iter(masked)))
+            self._warn(
+                f"{name} is not reconstructed: none of its pruned weights can be trained; {first}: {left[first]}"
             )
-        if not own:
             return
         loss = BlockLoss(index, block, inputs, goals, self._order, where, self._ranks)
-        told = f"reconstructing {name}"
         with naming(name):
             done = train_block(
                 block,
                 loss,
                 trained,
-                own,
+                MaskSet({path: masked[path] for path in masked if path in trained}),
                 self._settings,
-                len(self._order),
                 self._settings.seed + index,
-                lambda number, first, lowest: show(f"{told}, pass {number}: {first:.4g} -> {lowest:.4g}"),
+                lambda number, first, lowest: show(
+                    f"reconstructing {name}, pass {number}: {first:.4g} -> {lowest:.4g}"
+                ),
             )
         size = sum(parameter.numel() for parameter in trained.values())
         self.reports.append(BlockReport(name, *done, size, time.perf_counter() - begin))
+
+    def _called(self, index: int, name: str, inputs: Sequence[BlockInputs]) -> bool:
+        """Returns whether the model calls a block on any rank; warns if it does not."""
+        called = any(self._ranks.gather(any(window.calls[index] is not None for window in inputs)))
+        if not called:
+            self._warn(f"{name} is not reconstructed: the model never calls it")
+        return called
+
+    def _warn(self, text: str) -> None:
+        if self._ranks.rank == 0:
+            warnings.warn(text, stacklevel=4)

@@ -13,10 +13,11 @@ from prune_callbacks.sparsity import MaskSet
 
 FROZEN = "it is not trained (requires_grad=False)"
 TIED = "it is one tensor with a parameter outside of its block"
+NOT_PRUNED = 'it is no pruned weight, and only these are trained (trained="weights")'
 ROUTER = "it belongs to a router, whose choice of experts training would move"
 
 
-def held_back(model: nn.Module, name: str, block: nn.Module, *, frozen: bool = True) -> dict[str, str]:
+def not_trained(model: nn.Module, name: str, block: nn.Module, *, frozen: bool = True) -> dict[str, str]:
     """
     Returns the reason for every parameter of a block that reconstruction leaves as it is, by full name.
 
@@ -28,7 +29,7 @@ def held_back(model: nn.Module, name: str, block: nn.Module, *, frozen: bool = T
             files, where the attribute says nothing.
     """
     outside = {_memory(p) for path, p in model.named_parameters(remove_duplicate=False) if not inside(path, name)}
-    deciding = routers(block)
+    deciding = [*routers(block), *_routers_of_lists(block)]
     found: dict[str, str] = {}
     for path, parameter in block.named_parameters():
         if frozen and not parameter.requires_grad:
@@ -40,59 +41,69 @@ def held_back(model: nn.Module, name: str, block: nn.Module, *, frozen: bool = T
     return found
 
 
+def _routers_of_lists(block: nn.Module) -> Iterator[str]:
+    """Yields the names of linear layers with one output per member of a list of experts beside them."""
+    for name, parent in block.named_modules():
+        counts = {len(child) for child in parent.children() if isinstance(child, nn.ModuleList)} - {1}
+        for own, child in parent.named_children():
+            if isinstance(child, nn.Linear) and child.out_features in counts:
+                yield dotted(name, own)
+
+
 def _memory(parameter: Tensor) -> object:
     """Returns a key that is equal for two parameters in one memory."""
     return parameter.data_ptr() if in_memory(parameter) and parameter.numel() else id(parameter)
 
 
-class Masters(nn.Module):
+class Masters:
     """
-    The values that an optimizer updates in place of a block's parameters, under the same names.
+    The values that an optimizer updates in place of a block's parameters.
 
     A parameter in float32 shares its memory with its master. One in 16 bits, in which small updates would be rounded
     away, has a master in float32; `write` rounds it.
 
     Args:
         parameters: the parameters, by dotted name.
+
+    Attributes:
+        holder: a module that holds the masters as parameters of the same names.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        super().__init__()
-        self._written = dict(parameters)
+        self.holder = nn.Module()
+        self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         for name, parameter in parameters.items():
             *path, last = name.split(".")
-            holder: nn.Module = self
+            place = self.holder
             for part in path:
-                if part not in holder._modules:
-                    holder.add_module(part, nn.Module())
-                holder = holder.get_submodule(part)
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            holder.register_parameter(last, nn.Parameter(parameter.detach().to(wide)))
+                if part not in place._modules:
+                    place._modules[part] = nn.Module()
+                place = place.get_submodule(part)
+            master = nn.Parameter(parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)))
+            place._parameters[last] = master
+            self._pairs[name] = master, parameter
 
     @torch.no_grad()
     def write(self) -> None:
         """Rounds every master into its parameter."""
-        for name, parameter in self._written.items():
-            master = self.get_parameter(name).detach()
+        for master, parameter in self._pairs.values():
             if master.data_ptr() != parameter.data_ptr():
                 parameter.copy_(master)
 
-    @torch.no_grad()
     def take_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Sets the masters' gradients."""
         for name, gradient in gradients.items():
-            master = self.get_parameter(name)
-            master.grad = gradient.to(master.dtype)
+            self._pairs[name][0].grad = gradient
 
-    def values(self) -> dict[str, Tensor]:
+    def copies(self) -> dict[str, Tensor]:
         """Returns copies of all masters, by name."""
-        return {name: master.detach().clone() for name, master in self.named_parameters()}
+        return {name: master.detach().clone() for name, (master, _) in self._pairs.items()}
 
     @torch.no_grad()
-    def restore(self, values: Mapping[str, Tensor]) -> None:
-        """Sets all masters, and their parameters, to the result of `values`."""
-        for name, value in values.items():
-            self.get_parameter(name).copy_(value)
+    def restore(self, copies: Mapping[str, Tensor]) -> None:
+        """Sets all masters, and their parameters, to the result of `copies`."""
+        for name, value in copies.items():
+            self._pairs[name][0].copy_(value)
         self.write()
 
 

@@ -16,7 +16,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 @dataclass(frozen=True)
 class BlockReconstruction:
     """
-    Trains what is left of every pruned block until it computes what it did in the dense model.
+    Trains the kept weights of every pruned block so that the block's outputs come close to those of the dense model.
 
     The inputs of a block are those of the model pruned and reconstructed so far; its target is the output of the same
     block in the dense model, so it also makes up for errors of the blocks before it. The loss is the squared distance
@@ -25,8 +25,8 @@ class BlockReconstruction:
     pruned weights stay zero. Some windows are held out: the parameters with the lowest loss on them, after whichever
     pass, are the result, and a block whose held-out loss would rise is put back as it was.
 
-    Needs the memory of one block five times in float32 (its parameters, their best values, gradients, two moments), and
-    of the hidden states of all windows twice.
+    Needs the memory of one block five times in float32 (its parameters, their best values, gradients, two moments), six
+    times for a block in 16 bits, and of the hidden states of all windows twice. Routers of experts stay as they are.
 
     Sources: EBFT (Guo et al. 2024), Shin et al. (EMNLP 2024).
 
@@ -34,10 +34,10 @@ class BlockReconstruction:
         passes: how many times a block sees the windows that are not held out.
         learning_rate: Adam's learning rate, relative to the root mean square of the kept values of each parameter.
         schedule: how the learning rate falls over a block's steps: "linear" or "cosine" to zero, or "constant".
-        batch_size: windows per step, over all ranks. Over several ranks take a multiple of their number: each takes at
-            least one.
-        held_out: the share of the windows that is held out, in [0, 1); at least `batch_size` windows unless 0. With 0
-            the loss on the windows of the training decides.
+        batch_size: windows per step, over all ranks, each of which computes its own. With fewer windows than ranks some
+            ranks wait.
+        held_out: the share of the windows that is held out, in [0, 1), rounded up to whole windows. With 0 the loss on
+            the windows of the training decides.
         trained: "all" parameters of a block, or only the pruned "weights".
         seed: of the order of the windows.
 
@@ -54,16 +54,22 @@ class BlockReconstruction:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("passes", "batch_size"):
+        for name, least in (("passes", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"BlockReconstruction: {name} must be a whole number of at least 1, got {value!r}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(
+                    f"BlockReconstruction: {name} must be a whole number of at least {least}, got {value!r}"
+                )
+        for name in ("learning_rate", "held_out"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"BlockReconstruction: {name} must be a finite number, got {value!r}")
+        if self.learning_rate <= 0:
             raise ValueError(f"BlockReconstruction: learning_rate must be above 0, got {self.learning_rate}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"BlockReconstruction: schedule must be one of {list(SCHEDULES)}, got {self.schedule!r}")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"BlockReconstruction: held_out is a share, in [0, 1), got {self.held_out}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"BlockReconstruction: schedule must be one of {list(SCHEDULES)}, got {self.schedule!r}")
         if self.trained not in ("all", "weights"):
             raise ValueError(f'BlockReconstruction: trained must be "all" or "weights", got {self.trained!r}')
 
