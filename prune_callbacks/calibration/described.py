@@ -28,5 +28,5 @@ def count_tokens(batch: object) -> int:
     if isinstance(batch, Mapping):
         mask, ids = batch.get("attention_mask"), batch.get("input_ids")
         return int(mask.count_nonzero()) if isinstance(mask, Tensor) else count_tokens(ids)
-    whole = isinstance(batch, Tensor) and not batch.is_floating_point()
-    return batch.numel() if whole and isinstance(batch, Tensor) else 0
+    ids = isinstance(batch, Tensor) and batch.ndim == 2 and not batch.is_floating_point()
+    return batch.numel() if ids and isinstance(batch, Tensor) else 0

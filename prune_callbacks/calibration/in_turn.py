@@ -174,4 +174,4 @@ def _of_a_list(
             stacklevel=5,
         )
     order = ranks.attempt(lambda: [] if idle else order_of_execution(model, blocks, mine[0]))
-    return Rerun(model, next(filter(None, ranks.gather(order))), mine, ranks)
+    return Rerun(model, next(filter(None, ranks.gather(order))), mine, ranks, problem)

@@ -27,7 +27,12 @@ class Source(ABC):
     The inputs of every block, over the calibration batches of all ranks.
 
     The blocks are visited in the order of their execution, and a block is pruned before the next one is visited.
+
+    Attributes:
+        unlinked: why the stages form no chain, as a clause for a message.
     """
+
+    unlinked = 'the stages of this model do not form one. If one list of its blocks does, name it with blocks="..."'
 
     @abstractmethod
     def visits(self, blocks: Sequence[tuple[str, nn.Module]], device: torch.device | None) -> Generator[Visit]:
@@ -58,8 +63,8 @@ class Source(ABC):
     def chain(self, who: str) -> "Chain":
         """Returns the source as a chain; raises ValueError, naming who asks, if its stages form none."""
         raise ValueError(
-            f"{who} needs blocks that form a chain, each with the hidden states of the one before it, and the stages "
-            'of this model do not. If one list of its blocks does, name it with blocks="..."'
+            f"{who} needs blocks that form a chain, each with the hidden states of the one before it. But "
+            f"{self.unlinked}"
         )
 
 
@@ -113,9 +118,19 @@ class Rerun(Source):
         order: the indices of the blocks, in the order of their execution.
         batches: the batches of this rank.
         ranks: the processes, each with its own batches.
+        why: why the blocks form no chain, if they could; None: they are single layers.
     """
 
-    def __init__(self, model: nn.Module, order: Sequence[int], batches: Sequence[Batch], ranks: Ranks) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        order: Sequence[int],
+        batches: Sequence[Batch],
+        ranks: Ranks,
+        why: str | None = None,
+    ) -> None:
+        if why is not None:
+            self.unlinked = f"in {type(model).__name__} {why}"
         self.model = model
         self.order = order
         self.batches = batches

@@ -23,6 +23,7 @@ from prune_callbacks.callbacks.model_in_setup import layer_names, layers_beside,
 from prune_callbacks.callbacks.own_step import Forward, own_step
 from prune_callbacks.callbacks.untouched import untouched
 from prune_callbacks.callbacks.validation_metrics import on_its_device
+from prune_callbacks.engine.fitting import check_reconstructible
 from prune_callbacks.engine.report import PruneReport
 from prune_callbacks.engine.sequential import Order, check_order, prune_sequentially
 from prune_callbacks.pruners import Pruner, check_pruner
@@ -101,6 +102,8 @@ class OneShotPrune(PrunesOnce):
         if allocation is not None:
             check_allocation(allocation, pruner)
         check_reconstruction("OneShotPrune", reconstruction)
+        if reconstruction is not None:
+            check_reconstructible(pruner, order)
         self.pruner = pruner
         self.allocation = allocation
         self.reconstruction = reconstruction

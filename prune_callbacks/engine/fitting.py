@@ -74,20 +74,29 @@ def check_shape(target: Target, pattern: Pattern) -> None:
     pattern.check_shape((rows // target.groups, columns))
 
 
+def check_reconstructible(pruner: Pruner, order: str = "sequential") -> None:
+    """Raises ValueError if reconstruction cannot train what a pruner leaves, or not in this order."""
+    if rounds(pruner):
+        raise ValueError(
+            f"{type(pruner).__name__} rounds the weights, and reconstruction would move them off their grid: prune "
+            "without rounding, and quantize afterwards"
+        )
+    if order == "at_once":
+        raise ValueError(
+            'reconstruction trains block after block, each on the outputs of those before it: use order="sequential"'
+        )
+
+
 def check_trainable(pruner: Pruner, targets: Mapping[str, Target], *, unread: bool) -> None:
     """
-    Raises ValueError if reconstruction cannot train what a pruner leaves.
+    Raises ValueError if reconstruction cannot train what a pruner leaves, or all targets are frozen.
 
     Args:
         pruner: the pruner.
         targets: the targets, by name.
         unread: whether the values are read from files, where `requires_grad` says nothing.
     """
-    if rounds(pruner):
-        raise ValueError(
-            f"{type(pruner).__name__} rounds the weights, and reconstruction would move them off their grid: prune "
-            "without rounding, and quantize afterwards"
-        )
+    check_reconstructible(pruner)
     if not unread and not any(target.parameter.requires_grad for target in targets.values()):
         raise ValueError(
             "reconstruction trains the weights that are kept, and all of them are frozen (requires_grad=False): "

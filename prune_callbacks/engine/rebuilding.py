@@ -59,19 +59,15 @@ class Rebuilding:
 
 
 def cut(
-    batches: Iterable[Any] | None, reconstruction: BlockReconstruction | None, order: str, ranks: Ranks
+    batches: Iterable[Any] | None, reconstruction: BlockReconstruction | None, ranks: Ranks
 ) -> tuple[Any, list[tuple[int, int]]]:
     """
     Returns the batches, cut into single windows if there is a reconstruction, and the order of these; see `Windows`.
 
     Raises:
-        ValueError: the order does not go block by block, or as `single_windows`.
+        ValueError: as `single_windows`.
     """
     # One tensor in place of several batches is refused later, with the other checks of batches.
     if reconstruction is None or batches is None or isinstance(batches, Tensor):
         return batches, []
-    if order == "at_once":
-        raise ValueError(
-            'reconstruction trains block after block, each on the outputs of those before it: use order="sequential"'
-        )
     return single_windows(batches, reconstruction, ranks)

@@ -17,6 +17,7 @@ from prune_callbacks.calibration.described import count_tokens
 from prune_callbacks.calibration.in_turn import calibration_source, last_called
 from prune_callbacks.calibration.prefetch import Visit
 from prune_callbacks.calibration.sources import Chain, Source, evaluating
+from prune_callbacks.engine.fitting import check_reconstructible
 from prune_callbacks.engine.plan import Plan, make_plan
 from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.engine.rebuilding import Rebuilding, cut
@@ -99,10 +100,12 @@ def prune_sequentially(
     """
     check_order(order)
     check_reconstruction("prune_sequentially", reconstruction)
+    if reconstruction is not None:
+        check_reconstructible(pruner, order)
     begin = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model
     batches, stages = _staged(model, batches, targets, blocks, forward, ranks)
-    batches, windows = cut(batches, reconstruction, order, ranks)
+    batches, windows = cut(batches, reconstruction, ranks)
     plan = make_plan(
         "prune_sequentially",
         model,

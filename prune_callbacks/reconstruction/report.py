@@ -15,8 +15,8 @@ class BlockReport(Result):
 
     Attributes:
         name: the block's name.
-        before: the loss on the held-out windows after pruning: the mean over tokens of the squared distance from the
-            target, relative to the target's squared norm.
+        before: the loss after pruning, on the held-out windows (on those of the training if none are held out): the
+            mean over tokens of the squared distance from the target, relative to the target's squared norm.
         after: the same loss after reconstruction.
         passes: the number of the best pass over the windows, whose parameters the block has; 0 for a block that was put
             back, because no pass made it better.
@@ -45,6 +45,7 @@ def reconstruction_record(
     """Returns what `report.json` says of a reconstruction."""
     return {
         "settings": repr(settings),
+        "held_out": settings.held_out > 0,
         "seconds": sum(block.seconds for block in blocks),
         "tokens": sum(block.tokens for block in blocks),
         "put_back": [block.name for block in blocks if block.put_back],

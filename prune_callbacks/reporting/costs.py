@@ -24,12 +24,12 @@ class Cost(NamedTuple):
 
 
 def stage_costs(record: RunRecord) -> list[Cost]:
-    """Returns the costs of the stages that a run had, in order: permuting, pruning, reconstruction, training."""
+    """Returns the costs of pruning and training, and of permuting and reconstruction if the run had them, in order."""
     measured, rebuilt = record.perplexity, record.reconstruction
     costs = []
     if record.permuting:
         gave = "an order of the channels of which the pattern keeps more"
-        costs.append(Cost("permuting", record.permuting["seconds"], record.tokens.get("prune"), gave))
+        costs.append(Cost("permuting", record.permuting["seconds"], None, gave))
     prune = record.seconds.prune
     if prune is not None and rebuilt:
         prune -= rebuilt["seconds"]
@@ -57,4 +57,4 @@ def _rebuilt(measured: Perplexities, blocks: list[dict[str, Any]]) -> str:
         return "no block was trained"
     before, after = (mean(block[key] for block in blocks) for key in ("before", "after"))
     together = _step(measured, "dense", "pruned")
-    return f"error of a block {before:.3g} to {after:.3g}" + (f"; with pruning {together}" if together else "")
+    return f"relative error of a block {before:.3g} to {after:.3g}" + (f"; with pruning {together}" if together else "")

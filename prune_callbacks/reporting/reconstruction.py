@@ -25,7 +25,9 @@ def reconstruction_picture(record: Mapping[str, Any]) -> str:
         values = [block[key] for block in blocks]
         axis.plot(range(len(blocks)), values, marker=".", label=label, color=COLOURS[colour])
     axis.set_xlabel(f"block, from {blocks[0]['name']} on")
-    axis.set_ylabel("relative squared error\non held-out windows")
+    axis.set_ylabel(
+        "relative squared error\non " + ("held-out windows" if record["held_out"] else "the training windows")
+    )
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)

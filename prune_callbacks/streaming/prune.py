@@ -61,7 +61,8 @@ def prune_checkpoint(
         targets: patterns of layer names; None as in `prune_sequentially`.
         blocks: name of the list of decoder blocks, where it cannot be found.
         reconstruction: as in `prune_sequentially`; the hidden states of the dense model are kept in files too, and
-            memory holds one block five times.
+            memory holds one block five times (six in 16 bits). On a GPU, whose backward passes need not repeat bit for
+            bit, a resumed call may end with other roundings; torch.use_deterministic_algorithms(True) prevents that.
         min_expert_tokens: as in `prune_sequentially`.
         dtype: dtype of the weights, as in `from_pretrained`; None: that of the configuration.
         name: name of the recipe, for the report.
