@@ -177,6 +177,7 @@ def check_bar(found, near):
     assert found["one-shot, pruned"] < found["dense"] - 0.3
 
 
+@pytest.mark.slow
 def test_ninety_percent_cost_little_in_rounds_and_much_at_once(tmp_path, monkeypatch, capsys):
     """One seed, a ninth of the recipe's steps."""
     words = ["schedule.rounds=2", "schedule.begin=60", "schedule.every=50", "module.scheduler_steps=60"]

@@ -155,6 +155,7 @@ def test_what_was_measured_on_other_windows_does_not_stand_beside(tiny, tokenize
     assert record.corpora["lambada"]["seq_len"] == 16
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path, root):
     """Names as calibration and evaluation, a folder, several texts; what is missing is said before any work."""
     path = root / "long.txt"

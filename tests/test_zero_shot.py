@@ -575,6 +575,7 @@ def test_what_cannot_be_measured_is_said_before_work(tmp_path, root, tiny, data,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_recipe_with_local_files(tmp_path, root):
     arguments = ["recipe=wanda_50", "smoke=true", "zero_shot=local"]
     failed = train(*arguments, f"output_dir={tmp_path / 'failed'}")

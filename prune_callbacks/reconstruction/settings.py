@@ -45,8 +45,8 @@ class BlockReconstruction:
         ValueError: a value is out of its range.
     """
 
-    passes: int = 6
-    learning_rate: float = 0.02
+    passes: int = 4
+    learning_rate: float = 0.01
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     batch_size: int = 1
     held_out: float = 0.125
