@@ -286,5 +286,23 @@ PROMISES = {
         ),
         ("test_architecture::test_control_what_draws_imports_what_draws",),
     ),
+    "block reconstruction keeps zeros, frozen and tied parameters and routers, and never ends worse": Promise(
+        (
+            "test_reconstruction::test_zeros_stay_and_whatever_may_not_change_is_bit_identical",
+            "test_reconstruction::test_routers_stay_and_experts_are_trained",
+            "test_reconstruction::test_a_block_that_would_end_worse_is_put_back",
+            "test_reconstruction::test_a_block_without_a_nonlinearity_reaches_the_known_optimum",
+            "test_reconstruction::test_loss_and_gradients_are_those_of_float64_autograd",
+            "test_reconstruction::test_two_ranks_are_one",
+            "test_reconstruction_fit::test_a_fit_begins_with_the_reconstructed_model_and_its_zeros_hold",
+            "test_reconstruction_streaming::test_it_is_what_memory_makes",
+            "test_reconstruction_streaming::test_a_call_that_goes_on_after_a_crash_anywhere_ends_the_same",
+        ),
+        ("test_reconstruction::test_control_without_masks_the_zeros_are_trained_away",),
+    ),
+    "solvers are exact whatever precision is set for products": Promise(
+        ("test_precision::test_solvers_give_what_they_give_in_full_precision",),
+        ("test_precision::test_the_users_precision_is_there_again_also_after_an_error",),
+    ),
     **{f"recipe={name}": Promise((test,)) for name, test in RECIPES.items()},
 }

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tiers import slow
 
-from prune_callbacks import NM, Gram, Unstructured
+from prune_callbacks import NM, BlockReconstruction, Gram, Unstructured
 from prune_callbacks.solvers.linalg import damp
 from prune_callbacks.tasks import tiny_llama
 
@@ -74,6 +74,35 @@ def test_prune_llama7b_prunes_every_layer_and_keeps_what_it_measured(tmp_path, m
         with pytest.raises(SystemExit):
             bench.main()
         assert "no CUDA device was found" in capsys.readouterr().err
+
+
+def test_reconstruction_measures_its_starts_and_goes_on_where_it_stopped(tmp_path, tokenizer, capsys, monkeypatch):
+    bench = load("reconstruction")
+    monkeypatch.setattr(bench, "SETTINGS", {"alone": None, "reconstruction": BlockReconstruction(passes=1)})
+    tiny_llama(hidden_size=32, layers=2).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = ["".join(f"{n} times {m} is {n * m}\n" for n in range(40)) for m in range(6)]
+    windows = torch.stack([torch.tensor(tokenizer(text)["input_ids"][:32]) for text in texts[:4]])
+    save_file({"calibration": windows, "wikitext2": windows[:2].clone()}, tmp_path / "windows.safetensors")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = ["reconstruction.py", "windows.safetensors", "--model", "model", "--held-out", "text.jsonl"]
+    command += ["--starts", "Wanda 2:4", "SparseGPT 2:4", "--results", "results.json", "--save", "models"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", command)
+    bench.main()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["setting"]["texts"]["held_out"] == [2, 32]  # not the documents of the calibration windows
+    cells = results["cells"]
+    assert len(cells) == 5
+    for start in ("Wanda 2:4", "SparseGPT 2:4"):
+        alone, after = (cells[f"{start}, {name}"] for name in ("alone", "reconstruction"))
+        assert (len(alone["blocks"]), len(after["blocks"])) == (0, 2)
+        assert alone["seconds"]["reconstruction"] == 0 < after["seconds"]["reconstruction"] < after["seconds"]["all"]
+        assert alone["held_out"] != after["held_out"]
+        assert (tmp_path / "models" / f"{start}, reconstruction".replace(" ", "_") / "masks.safetensors").exists()
+    assert "| Wanda 2:4, reconstruction |" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "run", None)  # nothing is left to measure
+    bench.main()
 
 
 def test_recovery_trains_every_method_and_goes_on_where_it_stopped(tmp_path, tokenizer, capsys, monkeypatch):
