@@ -9,6 +9,7 @@ from torch.amp import GradScaler
 from prune_callbacks.calibration.capture import block_output, hidden_of
 from prune_callbacks.calibration.stand_ins import BlockInputs
 from prune_callbacks.ranks import Ranks
+from prune_callbacks.solvers.float64 import sum_in_float64
 
 FLOOR = 1e-4
 """The smallest squared norm of a target that an error is divided by, relative to the mean over all tokens."""
@@ -58,7 +59,7 @@ class BlockLoss:
     def _size(self, goal: BlockInputs) -> tuple[float, int]:
         """Returns the summed squared norm of a window's targets, and the number of its real tokens."""
         real = _real(goal, goal.hidden)
-        return float(torch.linalg.vector_norm(real, dtype=torch.float64).square()), real[..., 0].numel()
+        return float(sum_in_float64(real.to(wide(real.dtype)).square())), real[..., 0].numel()
 
     def _error(self, number: int) -> Tensor:
         """Returns the summed error over a window of this rank."""

@@ -15,6 +15,7 @@ from prune_callbacks.reconstruction.loss import BlockLoss
 from prune_callbacks.reconstruction.parameters import Masters, only_trained
 from prune_callbacks.reconstruction.settings import SCHEDULES, BlockReconstruction
 from prune_callbacks.reconstruction.windows import count_held_out
+from prune_callbacks.solvers.float64 import sum_in_float64
 from prune_callbacks.sparsity import MaskSet
 
 PATIENCE = 2
@@ -147,5 +148,5 @@ def _by_scale(masters: Masters, rate: float) -> list[dict[str, object]]:
 def _root_mean_square(values: Sequence[Tensor]) -> float:
     """Returns the root mean square of the values that are not zero; 0 if all are."""
     count = sum(int(value.count_nonzero()) for value in values)
-    squares = sum(float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2 for value in values)
+    squares = sum(float(sum_in_float64(value.square())) for value in values)
     return math.sqrt(squares / count) if count else 0.0
