@@ -27,7 +27,7 @@ from prune_callbacks.command_line.keys import missing_keys, no_such_flag
 from prune_callbacks.command_line.words import Recipes, Word, check_choices, check_read, culprit, jobs, unreadable
 
 SHARED = (
-    *("smoke", "seed", "model", "data", "evaluate", "zero_shot", "pattern", "allocation", "reconstruction"),
+    *("smoke", "seed", "model", "data", "evaluate", "zero_shot", "pattern", "allocation"),
     *("objective", "optimizer", "trainer", "logger"),
 )
 """Keys that compared recipes share: their overrides also apply to the recipes in `beside`."""

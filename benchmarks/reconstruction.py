@@ -78,7 +78,7 @@ def run(
     cell: dict[str, Any] = {"setting": repr(setting)} | measure(network, texts)
     cell["seconds"] = {"all": round(seconds, 1), "reconstruction": round(sum(block.seconds for block in blocks), 1)}
     cell["put_back"] = [block.name for block in blocks if block.put_back]
-    cell["blocks"] = [[round(block.before, 5), round(block.after, 5), block.passes] for block in blocks]
+    cell["blocks"] = [[round(block.before, 5), round(block.after, 5), block.best_pass] for block in blocks]
     return cell, network, report.masks
 
 

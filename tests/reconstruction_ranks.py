@@ -37,7 +37,7 @@ for batch_size, labels in ((1, ("all on the second",)), (4, ("in turns", "halves
         model, report = made(mine, everywhere, batch_size=batch_size)
         assert report.masks == expected.masks, label
         for block, other in zip(report.reconstruction, expected.reconstruction, strict=True):
-            assert block.passes == other.passes, (label, block, other)
+            assert block.best_pass == other.best_pass, (label, block, other)
             assert abs(block.after - other.after) < 1e-3 * other.after, (label, block, other)
         triples = zip(model.named_parameters(), single.parameters(), other_seed.parameters(), strict=True)
         for (name, value), other, control in triples:

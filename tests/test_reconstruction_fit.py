@@ -108,7 +108,7 @@ def test_a_resumed_fit_does_not_reconstruct_again(tmp_path, monkeypatch):
 
 def test_a_trial_run_makes_one_pass_over_one_batch(tmp_path):
     _, prune, _ = fit(tmp_path, BlockReconstruction(passes=50, held_out=0.5), fast_dev_run=True)
-    assert {block.passes for block in prune.report.reconstruction} <= {0, 1}
+    assert {block.best_pass for block in prune.report.reconstruction} <= {0, 1}
 
 
 def test_settings_that_do_not_fit_fail_before_the_fit(tmp_path):

@@ -48,8 +48,8 @@ def test_it_is_what_memory_makes(tmp_path, batches, kind, pruner):
     written = prune(source, tmp_path / "target", batches, pruner, reconstruction=FEW)
     report = same(source, tmp_path / "target", batches, pruner, reconstruction=FEW)
     blocks = written["reconstruction"]["blocks"]
-    assert [(b["name"], b["before"], b["after"], b["passes"]) for b in blocks] == [
-        (b.name, b.before, b.after, b.passes) for b in report.reconstruction
+    assert [(b["name"], b["before"], b["after"], b["best_pass"]) for b in blocks] == [
+        (b.name, b.before, b.after, b.best_pass) for b in report.reconstruction
     ]
     assert any(not block.put_back for block in report.reconstruction)
     assert not any(written["violations"].values())

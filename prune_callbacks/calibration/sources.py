@@ -32,7 +32,7 @@ class Source(ABC):
         unlinked: why the stages form no chain, as a clause for a message.
     """
 
-    unlinked = 'the stages of this model do not form one. If one list of its blocks does, name it with blocks="..."'
+    unlinked = "the layers of this model are stages by themselves, or its blocks are in several lists"
 
     @abstractmethod
     def visits(self, blocks: Sequence[tuple[str, nn.Module]], device: torch.device | None) -> Generator[Visit]:
@@ -60,11 +60,22 @@ class Source(ABC):
     def copy(self) -> "Source":
         """Returns a source that stands at the same block and moves on by itself."""
 
-    def chain(self, who: str) -> "Chain":
-        """Returns the source as a chain; raises ValueError, naming who asks, if its stages form none."""
+    def chain(self, who: str, lists: Sequence[str | None] | None = None) -> "Chain":
+        """
+        Returns the source as a chain.
+
+        Args:
+            who: names who asks, in the error.
+            lists: the names of the lists of blocks, for the error.
+
+        Raises:
+            ValueError: the stages form no chain.
+        """
+        named = sorted({name for name in lists or () if name is not None})
+        advice = f'. If the blocks of one list do, name it, e.g. blocks="{named[0]}"; found {named}' if named else ""
         raise ValueError(
-            f"{who} needs blocks that form a chain, each with the hidden states of the one before it. But "
-            f"{self.unlinked}"
+            f"{who} needs blocks that form a chain, each with the hidden states of the one before it, but "
+            f"{self.unlinked}{advice}"
         )
 
 
@@ -105,7 +116,7 @@ class Chain(Source):
     def copy(self) -> "Chain":
         return Chain([replace(batch) for batch in self.inputs], self.ranks)
 
-    def chain(self, who: str) -> "Chain":
+    def chain(self, who: str, lists: Sequence[str | None] | None = None) -> "Chain":
         return self
 
 

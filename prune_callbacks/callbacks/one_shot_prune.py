@@ -29,6 +29,7 @@ from prune_callbacks.engine.sequential import Order, check_order, prune_sequenti
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import needs_calibration
 from prune_callbacks.ranks import patient_ranks
+from prune_callbacks.reconstruction.report import described
 from prune_callbacks.reconstruction.settings import BlockReconstruction, check_reconstruction, short
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.model_folder import check_savable, save_sparse_model
@@ -141,6 +142,8 @@ class OneShotPrune(PrunesOnce):
         rank_zero_info(
             f"pruned {len(self.report.layers)} layers, {self.report.sparsity:.2%} zeros, in {self.report.seconds:.0f} s"
         )
+        if self.report.reconstruction:
+            rank_zero_info(described(self.report.reconstruction))
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> PruneReport:
         needed, trial = self._needs_batches(), Lineup(trainer).trial() is not None

@@ -101,9 +101,10 @@ def note_costs(
 
 def _pruning(one_shot: OneShotPrune | None, iterative: IterativePrune | None) -> dict[str, Any]:
     """Returns the texts of pruners, allocation and schedule."""
-    pruners = [callback.pruner for callback in (one_shot, iterative) if callback is not None]
+    steps: list[object] = [] if one_shot is None else [one_shot.pruner, one_shot.reconstruction]
+    steps += [] if iterative is None else [iterative.pruner]
     return {
-        "pruner": ", then ".join(repr(pruner) for pruner in pruners),
+        "pruner": ", then ".join(repr(step) for step in steps if step is not None),
         "allocation": repr(one_shot.allocation) if one_shot is not None and one_shot.allocation else None,
         "schedule": repr(iterative.schedule) if iterative is not None else None,
     }

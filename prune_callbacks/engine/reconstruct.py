@@ -1,7 +1,8 @@
 """reconstruct_: trains the blocks of a model that is sparse already, whoever pruned it."""
 
 import time
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.anatomy.names import belongs
 from prune_callbacks.anatomy.stages import block_stages
 from prune_callbacks.calibration.batches import Batch
@@ -85,7 +87,10 @@ def reconstruct_(
         raise ValueError("reconstruct_ needs a BlockReconstruction, got None; e.g. BlockReconstruction()")
     check_reconstruction("reconstruct_", reconstruction)
     where = ranks.attempt(lambda: None if device is None else parsed_device(device))
-    sparse_model, dense_model = (getattr(model, "_orig_mod", model) for model in (sparse_model, dense_model))
+    _check_kinds(sparse_model, dense_model, masks)
+    sparse_model, dense_model = (
+        find_language_model(getattr(model, "_orig_mod", model)) for model in (sparse_model, dense_model)
+    )
     stages, dense = block_stages(sparse_model, blocks), block_stages(dense_model, blocks)
     given, windows = single_windows(several(batches), reconstruction, ranks)
     for model in (sparse_model, dense_model):
@@ -96,8 +101,28 @@ def reconstruct_(
     rebuilder = Rebuilder(sparse_model, reconstruction, windows, ranks)
     outputs, inputs = _Chained(dense_model, dense.parts, where), _Chained(sparse_model, stages.parts, where)
     there = _reconstruct_blocks(rebuilder, outputs, inputs, given, masks, ranks, progress and ranks.rank == 0)
+    rebuilder.finish()
+    if rebuilder.reports and rebuilder.reports[0].before >= 1 and ranks.rank == 0:
+        first = rebuilder.reports[0]
+        warnings.warn(
+            f"the error of {first.name} was {first.before:.3g} of its target before the training, so outputs of zeros "
+            "would have been nearer to it: is dense_model the model before pruning?",
+            stacklevel=2,
+        )
     seconds = time.perf_counter() - begin
     return ReconstructionReport(tuple(rebuilder.reports), rebuilder.left, seconds, peak_memory(there))
+
+
+def _check_kinds(model: object, dense: object, masks: object) -> None:
+    for name, value in (("sparse_model", model), ("dense_model", dense)):
+        if not isinstance(value, nn.Module):
+            raise ValueError(f"reconstruct_: {name} must be a torch module, got {type(value).__name__}")
+    if not isinstance(masks, MaskSet) or not masks:
+        found = "an empty one" if isinstance(masks, MaskSet) else type(masks).__name__
+        raise ValueError(
+            f"reconstruct_: masks must be a MaskSet with a mask, got {found}; make one of keep masks by name, "
+            "MaskSet({name: keep}), or of the zeros, MaskSet.from_nonzero({name: parameter})"
+        )
 
 
 class _Chained(NamedTuple):
@@ -161,8 +186,8 @@ def _checked(model: nn.Module, dense: nn.Module, masks: MaskSet, parts: Parts, d
     if own != other:
         name = next(name for name in {**own, **other} if own.get(name) != other.get(name))
         raise ValueError(
-            f"the dense model's blocks have another shape than the sparse model's: {name} has {other.get(name)} there "
-            f"and {own.get(name)} here (None: no such parameter). Give the model that was pruned, before pruning"
+            f"the dense model's blocks have another shape than the sparse model's: {name} has {_told(other, name)} "
+            f"there and {_told(own, name)} here. Give the model that was pruned, before pruning"
         )
     named = dict(model.named_parameters())
     places = masks.places({name: tuple(value.shape) for name, value in named.items()}, named.keys())
@@ -185,6 +210,10 @@ def _checked(model: nn.Module, dense: nn.Module, masks: MaskSet, parts: Parts, d
             "model again as it was before pruning"
         )
     return masks
+
+
+def _told(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
+    return f"shape {shapes[name]}" if name in shapes else "no such parameter"
 
 
 def _dense(weight: Tensor, keep: Tensor) -> bool:

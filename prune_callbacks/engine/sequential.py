@@ -175,7 +175,7 @@ def _prune_blocks(
         if order == "sequential" or plan.allocation is not None:
             source = source_of(plan)
         if plan.reconstruction is not None:
-            source.chain("reconstruction")  # before anything is measured
+            source.chain("reconstruction", plan.lists)  # before anything is measured
         if plan.allocation is not None:
             bar.update(task, description=f"{type(plan.allocation).__name__}: measuring the dense model")
             run.pruners = allocate(plan.allocation, plan.pruner, plan.reached, plan.targets, source, plan.device, ranks)
@@ -198,6 +198,7 @@ def _prune_blocks(
                     show=lambda text: bar.update(task, description=text),
                 )
     if rebuilding is not None:
+        rebuilding.rebuilder.finish()
         run.reconstruction, run.untrained = tuple(rebuilding.rebuilder.reports), rebuilding.rebuilder.left
     return peak_memory(visit[3])
 

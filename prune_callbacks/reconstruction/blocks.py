@@ -11,7 +11,7 @@ from prune_callbacks.anatomy.names import dotted, naming
 from prune_callbacks.calibration.stand_ins import BlockInputs
 from prune_callbacks.ranks import Ranks
 from prune_callbacks.reconstruction.loss import BlockLoss
-from prune_callbacks.reconstruction.parameters import NOT_PRUNED, masks_of_block, not_trained
+from prune_callbacks.reconstruction.parameters import ALL_PRUNED, NOT_PRUNED, masks_of_block, not_trained
 from prune_callbacks.reconstruction.report import BlockReport
 from prune_callbacks.reconstruction.settings import BlockReconstruction
 from prune_callbacks.reconstruction.training import train_block
@@ -85,6 +85,7 @@ class Rebuilder:
         if self._settings.trained == "weights":
             others = [path for path, _ in block.named_parameters() if path not in masked]
             left = {dotted(name, path): NOT_PRUNED for path in others} | left
+        left = {dotted(name, path): ALL_PRUNED for path in masked if not bool(masked[path].any())} | left
         trained = {path: value for path, value in block.named_parameters() if dotted(name, path) not in left}
         self.left |= left
         if not trained.keys() & masked.keys():
@@ -108,6 +109,14 @@ class Rebuilder:
             )
         size = sum(parameter.numel() for parameter in trained.values())
         self.reports.append(BlockReport(name, *done, size, time.perf_counter() - begin))
+
+    def finish(self) -> None:
+        """Warns if every block was put back."""
+        if self.reports and all(report.put_back for report in self.reports):
+            self._warn(
+                f"reconstruction made none of {len(self.reports)} blocks better on the windows that decide, so all are "
+                "as pruning left them. Give more calibration windows, or a lower learning_rate"
+            )
 
     def _called(self, index: int, name: str, inputs: Sequence[BlockInputs]) -> bool:
         """Returns whether the model calls a block on any rank; warns if it does not."""

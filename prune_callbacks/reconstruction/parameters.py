@@ -12,6 +12,7 @@ from prune_callbacks.anatomy.names import dotted, inside
 from prune_callbacks.sparsity import MaskSet
 
 FROZEN = "it is not trained (requires_grad=False)"
+ALL_PRUNED = "its mask keeps nothing"
 TIED = "it is one tensor with a parameter outside of its block"
 NOT_PRUNED = 'it is no pruned weight, and only these are trained (trained="weights")'
 ROUTER = "it belongs to a router, whose choice of experts training would move"

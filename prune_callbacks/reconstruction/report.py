@@ -18,7 +18,7 @@ class BlockReport(Result):
         before: the loss after pruning, on the held-out windows (on those of the training if none are held out): the
             mean over tokens of the squared distance from the target, relative to the target's squared norm.
         after: the same loss after reconstruction.
-        passes: the number of the best pass over the windows, whose parameters the block has; 0 for a block that was put
+        best_pass: the number of the pass over the windows whose parameters the block has; 0 for a block that was put
             back, because no pass made it better.
         tokens: how many tokens the training has seen, counted in every pass.
         parameters: how many values were trained, pruned ones among them.
@@ -28,7 +28,7 @@ class BlockReport(Result):
     name: str
     before: float
     after: float
-    passes: int
+    best_pass: int
     tokens: int
     parameters: int
     seconds: float
@@ -36,7 +36,14 @@ class BlockReport(Result):
     @property
     def put_back(self) -> bool:
         """Returns whether the block is as it was after pruning."""
-        return self.passes == 0
+        return self.best_pass == 0
+
+
+def described(blocks: Sequence[BlockReport]) -> str:
+    """Returns a line on reconstructed blocks: how many, their mean loss, how many were put back."""
+    before, after = (sum(getattr(b, name) for b in blocks) / max(1, len(blocks)) for name in ("before", "after"))
+    back = sum(block.put_back for block in blocks)
+    return f"reconstructed {len(blocks)} blocks, mean loss {before:.4g} to {after:.4g}, {back} put back"
 
 
 def reconstruction_record(

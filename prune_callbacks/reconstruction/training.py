@@ -32,13 +32,13 @@ class Trained(NamedTuple):
     Attributes:
         before: the loss on the held-out windows before training.
         after: the same loss after the best pass.
-        passes: the number of the best pass, whose parameters the block has; 0 for one that is as it was before.
+        best_pass: the number of the best pass, whose parameters the block has; 0 for one that is as it was before.
         tokens: how many tokens the training has seen, counted in every pass.
     """
 
     before: float
     after: float
-    passes: int
+    best_pass: int
     tokens: int
 
 

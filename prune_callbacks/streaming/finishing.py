@@ -104,7 +104,7 @@ def _report(journal: Journal, walk: BlockWalk) -> RunRecord:
         optimizer_steps=0,
         processes=1,
         device=torch.cuda.get_device_name(walk.where) if walk.where.type == "cuda" else platform.machine(),
-        pruner=repr(walk.plan.pruner),
+        pruner=", then ".join(repr(s) for s in (walk.plan.pruner, walk.plan.reconstruction) if s is not None),
         sparsity=Zeros(
             walk.plan.pruner.pattern.sparsity,
             removed / max(1, weights),
