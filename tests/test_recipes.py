@@ -16,6 +16,7 @@ from prune_callbacks import (
     MRP,
     NM,
     OWL,
+    BlockReconstruction,
     CausalLM,
     Columns,
     ConstantSchedule,
@@ -24,6 +25,7 @@ from prune_callbacks import (
     IterativePrune,
     LagrangianAllocation,
     LanguageModeling,
+    LogitsDistillation,
     Magnitude,
     MaskEnforcer,
     OneShotPrune,
@@ -63,6 +65,8 @@ PRUNERS = {
     "sparse_int4": SparseGPT(NM(2, 4)),
     "shrink_25": Structured(Columns(0.25)),
     "permute_2of4": Wanda(NM(2, 4)),
+    "best_2of4": ALPS(NM(2, 4)),
+    "best_50": ALPS(Unstructured(0.5)),
 }
 SCHEDULES = {
     "imp_90": IMPSchedule(0.9, rounds=10, every=270, begin=300),
@@ -71,6 +75,7 @@ SCHEDULES = {
     "digits_imp_90": IMPSchedule(0.9, rounds=10, every=135, begin=150),
     "digits_oneshot_90": IMPSchedule(0.9, rounds=1, every=135, begin=750),
 }
+OBJECTIVES = {"recover_distill": SquareHead, "best_2of4": LogitsDistillation, "best_50": LogitsDistillation}
 IMAGES = {"digits_imp_90", "digits_oneshot_90"}
 
 
@@ -92,7 +97,7 @@ def test_every_recipe_is_instantiated(name, tmp_path):
     assert cfg.name == name
     callbacks = instantiate(cfg.callbacks)
     prunes = "iterative" if name in SCHEDULES else "one_shot"
-    before = ["permute"] if name == "permute_2of4" else []
+    before = ["permute"] if name in ("permute_2of4", "best_2of4") else []
     assert list(callbacks)[: 3 + len(before)] == ["report", *before, prunes, "enforcer"]
     assert isinstance(callbacks.report, RunReport)
     assert isinstance(callbacks[prunes], IterativePrune if name in SCHEDULES else OneShotPrune)
@@ -100,12 +105,13 @@ def test_every_recipe_is_instantiated(name, tmp_path):
     module = instantiate(cfg.module)
     assert isinstance(module, ImageClassifier if name in IMAGES else CausalLM)
     if name not in IMAGES:
-        assert type(module.objective) is (SquareHead if name == "recover_distill" else LanguageModeling)
+        assert type(module.objective) is OBJECTIVES.get(name, LanguageModeling)
     trainer = instantiate(
         cfg.trainer, callbacks=list(callbacks.values()), logger=list(instantiate(cfg.logger).values())
     )
     assert isinstance(trainer, Trainer)
     if name in PRUNERS:
+        assert callbacks.one_shot.reconstruction == (BlockReconstruction() if name.startswith("best") else None)
         assert callbacks.one_shot.pruner == PRUNERS[name]
     if name in SCHEDULES:
         assert callbacks.iterative.schedule == SCHEDULES[name]
@@ -152,7 +158,10 @@ def test_imp_and_what_it_is_measured_against_share_all_but_the_method(images, tm
 
 
 def test_lora_recipes(tmp_path):
-    for name, masked in (("recover_lora", False), ("recover_masked_lora", True)):
+    for name, masked in (
+        ("recover_lora", False),
+        *((n, True) for n in ("recover_masked_lora", "best_2of4", "best_50")),
+    ):
         lora = instantiate(small(name, tmp_path).callbacks).lora
         assert lora.masked is masked
         assert (lora.config.r, lora.config.lora_alpha) == (16, 32)

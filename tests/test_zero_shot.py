@@ -528,6 +528,7 @@ def fit(callbacks, tmp_path, module, data, **settings):
     return trainer
 
 
+@pytest.mark.slow
 def test_a_run_reports_every_stage(tmp_path, root, tiny, data, tokenizer):
     zero_shot = ZeroShot(("lambada_openai", "hellaswag"), root=root, limit=2)
     expected = {"dense": zero_shot(tiny, tokenizer)}
