@@ -513,7 +513,7 @@ MUTANTS = (
     Mutant(
         "small_steps_rounded_away",
         "reconstruction/parameters.py",
-        "nn.Parameter(parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)))",
+        "nn.Parameter(parameter.detach().to(wide(parameter.dtype)))",
         "nn.Parameter(parameter.detach().clone())",
         "test_reconstruction.py::test_small_steps_of_16_bit_weights_are_not_rounded_away",
     ),

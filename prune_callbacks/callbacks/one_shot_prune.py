@@ -64,7 +64,7 @@ class OneShotPrune(PrunesOnce):
         order: "sequential" or "at_once"; see `prune_sequentially`.
         allocation: spreads the pattern's sparsity over the layers, with the same total: `OWL()`,
             `LagrangianAllocation()`, `SensitivityAllocation(...)`; None: the same in every layer.
-        reconstruction: trains every block, right after it is pruned, until it computes what it did in the dense model;
+        reconstruction: trains the kept weights of every block right after pruning, towards the dense block's outputs;
             None: blocks stay as the pruner leaves them. It needs decoder blocks that form a chain.
         dirpath: the folder to write the pruned model (`model/`, by `save_pretrained`) and its masks
             (`masks.safetensors`) into right after pruning, so that a later failure does not lose them; None: not saved.

@@ -19,12 +19,7 @@ from prune_callbacks.anatomy.stages import FROZEN, Stages, in_lists, stage_targe
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.anatomy.torch_modules import other_matrices
 from prune_callbacks.calibration.batches import Batch
-from prune_callbacks.engine.fitting import (
-    as_pattern_needs,
-    check_prunable,
-    check_trainable,
-    without_misfits,
-)
+from prune_callbacks.engine.fitting import as_pattern_needs, check_prunable, check_trainable, without_misfits
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import coupled, needs_calibration, rounds
 from prune_callbacks.ranks import ALONE, Ranks

@@ -82,7 +82,7 @@ def prune_sequentially(
         device: the device to run and solve blocks on, one at a time; None: the model's own. While a GPU solves for one
             block, the next is copied to it, so the GPU holds two.
         allocation: spreads the pattern's sparsity over the layers, e.g. `OWL()`; None: the same in every layer.
-        reconstruction: trains every block, right after it is pruned, until it computes what it did in the dense model;
+        reconstruction: trains the kept weights of every block right after pruning, towards the dense block's outputs;
             None: blocks stay as the pruner leaves them. It needs blocks that form a chain.
         min_expert_tokens: an expert that fewer calibration tokens reach is pruned by Magnitude to the same pattern, and
             a warning names it. Over 32 tokens the norm of a Gaussian feature is known to an eighth.

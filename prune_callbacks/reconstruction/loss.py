@@ -9,6 +9,7 @@ from torch.amp import GradScaler
 from prune_callbacks.calibration.capture import block_output, hidden_of
 from prune_callbacks.calibration.stand_ins import BlockInputs
 from prune_callbacks.ranks import Ranks
+from prune_callbacks.reconstruction.parameters import wide
 from prune_callbacks.solvers.float64 import sum_in_float64
 
 FLOOR = 1e-4
@@ -109,11 +110,6 @@ class BlockLoss:
 
         self._ranks.attempt(add)
         return {name: self._ranks.sum(gradient) for name, gradient in zip(parameters, total, strict=True)}
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype for sums of values: float32, or float64 for that."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _real(window: BlockInputs, values: Tensor) -> Tensor:

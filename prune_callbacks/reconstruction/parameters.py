@@ -53,7 +53,12 @@ def _routers_of_lists(block: nn.Module) -> Iterator[str]:
 
 def _memory(parameter: Tensor) -> object:
     """Returns a key that is equal for two parameters in one memory."""
-    return parameter.data_ptr() if in_memory(parameter) and parameter.numel() else id(parameter)
+    return parameter.data_ptr() if in_memory(parameter) else id(parameter)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype for sums and small updates of values: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class Masters:
@@ -80,7 +85,7 @@ class Masters:
                 if part not in place._modules:
                     place._modules[part] = nn.Module()
                 place = place.get_submodule(part)
-            master = nn.Parameter(parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)))
+            master = nn.Parameter(parameter.detach().to(wide(parameter.dtype)))
             place._parameters[last] = master
             self._pairs[name] = master, parameter
 

@@ -34,8 +34,8 @@ class BlockReconstruction:
         passes: how many times a block sees the windows that are not held out.
         learning_rate: Adam's learning rate, relative to the root mean square of the kept values of each parameter.
         schedule: how the learning rate falls over a block's steps: "linear" or "cosine" to zero, or "constant".
-        batch_size: windows per step, over all ranks, each of which computes its own. With fewer windows than ranks some
-            ranks wait.
+        batch_size: windows per step, counted over all ranks. Each rank computes the windows that it holds, and waits if
+            a step has none of them.
         held_out: the share of the windows that is held out, in [0, 1), rounded up to whole windows. With 0 the loss on
             the windows of the training decides.
         trained: "all" parameters of a block, or only the pruned "weights".

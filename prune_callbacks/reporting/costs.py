@@ -1,4 +1,4 @@
-"""What every stage of a run cost, and what it gave, in words."""
+"""Lists the time, the tokens and the effect of every stage of a run."""
 
 from statistics import mean
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ class Cost(NamedTuple):
         stage: its name.
         seconds: its wall time; None: not known.
         tokens: how many tokens it has seen; None: not known.
-        gave: what it changed, in words; "" if nothing is known.
+        gave: the effect on the model, in words; "" if none was measured.
     """
 
     stage: str

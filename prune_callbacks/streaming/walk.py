@@ -73,6 +73,7 @@ class BlockWalk:
         self.shards = Shards(model, [name for name, _ in self.blocks], find_places(model, checkpoint))
         check_batches(model, batches)
         self.few_tokens = False
+        self._dense: list[StoredInputs] = []  # the inputs of the block in the dense model
         settings = plan.reconstruction
         self.rebuilder = None if settings is None else Rebuilder(model, settings, windows, ALONE, frozen=False)
 
