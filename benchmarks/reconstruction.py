@@ -7,7 +7,7 @@ WINDOWS is a safetensors file of integer token windows: `calibration` and `wikit
 one document per line, under "text"; windows of documents that no calibration window comes from are a second text to
 judge on, which like `wikitext2` decides nothing. Every start is pruned alone, then pruned again with reconstruction, so
 that later blocks are calibrated on reconstructed ones. Results are written after every cell; run again, and what is
-finished is not measured twice.
+finished is not measured twice. `--save FOLDER` keeps the pruned models, and the windows that the dense model writes.
 """
 
 import argparse
@@ -15,14 +15,24 @@ import json
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prune_callbacks import ALPS, NM, BlockReconstruction, MaskSet, SparseGPT, Unstructured, Wanda, prune_sequentially
+from prune_callbacks import (
+    ALPS,
+    NM,
+    BlockReconstruction,
+    MaskSet,
+    SparseGPT,
+    Unstructured,
+    Wanda,
+    prune_sequentially,
+    write_windows,
+)
 from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.storage.cells import open_results
@@ -38,10 +48,22 @@ STARTS: dict[str, Pruner] = {
     "SparseGPT 2:4": SparseGPT(NM(2, 4)),
     "Wanda 2:4": Wanda(NM(2, 4)),
 }
-SETTINGS: dict[str, BlockReconstruction | None] = {
-    "alone": None,
-    "quick": BlockReconstruction(passes=2),
-    "reconstruction": BlockReconstruction(),
+
+
+class Setting(NamedTuple):
+    """How a start is treated: the reconstruction, and how many windows the dense model writes to calibrate on too."""
+
+    reconstruction: BlockReconstruction | None
+    written: int = 0
+
+
+SETTINGS: dict[str, Setting] = {
+    "alone": Setting(None),
+    "alone, 32 written": Setting(None, 32),
+    "quick": Setting(BlockReconstruction(passes=2)),
+    "reconstruction": Setting(BlockReconstruction()),
+    "reconstruction, 32 written": Setting(BlockReconstruction(), 32),
+    "reconstruction, 96 written": Setting(BlockReconstruction(passes=3), 96),
 }
 
 
@@ -65,18 +87,43 @@ def measure(model: torch.nn.Module, texts: dict[str, Tensor]) -> dict[str, float
     return {name: round(perplexity(model, windows, progress=False), 3) for name, windows in texts.items()}
 
 
+def written(model: str, calibration: Tensor, count: int, folder: Path | None) -> tuple[Tensor, float]:
+    """Returns windows that the dense model writes, and the seconds that it took; from the folder if they are there."""
+    path = None if folder is None else folder / f"written_{count}.safetensors"
+    if path is None or not path.exists():
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        begin = time.perf_counter()
+        windows = write_windows(network, calibration.split(4), count)
+        seconds = time.perf_counter() - begin
+        if path is None:
+            return windows, seconds
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"windows": windows, "seconds": torch.tensor(seconds)}, path)
+    kept = load_file(path)
+    return kept["windows"], float(kept["seconds"])
+
+
 def run(
-    model: str, pruner: Pruner, setting: BlockReconstruction | None, calibration: Tensor, texts: dict[str, Tensor]
+    model: str, pruner: Pruner, setting: Setting, calibration: Tensor, texts: dict[str, Tensor], folder: Path | None
 ) -> tuple[dict[str, Any], torch.nn.Module, MaskSet]:
     """Prunes the model, with or without reconstruction; returns the cell, the model and its masks."""
+    windows, writing = calibration, 0.0
+    if setting.written:
+        further, writing = written(model, calibration, setting.written, folder)
+        windows = torch.cat([calibration, further])
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     begin = time.perf_counter()
-    report = prune_sequentially(network, calibration.split(4), pruner, reconstruction=setting)
+    report = prune_sequentially(network, windows.split(4), pruner, reconstruction=setting.reconstruction)
     seconds = time.perf_counter() - begin
     assert report.masks.violations(network.named_parameters()) == {}
     blocks = report.reconstruction
-    cell: dict[str, Any] = {"setting": repr(setting)} | measure(network, texts)
-    cell["seconds"] = {"all": round(seconds, 1), "reconstruction": round(sum(block.seconds for block in blocks), 1)}
+    cell: dict[str, Any] = {"setting": repr(setting.reconstruction), "written": setting.written}
+    cell |= measure(network, texts)
+    cell["seconds"] = {
+        "all": round(writing + seconds, 1),
+        "writing": round(writing, 1),
+        "reconstruction": round(sum(block.seconds for block in blocks), 1),
+    }
     cell["put_back"] = [block.name for block in blocks if block.put_back]
     cell["blocks"] = [[round(block.before, 5), round(block.after, 5), block.best_pass] for block in blocks]
     return cell, network, report.masks
@@ -84,12 +131,13 @@ def run(
 
 def table(cells: dict[str, Any], texts: list[str]) -> None:
     """Prints the cells as a table."""
-    print(f"\n| | {' | '.join(texts)} | seconds | of these reconstruction |")
-    print(f"|---|{'---|' * (len(texts) + 2)}")
+    print(f"\n| | {' | '.join(texts)} | seconds | of these writing | reconstruction |")
+    print(f"|---|{'---|' * (len(texts) + 3)}")
     for name, cell in cells.items():
-        seconds = cell.get("seconds", {"all": 0, "reconstruction": 0})
+        seconds = {"all": 0, "writing": 0, "reconstruction": 0} | cell.get("seconds", {})
         values = " | ".join(f"{cell[text]:.2f}" for text in texts)
-        print(f"| {name} | {values} | {seconds['all']:.0f} | {seconds['reconstruction']:.0f} |")
+        costs = " | ".join(f"{value:.0f}" for value in seconds.values())
+        print(f"| {name} | {values} | {costs} |")
 
 
 def main() -> None:
@@ -126,7 +174,7 @@ def main() -> None:
         for name in args.settings:
             key = f"{start}, {name}"
             if key not in results["cells"]:
-                cell, network, masks = run(path, STARTS[start], SETTINGS[name], calibration, texts)
+                cell, network, masks = run(path, STARTS[start], SETTINGS[name], calibration, texts, args.save)
                 results["cells"][key] = cell
                 print(key, {k: v for k, v in cell.items() if k != "blocks"}, flush=True)
                 write_json(args.results, results)

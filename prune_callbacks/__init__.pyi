@@ -1,6 +1,7 @@
 from .allocation.by_sensitivity import SensitivityAllocation
 from .allocation.lagrangian import LagrangianAllocation
 from .allocation.owl import OWL
+from .calibration.written import write_windows
 from .callbacks import (
     IterativePrune,
     LoRARecovery,
@@ -98,4 +99,5 @@ __all__ = [
     "revert_",
     "save_compressed",
     "shrink",
+    "write_windows",
 ]

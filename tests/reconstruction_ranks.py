@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from prune_callbacks import NM, BlockReconstruction, SparseGPT, prune_sequentially
+from prune_callbacks import NM, BlockReconstruction, SparseGPT, prune_sequentially, write_windows
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.tasks import tiny_llama
 
@@ -45,5 +45,10 @@ for batch_size, labels in ((1, ("all on the second",)), (4, ("in turns", "halves
             first = everywhere.broadcast(value.detach().clone(), 0)
             assert torch.equal(first, value), (label, name)
         assert report.masks.violations(model.named_parameters()) == {}
+dense = tiny_llama(0, hidden_size=32, layers=2)
+both = write_windows(dense, shares["in turns"], 7, batch_size=3, progress=False, ranks=everywhere)
+assert torch.equal(both, write_windows(dense, windows.split(1), 7, batch_size=3, progress=False))
+assert torch.equal(both[:, :16], windows[:7, :16])
+assert everywhere.gather(both.sum().item())[0] == both.sum()
 Path(sys.argv[1], f"{everywhere.rank}.done").touch()
 dist.destroy_process_group()

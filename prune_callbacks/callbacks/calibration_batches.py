@@ -1,10 +1,12 @@
 """Draws the calibration batches of callbacks."""
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -12,6 +14,7 @@ from torch import Generator, Tensor, nn
 from torch.utils.data import DataLoader
 
 from prune_callbacks.calibration.batches import Batch, accepted_inputs, named_inputs, warn_of_dropped_keys
+from prune_callbacks.calibration.written import write_windows
 from prune_callbacks.callbacks.lightning_internals import before_setup_of, training_data_source
 from prune_callbacks.ranks import Ranks
 
@@ -51,6 +54,41 @@ def calibration_batches(
     shared = ranks.share(drawn)
     assert shared is not None
     return shared[ranks.rank :: ranks.size]
+
+
+def check_counts(num_batches: int | None, written: int, *, calibrated: bool, own: bool) -> None:
+    """
+    Raises ValueError if `OneShotPrune` is asked for fewer than one batch, or for windows that nothing would use.
+
+    Args:
+        num_batches: how many batches to draw; None: all.
+        written: how many windows the model is to write.
+        calibrated: whether there are calibration batches at all.
+        own: whether a function of the user's own runs these batches.
+    """
+    if num_batches is not None and num_batches < 1:
+        raise ValueError(f"OneShotPrune: num_batches must be at least 1, got {num_batches}")
+    if not isinstance(written, int) or written < 0:
+        raise ValueError(f"OneShotPrune: written_windows must be a whole number, got {written!r}")
+    if written and (own or not calibrated):
+        why = "forward= runs batches of its own kind" if own else "neither pruner nor allocation is calibrated"
+        raise ValueError(f"OneShotPrune: written_windows={written}, but {why}: leave written_windows out")
+
+
+def with_written(
+    batches: list[Batch] | None, model: nn.Module, count: int, ranks: Ranks, device: torch.device, progress: bool
+) -> tuple[list[Batch], float]:
+    """
+    Adds this rank's share of `count` windows that the model writes itself; returns also the seconds that it took.
+
+    They come in batches of as many windows as the first given batch. The rest is as in `write_windows`. A collective of
+    the ranks.
+    """
+    begin, given = time.perf_counter(), batches or []
+    written = write_windows(model, given, count, device=device, progress=progress, ranks=ranks)
+    first = given[0] if given else {}
+    rows = ranks.share(len(first["input_ids"]) if isinstance(first, Mapping) and first else len(cast(Any, first)))
+    return [*given, *written.split(rows)[ranks.rank :: ranks.size]], time.perf_counter() - begin
 
 
 def _drawn(trainer: Trainer, model: nn.Module | None, batches: Iterable[Any] | None, wanted: int | None) -> list[Batch]:

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from prune_callbacks.allocation.measuring import check_allocation
 from prune_callbacks.allocation.protocol import Allocation
-from prune_callbacks.callbacks.calibration_batches import calibration_batches
+from prune_callbacks.calibration.written import writer
+from prune_callbacks.callbacks.calibration_batches import calibration_batches, check_counts, with_written
 from prune_callbacks.callbacks.kinds import PrunesOnce, renamed
 from prune_callbacks.callbacks.lightning_internals import logs_now, makes_in_setup, resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
@@ -30,7 +31,7 @@ from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import needs_calibration
 from prune_callbacks.ranks import patient_ranks
 from prune_callbacks.reconstruction.report import described
-from prune_callbacks.reconstruction.settings import BlockReconstruction, check_reconstruction, short
+from prune_callbacks.reconstruction.settings import BlockReconstruction, short
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.model_folder import check_savable, save_sparse_model
 
@@ -58,6 +59,8 @@ class OneShotPrune(PrunesOnce):
             else the training data.
         num_batches: how many batches to use; an error if there are fewer. None: all of `batches` or
             `calibration_dataloader()`, or the first 128 batches of the training data.
+        written_windows: how many more windows the dense model writes itself, as a whole on the trainer's device; see
+            `write_windows`. A trial run writes none.
         targets: patterns of layer names, e.g. `["*.mlp.*"]`; None for those that `prune_sequentially` takes.
         blocks: the name of the list of blocks, or of several, where they cannot be found.
         forward: a function of module and batch, which runs the module's model on the batch; None: as above.
@@ -74,9 +77,11 @@ class OneShotPrune(PrunesOnce):
 
     Attributes:
         report: the `PruneReport`; None before pruning. A resumed fit takes it from the checkpoint.
+        writing_seconds: the wall time of writing windows in this fit.
 
     Raises:
-        ValueError: `pruner` is no pruner, `num_batches` is below 1, or the allocation does not support the pruner.
+        ValueError: `pruner` is no pruner, `num_batches` is below 1, the allocation does not support the pruner, or
+            windows are to be written where nothing uses them.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class OneShotPrune(PrunesOnce):
         batches: Iterable[Any] | None = None,
         *,
         num_batches: int | None = None,
+        written_windows: int = 0,
         targets: Sequence[str] | str | None = None,
         blocks: str | Sequence[str] | None = None,
         forward: Forward | None = None,
@@ -97,19 +103,16 @@ class OneShotPrune(PrunesOnce):
         save_dir: str | Path | None = None,
     ) -> None:
         check_pruner("OneShotPrune", pruner)
-        if num_batches is not None and num_batches < 1:
-            raise ValueError(f"OneShotPrune: num_batches must be at least 1, got {num_batches}")
         check_order(order)
         if allocation is not None:
             check_allocation(allocation, pruner)
-        check_reconstruction("OneShotPrune", reconstruction)
-        if reconstruction is not None:
-            check_reconstructible(pruner, order)
+        check_reconstructible("OneShotPrune", reconstruction, pruner, order)
         self.pruner = pruner
         self.allocation = allocation
         self.reconstruction = reconstruction
         self.batches = batches
         self.num_batches = num_batches
+        self.written_windows = written_windows
         self.targets = targets
         self.blocks = blocks
         self.forward = forward
@@ -118,8 +121,10 @@ class OneShotPrune(PrunesOnce):
         self.min_expert_tokens = min_expert_tokens
         self.progress = progress
         self.report: PruneReport | None = None
+        self.writing_seconds = 0.0
         self._restored = False
         self._layers: set[str] | None = None
+        check_counts(num_batches, written_windows, calibrated=self._needs_batches(), own=forward is not None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not Lineup(trainer).begins_fit(self, stage):
@@ -127,12 +132,14 @@ class OneShotPrune(PrunesOnce):
         self.report, self._restored = None, False
         if resumed_checkpoint(trainer) is not None:
             return  # the checkpoint has weights and masks; on_train_start checks that
-        if not self._enforced(trainer):
+        if not Lineup(trainer).has(MaskEnforcer):
             rank_zero_warn(
                 "OneShotPrune without MaskEnforcer: the zeros will not last, since the first optimizer steps "
                 "overwrite them. Add MaskEnforcer() to the callbacks."
             )
         model = model_in_setup("OneShotPrune", pl_module, self.blocks)
+        if self.written_windows:
+            writer("OneShotPrune(written_windows=...)", model)
         if self.dirpath is not None:
             check_savable(model)
         self._layers = layer_names(pl_module, self.blocks) if makes_in_setup(pl_module) else None
@@ -148,22 +155,26 @@ class OneShotPrune(PrunesOnce):
     def _prune(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> PruneReport:
         needed, trial = self._needs_batches(), Lineup(trainer).trial() is not None
         own = needed and (self.forward is not None or not isinstance(model, PreTrainedModel))
-        count = 1 if trial else self.num_batches
+        count, device = 1 if trial else self.num_batches, trainer.strategy.root_device
         with ExitStack() as stack:
             if own:  # all of the module runs
                 stack.enter_context(on_its_device(trainer, pl_module))
             stack.enter_context(untouched(trainer, pl_module) if own else isolate_rng())
-            ranks = stack.enter_context(patient_ranks(trainer.strategy.root_device))
-            takes = None if own else model
+            ranks = stack.enter_context(patient_ranks(device))
+            drawn = trainer, ranks, None if own else model, self.batches, count
+            batches = calibration_batches(*drawn) if needed else None
+            if self.written_windows and not trial:
+                more = self.written_windows, ranks, device, self.progress
+                batches, self.writing_seconds = with_written(batches, model, *more)
             report = prune_sequentially(
                 model,
-                calibration_batches(trainer, ranks, takes, self.batches, count) if needed else None,
+                batches,
                 self.pruner,
                 targets=self.targets,
                 blocks=self.blocks,
                 forward=own_step(pl_module, self.forward) if own else None,
                 order=self.order,
-                device=trainer.strategy.root_device,
+                device=device,
                 allocation=self.allocation,
                 reconstruction=short(self.reconstruction) if trial else self.reconstruction,
                 min_expert_tokens=self.min_expert_tokens,
@@ -216,7 +227,7 @@ class OneShotPrune(PrunesOnce):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # MaskEnforcer logs the same; without it, these values show how the zeros are lost.
-        if not self._enforced(trainer):
+        if not Lineup(trainer).has(MaskEnforcer):
             assert self.report is not None
             metrics = {"sparsity": self.report.sparsity, "violations": float(self._violations(trainer))}
             pl_module.log_dict(metrics, sync_dist=True)
@@ -237,7 +248,3 @@ class OneShotPrune(PrunesOnce):
     def _violations(self, trainer: Trainer) -> int:
         assert self.report is not None
         return sum(Lineup(trainer).weights(self.report.masks).violations().values())
-
-    @staticmethod
-    def _enforced(trainer: Trainer) -> bool:
-        return Lineup(trainer).has(MaskEnforcer)

@@ -8,6 +8,7 @@ from prune_callbacks.anatomy.names import naming
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.pruners.questions import rounds
+from prune_callbacks.reconstruction.settings import check_reconstruction
 from prune_callbacks.sparsity import Pattern
 from prune_callbacks.sparsity.questions import kept_of_group
 
@@ -74,8 +75,11 @@ def check_shape(target: Target, pattern: Pattern) -> None:
     pattern.check_shape((rows // target.groups, columns))
 
 
-def check_reconstructible(pruner: Pruner, order: str = "sequential") -> None:
-    """Raises ValueError if reconstruction cannot train what a pruner leaves, or not in this order."""
+def check_reconstructible(who: str, reconstruction: object, pruner: Pruner, order: str = "sequential") -> None:
+    """Raises ValueError, naming who asks, if something is no reconstruction, or cannot train what a pruner leaves."""
+    check_reconstruction(who, reconstruction)
+    if reconstruction is None:
+        return
     if rounds(pruner):
         raise ValueError(
             f"{type(pruner).__name__} rounds the weights, and reconstruction would move them off their grid: prune "
@@ -87,16 +91,14 @@ def check_reconstructible(pruner: Pruner, order: str = "sequential") -> None:
         )
 
 
-def check_trainable(pruner: Pruner, targets: Mapping[str, Target], *, unread: bool) -> None:
+def check_trainable(targets: Mapping[str, Target], *, unread: bool) -> None:
     """
-    Raises ValueError if reconstruction cannot train what a pruner leaves, or all targets are frozen.
+    Raises ValueError if reconstruction has nothing to train, because all targets are frozen.
 
     Args:
-        pruner: the pruner.
         targets: the targets, by name.
         unread: whether the values are read from files, where `requires_grad` says nothing.
     """
-    check_reconstructible(pruner)
     if not unread and not any(target.parameter.requires_grad for target in targets.values()):
         raise ValueError(
             "reconstruction trains the weights that are kept, and all of them are frozen (requires_grad=False): "

@@ -167,7 +167,7 @@ def make_plan(
     for target in chosen.values():
         check_prunable(target, pruner.pattern, unread=unread)
     if reconstruction is not None:
-        check_trainable(pruner, chosen, unread=unread)
+        check_trainable(chosen, unread=unread)
     where = ranks.attempt(lambda: None if device is None else parsed_device(device))
     by_reader = {group.reader: group for group in groups}
     parts, lists = _with_targets(stages, chosen)

@@ -27,7 +27,7 @@ from prune_callbacks.engine.solving import BlockPruning
 from prune_callbacks.memory import peak_memory
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.ranks import ALONE, Ranks
-from prune_callbacks.reconstruction.settings import BlockReconstruction, check_reconstruction
+from prune_callbacks.reconstruction.settings import BlockReconstruction
 
 Order = Literal["sequential", "at_once"]
 
@@ -99,9 +99,7 @@ def prune_sequentially(
             for activations that are not finite or a Gram that cannot be factorised.
     """
     check_order(order)
-    check_reconstruction("prune_sequentially", reconstruction)
-    if reconstruction is not None:
-        check_reconstructible(pruner, order)
+    check_reconstructible("prune_sequentially", reconstruction, pruner, order)
     begin = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model
     batches, stages = _staged(model, batches, targets, blocks, forward, ranks)

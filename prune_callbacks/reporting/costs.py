@@ -24,12 +24,15 @@ class Cost(NamedTuple):
 
 
 def stage_costs(record: RunRecord) -> list[Cost]:
-    """Returns the costs of pruning and training, and of permuting and reconstruction if the run had them, in order."""
+    """Returns the costs of a run's stages, in order: pruning and training, and others that the run had."""
     measured, rebuilt = record.perplexity, record.reconstruction
     costs = []
     if record.permuting:
         gave = "an order of the channels of which the pattern keeps more"
         costs.append(Cost("permuting", record.permuting["seconds"], None, gave))
+    if record.writing:
+        gave = f"{record.writing['windows']:.0f} more calibration windows, by the dense model"
+        costs.append(Cost("writing windows", record.writing["seconds"], None, gave))
     prune = record.seconds.prune
     if prune is not None and rebuilt:
         prune -= rebuilt["seconds"]

@@ -85,6 +85,7 @@ class RunRecord:
         seconds: the wall time of the parts.
         tokens: how many tokens a part has seen, by its name: "prune" (calibration) and "recover" (training).
         permuting: of channels that were permuted before pruning: the seconds; {} without it.
+        writing: of calibration windows that the dense model wrote itself: their number and the seconds; {} without any.
         peak_memory_bytes: the largest peak of the process or device.
         pruner: the `repr` of the pruners.
         allocation: the `repr` of the allocation; None: the same sparsity in every layer.
@@ -126,6 +127,7 @@ class RunRecord:
     seconds: Seconds = field(default_factory=Seconds)
     tokens: dict[str, int] = field(default_factory=dict)
     permuting: dict[str, float] = field(default_factory=dict)
+    writing: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     pruner: str | None = None
     allocation: str | None = None

@@ -10,11 +10,12 @@ from torch import Tensor
 from prune_callbacks.anatomy.stages import block_stages
 from prune_callbacks.calibration.batches import Batch, named_inputs
 from prune_callbacks.calibration.described import described
+from prune_callbacks.engine.fitting import check_reconstructible
 from prune_callbacks.engine.plan import make_plan
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import coupled, needs_calibration
 from prune_callbacks.ranks import ALONE
-from prune_callbacks.reconstruction.settings import BlockReconstruction, check_reconstruction
+from prune_callbacks.reconstruction.settings import BlockReconstruction
 from prune_callbacks.reconstruction.windows import Windows, single_windows
 from prune_callbacks.recorded_warnings import RecordedWarnings
 from prune_callbacks.streaming.finishing import check_space, finish
@@ -81,7 +82,7 @@ def prune_checkpoint(
     environment sets MALLOC_MMAP_THRESHOLD_.
     """
     check_pruner("prune_checkpoint", pruner)
-    check_reconstruction("prune_checkpoint", reconstruction)
+    check_reconstructible("prune_checkpoint", reconstruction, pruner)
     source, target = Path(source), Path(target)
     _check_folders(source, target)
     if coupled(pruner):
