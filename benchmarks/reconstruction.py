@@ -27,12 +27,14 @@ from prune_callbacks import (
     NM,
     BlockReconstruction,
     MaskSet,
+    MeasuredAllocation,
     SparseGPT,
     Unstructured,
     Wanda,
     prune_sequentially,
     write_windows,
 )
+from prune_callbacks.extend import Allocation
 from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.storage.cells import open_results
@@ -40,13 +42,16 @@ from prune_callbacks.storage.model_folder import save_sparse_model
 from prune_callbacks.tasks import smollm2_135m
 from prune_callbacks.writing import write_json
 
-STARTS: dict[str, Pruner] = {
-    "ALPS 2:4": ALPS(NM(2, 4)),
-    "ALPS 50 %": ALPS(Unstructured(0.5)),
-    "ALPS 60 %": ALPS(Unstructured(0.6)),
-    "ALPS 70 %": ALPS(Unstructured(0.7)),
-    "SparseGPT 2:4": SparseGPT(NM(2, 4)),
-    "Wanda 2:4": Wanda(NM(2, 4)),
+STARTS: dict[str, tuple[Pruner, Allocation | None]] = {
+    "ALPS 2:4": (ALPS(NM(2, 4)), None),
+    "ALPS 50 %": (ALPS(Unstructured(0.5)), None),
+    "ALPS 60 %": (ALPS(Unstructured(0.6)), None),
+    "ALPS 70 %": (ALPS(Unstructured(0.7)), None),
+    "ALPS 50 %, allocated": (ALPS(Unstructured(0.5)), MeasuredAllocation()),
+    "ALPS 60 %, allocated": (ALPS(Unstructured(0.6)), MeasuredAllocation()),
+    "ALPS 70 %, allocated": (ALPS(Unstructured(0.7)), MeasuredAllocation()),
+    "SparseGPT 2:4": (SparseGPT(NM(2, 4)), None),
+    "Wanda 2:4": (Wanda(NM(2, 4)), None),
 }
 
 
@@ -104,7 +109,7 @@ def written(model: str, calibration: Tensor, count: int, folder: Path | None) ->
 
 
 def run(
-    model: str, pruner: Pruner, setting: Setting, calibration: Tensor, texts: dict[str, Tensor], folder: Path | None
+    model: str, start: str, setting: Setting, calibration: Tensor, texts: dict[str, Tensor], folder: Path | None
 ) -> tuple[dict[str, Any], torch.nn.Module, MaskSet]:
     """Prunes the model, with or without reconstruction; returns the cell, the model and its masks."""
     windows, writing = calibration, 0.0
@@ -113,7 +118,10 @@ def run(
         windows = torch.cat([calibration, further])
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     begin = time.perf_counter()
-    report = prune_sequentially(network, windows.split(4), pruner, reconstruction=setting.reconstruction)
+    pruner, allocation = STARTS[start]
+    report = prune_sequentially(
+        network, windows.split(4), pruner, allocation=allocation, reconstruction=setting.reconstruction
+    )
     seconds = time.perf_counter() - begin
     assert report.masks.violations(network.named_parameters()) == {}
     blocks = report.reconstruction
@@ -122,6 +130,7 @@ def run(
     cell["seconds"] = {
         "all": round(writing + seconds, 1),
         "writing": round(writing, 1),
+        "allocation": round(report.allocation_seconds, 1),
         "reconstruction": round(sum(block.seconds for block in blocks), 1),
     }
     cell["put_back"] = [block.name for block in blocks if block.put_back]
@@ -131,10 +140,10 @@ def run(
 
 def table(cells: dict[str, Any], texts: list[str]) -> None:
     """Prints the cells as a table."""
-    print(f"\n| | {' | '.join(texts)} | seconds | of these writing | reconstruction |")
-    print(f"|---|{'---|' * (len(texts) + 3)}")
+    print(f"\n| | {' | '.join(texts)} | seconds | of these writing | allocation | reconstruction |")
+    print(f"|---|{'---|' * (len(texts) + 4)}")
     for name, cell in cells.items():
-        seconds = {"all": 0, "writing": 0, "reconstruction": 0} | cell.get("seconds", {})
+        seconds = {"all": 0, "writing": 0, "allocation": 0, "reconstruction": 0} | cell.get("seconds", {})
         values = " | ".join(f"{cell[text]:.2f}" for text in texts)
         costs = " | ".join(f"{value:.0f}" for value in seconds.values())
         print(f"| {name} | {values} | {costs} |")
@@ -174,7 +183,7 @@ def main() -> None:
         for name in args.settings:
             key = f"{start}, {name}"
             if key not in results["cells"]:
-                cell, network, masks = run(path, STARTS[start], SETTINGS[name], calibration, texts, args.save)
+                cell, network, masks = run(path, start, SETTINGS[name], calibration, texts, args.save)
                 results["cells"][key] = cell
                 print(key, {k: v for k, v in cell.items() if k != "blocks"}, flush=True)
                 write_json(args.results, results)

@@ -39,6 +39,7 @@ from .sparsity import (
 )
 from .storage.consolidation import consolidate
 from .streaming import prune_checkpoint
+from .studies.measured_allocation import MeasuredAllocation
 from .tasks import CausalLM, LanguageModeling, LogitsDistillation, SquareHead, TokenDataModule
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "Magnitude",
     "MaskEnforcer",
     "MaskSet",
+    "MeasuredAllocation",
     "OneShotPrune",
     "PermuteChannels",
     "PruneReport",

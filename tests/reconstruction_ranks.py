@@ -6,7 +6,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from prune_callbacks import NM, BlockReconstruction, SparseGPT, prune_sequentially, write_windows
+from prune_callbacks import (
+    NM,
+    BlockReconstruction,
+    MeasuredAllocation,
+    SparseGPT,
+    Unstructured,
+    Wanda,
+    prune_sequentially,
+    write_windows,
+)
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.tasks import tiny_llama
 
@@ -50,5 +59,18 @@ both = write_windows(dense, shares["in turns"], 7, batch_size=3, progress=False,
 assert torch.equal(both, write_windows(dense, windows.split(1), 7, batch_size=3, progress=False))
 assert torch.equal(both[:, :16], windows[:7, :16])
 assert everywhere.gather(both.sum().item())[0] == both.sum()
+measured = dense.eval()
+report = prune_sequentially(
+    measured,
+    shares["in turns"],
+    Wanda(Unstructured(0.5)),
+    allocation=MeasuredAllocation(windows=2),
+    progress=False,
+    ranks=everywhere,
+)
+assert len({layer.sparsity for layer in report.layers}) > 2
+assert len({str(pattern) for pattern in everywhere.gather([layer.sparsity for layer in report.layers])}) == 1
+for name, value in measured.named_parameters():
+    assert torch.equal(everywhere.broadcast(value.detach().clone(), 0), value), name
 Path(sys.argv[1], f"{everywhere.rank}.done").touch()
 dist.destroy_process_group()

@@ -27,6 +27,20 @@ from prune_callbacks.sparsity import Pattern
 from prune_callbacks.sparsity.questions import at_sparsity, keeping, kept_of_group
 
 
+def importance_of(increase: Mapping[str, float], proxy: Mapping[str, float], what: str) -> dict[str, float]:
+    """
+    Returns the factors that convert losses into measured increases of perplexity; see `Sensitivity`.
+
+    Raises:
+        ValueError: nothing is sensitive; `what` names where the measurements are from.
+    """
+    importance = {name: value / max(proxy[name], 1e-12) for name, value in increase.items()}
+    largest = max(importance.values(), default=0.0)
+    if largest <= 0:
+        raise ValueError(f"{what} has no layer or block that is sensitive")
+    return {name: max(value, largest / 1000) for name, value in importance.items()}
+
+
 @dataclass(frozen=True)
 class LagrangianAllocation:
     """
@@ -71,11 +85,8 @@ class LagrangianAllocation:
             ValueError: there is no such file, or no sensitivity in it is positive.
         """
         cells = read_sensitivities(path)["cells"]
-        importance = {name: cell["increase"] / max(cell["proxy"], 1e-12) for name, cell in cells.items()}
-        largest = max(importance.values(), default=0.0)
-        if largest <= 0:
-            raise ValueError(f"{path} has no layer or block that is sensitive")
-        return cls(reach, points, {name: max(value, largest / 1000) for name, value in importance.items()})
+        increase, proxy = ({name: cell[key] for name, cell in cells.items()} for key in ("increase", "proxy"))
+        return cls(reach, points, importance_of(increase, proxy, str(path)))
 
     def check(self, pattern: Pattern) -> None:
         """Raises ValueError for a pattern other than `Unstructured` and `NM`."""

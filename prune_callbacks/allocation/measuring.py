@@ -33,6 +33,12 @@ def check_allocation(allocation: Allocation, pruner: Pruner) -> None:
     allocation.check(pruner.pattern)
 
 
+def prepared(allocation: Allocation, model: nn.Module, batches: Any, pruner: Pruner, **settings: Any) -> Allocation:
+    """Returns the allocation, which has measured the whole dense model if it has a method `prepared`; a collective."""
+    prepare = getattr(allocation, "prepared", None)
+    return allocation if prepare is None else prepare(model, batches, pruner, **settings)
+
+
 def allocate(
     allocation: Allocation,
     pruner: Pruner,

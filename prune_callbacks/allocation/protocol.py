@@ -30,6 +30,9 @@ class Allocation(Protocol):
     needed. `measure` is called once per block (once in all without a pass) with the block's weights, (out, in), and
     statistics, by layer name; it returns the values of these layers. `choose` is called once at the end with the values
     and shapes of all layers, and returns their patterns.
+
+    An allocation may also have a method `prepared(model, batches, pruner, *, targets, blocks, device, progress,
+    ranks)`, which is called first, on the dense model, and returns the allocation to use; see `MeasuredAllocation`.
     """
 
     def check(self, pattern: Pattern) -> None:

@@ -1,7 +1,7 @@
 """Lets a causal LM write further calibration windows itself."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -11,14 +11,10 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
-from prune_callbacks.anatomy.blocks import find_language_model, is_sequence_to_sequence
-from prune_callbacks.calibration.batches import Batch, accepted_inputs, device_of, named_inputs, real_tokens
-from prune_callbacks.calibration.checks import check_batch
+from prune_callbacks.calibration.batches import Batch, device_of, named_inputs
 from prune_callbacks.calibration.sources import evaluating
+from prune_callbacks.calibration.texts import language_model, moved, texts_of
 from prune_callbacks.ranks import ALONE, Ranks
-
-TEXT_KEYS = frozenset({"input_ids", "attention_mask", "position_ids", "cache_position", "use_cache"})
-"""Inputs of a batch that holds nothing but text."""
 
 
 def write_windows(
@@ -66,8 +62,8 @@ def write_windows(
     for name, value in (("count", count), ("prompt_tokens", prompt_tokens), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"write_windows: {name} must be a whole number of at least 1, got {value!r}")
-    language_model = writer("write_windows", model)
-    given = ranks.attempt(lambda: [_texts(language_model, named_inputs(batch)) for batch in batches])
+    whole = language_model("write_windows", model)
+    given = ranks.attempt(lambda: [texts_of("write_windows", whole, named_inputs(batch)) for batch in batches])
     dealt = zip_longest(*ranks.gather(given), fillvalue=())
     texts: list[Tensor] = [text for turn in dealt for batch in turn for text in batch]
     prompts = [text[:prompt_tokens] for text in texts if len(text) > prompt_tokens]
@@ -82,35 +78,13 @@ def write_windows(
 
     def write() -> dict[int, Tensor]:
         show = progress and ranks.rank == 0
-        with Progress(disable=not show) as bar, _writing(language_model, device):
+        with Progress(disable=not show) as bar, _writing(whole, device):
             task = bar.add_task(f"writing {count} windows", total=len(mine) * (tokens - prompt_tokens))
             step = _Step(lambda: bar.advance(task))
-            return {n: _written(language_model, wanted[n], tokens, seed + n, step) for n in mine}
+            return {n: _written(whole, wanted[n], tokens, seed + n, step) for n in mine}
 
     parts = dict(chain.from_iterable(part.items() for part in ranks.gather(ranks.attempt(write))))
     return torch.cat([parts[number] for number in range(len(wanted))])
-
-
-def writer(who: str, model: nn.Module) -> PreTrainedModel:
-    """Returns the causal LM in a module; raises ValueError, naming who asks, if it writes no text from token ids."""
-    found = find_language_model(getattr(model, "_orig_mod", model))
-    if not isinstance(found, PreTrainedModel) or not found.can_generate() or is_sequence_to_sequence(found):
-        raise ValueError(
-            f"{who}: {type(found).__name__} cannot write windows; that takes a causal LM of transformers, whose "
-            "generate() continues token ids"
-        )
-    return found
-
-
-def _texts(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
-    """Returns the real tokens of every window of a batch."""
-    check_batch(model, batch)
-    inputs = accepted_inputs(model, batch)
-    if "input_ids" not in inputs or not inputs.keys() <= TEXT_KEYS:
-        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(f"write_windows continues text, so batches must hold token ids alone; this one holds {found}")
-    ids, real = inputs["input_ids"].cpu().long(), real_tokens(batch)
-    return list(ids) if real is None else [row[keep] for row, keep in zip(ids, real.cpu(), strict=True)]
 
 
 class _Step(StoppingCriteria):
@@ -127,16 +101,16 @@ class _Step(StoppingCriteria):
 @contextmanager
 def _writing(model: PreTrainedModel, device: torch.device | str | None) -> Iterator[None]:
     """Moves a model to the device, in evaluation mode, without the generation settings of its own."""
-    before, settings = device_of(model), model.generation_config
-    there = before if device is None else torch.device(device)
+    settings = model.generation_config
     try:
-        model.to(there)
-        model.generation_config = GenerationConfig()
-        with evaluating(model), torch.random.fork_rng([there] if there.type == "cuda" else []):
+        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(model))
+            there = stack.enter_context(moved(model, device))
+            stack.enter_context(torch.random.fork_rng([there] if there.type == "cuda" else []))
             yield
     finally:
         model.generation_config = settings
-        model.to(before)
 
 
 @torch.no_grad()
@@ -144,7 +118,8 @@ def _written(model: PreTrainedModel, prompts: Tensor, tokens: int, seed: int, st
     """Continues prompts to windows."""
     torch.manual_seed(seed)
     ids = prompts.to(device_of(model))
-    drawn = model.generate(
+    generate: Any = model.generate
+    drawn: Tensor = generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens - ids.shape[1],

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from prune_callbacks.allocation.measuring import check_allocation
 from prune_callbacks.allocation.protocol import Allocation
-from prune_callbacks.calibration.written import writer
+from prune_callbacks.calibration.texts import language_model
 from prune_callbacks.callbacks.calibration_batches import calibration_batches, check_counts, with_written
 from prune_callbacks.callbacks.kinds import PrunesOnce, renamed
 from prune_callbacks.callbacks.lightning_internals import logs_now, makes_in_setup, resumed_checkpoint
@@ -139,7 +139,7 @@ class OneShotPrune(PrunesOnce):
             )
         model = model_in_setup("OneShotPrune", pl_module, self.blocks)
         if self.written_windows:
-            writer("OneShotPrune(written_windows=...)", model)
+            language_model("OneShotPrune(written_windows=...)", model)
         if self.dirpath is not None:
             check_savable(model)
         self._layers = layer_names(pl_module, self.blocks) if makes_in_setup(pl_module) else None

@@ -94,6 +94,8 @@ def note_costs(
     run.seconds.prune = (report.seconds if report else 0.0) + (iterative.seconds if iterative is not None else 0.0)
     if report and report.tokens:
         run.tokens["prune"] = report.tokens
+    if report and report.allocation_seconds:
+        run.allocating = {"seconds": report.allocation_seconds}
     if one_shot is not None and one_shot.writing_seconds:
         run.writing = {"windows": one_shot.written_windows, "seconds": one_shot.writing_seconds}
     permute = Lineup(trainer).first(PermuteChannels)

@@ -56,6 +56,7 @@ class PruneReport(Result):
         reconstruction: one entry per reconstructed block, in order; () without reconstruction.
         tokens: how many calibration tokens there were on all ranks; 0 for batches of other kinds.
         untrained: the reason for every parameter of these blocks that reconstruction left as it was, by name.
+        allocation_seconds: wall time of measuring the dense model for an allocation, a part of `seconds`.
     """
 
     masks: MaskSet
@@ -70,6 +71,7 @@ class PruneReport(Result):
     reconstruction: tuple[BlockReport, ...] = ()
     untrained: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
+    allocation_seconds: float = 0.0
 
     @property
     def sparsity(self) -> float:
@@ -91,6 +93,7 @@ class PruneReport(Result):
             "reconstruction": [asdict(block) for block in self.reconstruction],
             "untrained": dict(self.untrained),
             "tokens": self.tokens,
+            "allocation_seconds": self.allocation_seconds,
         }
 
     @classmethod
@@ -109,6 +112,7 @@ class PruneReport(Result):
             reconstruction=tuple(BlockReport(**block) for block in state.get("reconstruction", ())),
             untrained=state.get("untrained", {}),
             tokens=state.get("tokens", 0),
+            allocation_seconds=state.get("allocation_seconds", 0.0),
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prune_callbacks.allocation.measuring import allocate
+from prune_callbacks.allocation.measuring import allocate, prepared
 from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.anatomy.stages import Stages, find_stages
 from prune_callbacks.calibration.batches import Batch, OwnStep, named_inputs
@@ -120,6 +120,12 @@ def prune_sequentially(
         torch.cuda.reset_peak_memory_stats(plan.device)
     run = BlockPruning(plan, ranks, min_expert_tokens)
     share_weights(model, ranks)
+    if plan.allocation is not None:
+        started = time.perf_counter()
+        batches = None if batches is None else [named_inputs(batch) for batch in batches]
+        common = {"targets": targets, "blocks": blocks, "device": plan.device, "progress": progress, "ranks": ranks}
+        plan = replace(plan, allocation=prepared(plan.allocation, model, batches, pruner, **common))
+        run.allocation_seconds = time.perf_counter() - started
     run.tokens = sum(ranks.gather(sum(map(count_tokens, [] if batches is None else batches))))
     peak = _prune_blocks(model, batches, windows, plan, run, ranks, order, show=progress and ranks.rank == 0)
     if not run.layers:
@@ -176,7 +182,9 @@ def _prune_blocks(
             source.chain("reconstruction", plan.lists)  # before anything is measured
         if plan.allocation is not None:
             bar.update(task, description=f"{type(plan.allocation).__name__}: measuring the dense model")
+            started = time.perf_counter()
             run.pruners = allocate(plan.allocation, plan.pruner, plan.reached, plan.targets, source, plan.device, ranks)
+            run.allocation_seconds += time.perf_counter() - started
         if order == "at_once":
             plan = replace(plan, blocks=[("", model)], lists=[None])  # one stage, with all targets
             source = source_of(plan)

@@ -48,6 +48,7 @@ class BlockPruning:
         self.reconstruction: tuple[BlockReport, ...] = ()
         self.untrained: dict[str, str] = {}
         self.tokens = 0
+        self.allocation_seconds = 0.0
         self.few_tokens = False
 
     def prune(self, targets: dict[str, Target], statistics: Statistics, advance: Callable[[int], None]) -> None:
@@ -97,6 +98,7 @@ class BlockPruning:
             self.reconstruction,
             self.untrained,
             self.tokens,
+            self.allocation_seconds,
         )
 
     def leave_dense(self, block: str, targets: Mapping[str, Target], advance: Callable[[int], None]) -> None:

@@ -34,8 +34,10 @@ def stage_costs(record: RunRecord) -> list[Cost]:
         gave = f"{record.writing['windows']:.0f} more calibration windows, by the dense model"
         costs.append(Cost("writing windows", record.writing["seconds"], None, gave))
     prune = record.seconds.prune
-    if prune is not None and rebuilt:
-        prune -= rebuilt["seconds"]
+    if record.allocating:
+        costs.append(Cost("allocation", record.allocating["seconds"], None, "a sparsity for every layer"))
+    if prune is not None:
+        prune -= sum(part["seconds"] for part in (rebuilt, record.allocating) if part)
     costs.append(
         Cost("pruning", prune, record.tokens.get("prune"), "" if rebuilt else _step(measured, "dense", "pruned"))
     )

@@ -86,6 +86,7 @@ class RunRecord:
         tokens: how many tokens a part has seen, by its name: "prune" (calibration) and "recover" (training).
         permuting: of channels that were permuted before pruning: the seconds; {} without it.
         writing: of calibration windows that the dense model wrote itself: their number and the seconds; {} without any.
+        allocating: of the dense model's measuring for an allocation: the seconds, also in `prune`; {} without one.
         peak_memory_bytes: the largest peak of the process or device.
         pruner: the `repr` of the pruners.
         allocation: the `repr` of the allocation; None: the same sparsity in every layer.
@@ -128,6 +129,7 @@ class RunRecord:
     tokens: dict[str, int] = field(default_factory=dict)
     permuting: dict[str, float] = field(default_factory=dict)
     writing: dict[str, float] = field(default_factory=dict)
+    allocating: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     pruner: str | None = None
     allocation: str | None = None

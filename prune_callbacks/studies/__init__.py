@@ -1,7 +1,6 @@
 """Measures the effect of pruning on a model, one change at a time."""
 
-from prune_callbacks.studies.sensitivity import Sensitivity, sensitivity
-from prune_callbacks.studies.sensitivity_job import measure_sensitivity
-from prune_callbacks.studies.sweep import sweep_job, sweep_point
+import lazy_loader
 
-__all__ = ["Sensitivity", "measure_sensitivity", "sensitivity", "sweep_job", "sweep_point"]
+# Imported on first use: MeasuredAllocation does not import the packages that draw reports.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

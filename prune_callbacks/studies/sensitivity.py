@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from prune_callbacks.anatomy.names import naming
@@ -73,6 +72,8 @@ class Sensitivity(Result):
 def _spearman(one: Mapping[str, float], other: Mapping[str, float]) -> float:
     if len(one) < 3:
         return float("nan")
+    from scipy.stats import spearmanr  # only here: MeasuredAllocation needs no scipy
+
     return float(spearmanr(list(one.values()), [other[name] for name in one]).statistic)
 
 
