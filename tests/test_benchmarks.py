@@ -1,18 +1,29 @@
 """The benchmark scripts, on shapes that take no time: that they run, and measure what they say."""
 
+import copy
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiers import slow
 
-from prune_callbacks import NM, BlockReconstruction, Gram, Unstructured
+from prune_callbacks import (
+    ALPS,
+    NM,
+    BlockReconstruction,
+    Gram,
+    MeasuredAllocation,
+    Unstructured,
+    Wanda,
+    prune_sequentially,
+)
 from prune_callbacks.solvers.linalg import damp
 from prune_callbacks.tasks import tiny_llama
 
@@ -78,7 +89,9 @@ def test_prune_llama7b_prunes_every_layer_and_keeps_what_it_measured(tmp_path, m
 
 def test_reconstruction_measures_its_starts_and_goes_on_where_it_stopped(tmp_path, tokenizer, capsys, monkeypatch):
     bench = load("reconstruction")
-    monkeypatch.setattr(bench, "SETTINGS", {"alone": None, "reconstruction": BlockReconstruction(passes=1)})
+    once = bench.Setting(BlockReconstruction(passes=1), written=3)
+    monkeypatch.setattr(bench, "SETTINGS", {"alone": bench.Setting(None), "reconstruction": once})
+    monkeypatch.setitem(bench.STARTS, "Wanda, allocated", (Wanda(Unstructured(0.5)), MeasuredAllocation()))
     tiny_llama(hidden_size=32, layers=2).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     texts = ["".join(f"{n} times {m} is {n * m}\n" for n in range(40)) for m in range(6)]
@@ -86,23 +99,92 @@ def test_reconstruction_measures_its_starts_and_goes_on_where_it_stopped(tmp_pat
     save_file({"calibration": windows, "wikitext2": windows[:2].clone()}, tmp_path / "windows.safetensors")
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     command = ["reconstruction.py", "windows.safetensors", "--model", "model", "--held-out", "text.jsonl"]
-    command += ["--starts", "Wanda 2:4", "SparseGPT 2:4", "--results", "results.json", "--save", "models"]
+    command += [
+        "--starts",
+        "Wanda 2:4",
+        "SparseGPT 2:4",
+        "Wanda, allocated",
+        "--results",
+        "results.json",
+        "--save",
+        "models",
+    ]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", command)
     bench.main()
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["setting"]["texts"]["held_out"] == [2, 32]  # not the documents of the calibration windows
     cells = results["cells"]
-    assert len(cells) == 5
+    assert len(cells) == 7
+    assert cells["Wanda, allocated, alone"]["seconds"]["allocation"] > 0
+    assert load_file(tmp_path / "models/written_3.safetensors")["windows"].shape == (3, 32)
     for start in ("Wanda 2:4", "SparseGPT 2:4"):
         alone, after = (cells[f"{start}, {name}"] for name in ("alone", "reconstruction"))
         assert (len(alone["blocks"]), len(after["blocks"])) == (0, 2)
         assert alone["seconds"]["reconstruction"] == 0 <= after["seconds"]["reconstruction"] <= after["seconds"]["all"]
+        assert (alone["written"], after["written"]) == (0, 3)
+        assert alone["seconds"]["writing"] == alone["seconds"]["allocation"] == 0
         assert alone["held_out"] != after["held_out"]
         assert (tmp_path / "models" / f"{start}, reconstruction".replace(" ", "_") / "masks.safetensors").exists()
     assert "| Wanda 2:4, reconstruction |" in capsys.readouterr().out
     monkeypatch.setattr(bench, "run", None)  # nothing is left to measure
     bench.main()
+
+
+def test_the_search_runs_every_form_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)  # it shares functions with the script beside it
+    bench = load("reconstruction_search")
+    monkeypatch.setattr(
+        bench,
+        "FORMS",
+        {name: replace(form, learning_rate=form.learning_rate * 5) for name, form in bench.FORMS.items()},
+    )
+    model = tiny_llama(hidden_size=32, layers=3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(4)
+    model.save_pretrained(tmp_path / "model")
+    windows = torch.randint(3, 200, (6, 32), generator=torch.Generator().manual_seed(0))
+    save_file({"calibration": windows, "wikitext2": windows[:4].clone()}, tmp_path / "windows.safetensors")
+    command = ["reconstruction_search.py", str(tmp_path / "windows.safetensors"), "--model", str(tmp_path / "model")]
+    monkeypatch.setattr(sys, "argv", [*command, "--blocks", "2", "--results", str(tmp_path / "results.json")])
+    bench.main()
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    assert list(cells) == list(bench.FORMS)
+    assert len({cell["wikitext2"] for cell in cells.values()}) == len(cells)  # no two are the same training
+    monkeypatch.setattr(bench, "reconstructed", None)  # nothing is left to train
+    bench.main()
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch": 4}, {"passes": 0}], ids=str)
+def test_the_searched_form_is_the_librarys(settings, tmp_path, monkeypatch):
+    """Trains one block by the script's loop and by the library, which take other orders of the windows."""
+    monkeypatch.syspath_prepend(FOLDER)
+    bench = load("reconstruction_search")
+    tiny_llama(hidden_size=32, layers=2).save_pretrained(tmp_path / "model")
+    windows = torch.randint(3, 200, (16, 32), generator=torch.Generator().manual_seed(0))
+    form = bench.Form(**settings)
+    searched = bench.reconstructed(str(tmp_path / "model"), form, 1, windows)
+    dense = tiny_llama(hidden_size=32, layers=2)
+    library, control = copy.deepcopy(dense), copy.deepcopy(dense)
+    own = BlockReconstruction(passes=3, held_out=0, batch_size=form.batch)
+    targets = "model.layers.0.*"
+    for model, reconstruction in ((library, own), (control, None)):
+        prune_sequentially(
+            model, windows.split(1), ALPS(NM(2, 4)), targets=targets, reconstruction=reconstruction, progress=False
+        )
+
+    def error(model):
+        with torch.no_grad():
+            output, target = (
+                m.model(windows, use_cache=False, output_hidden_states=True).hidden_states[1] for m in (model, dense)
+            )
+        return float(((output - target).square().sum(-1) / target.square().sum(-1)).mean())
+
+    assert error(library) < 0.9 * error(control)
+    close = abs(error(searched) / error(library) - 1) < 0.03
+    assert close is (form.passes > 0), (error(searched), error(library), error(control))
 
 
 def test_recovery_trains_every_method_and_goes_on_where_it_stopped(tmp_path, tokenizer, capsys, monkeypatch):
