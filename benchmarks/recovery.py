@@ -57,12 +57,13 @@ METHODS: dict[str, tuple[str, bool | None, list[float]]] = {
     "full, text and logits": ("text and logits", None, FULL),
     "full, text and SquareHead": ("text and SquareHead", None, FULL),
     "masked LoRA, text": ("text", True, LORA),
+    "masked LoRA, text and logits": ("text and logits", True, LORA),
     "plain LoRA (not merged), text": ("text", False, LORA),
 }
 
 
 def train(
-    folder: Path, dense: str, data: TokenDataModule, method: str, lr: float, rank: int
+    folder: Path, dense: str, data: TokenDataModule, method: str, lr: float, rank: int, warmup: int = 5
 ) -> tuple[torch.nn.Module, float]:
     """The recovered model and the seconds of training."""
     objective, masked, _ = METHODS[method]
@@ -73,7 +74,7 @@ def train(
     module = CausalLM(
         model,
         partial(torch.optim.AdamW, lr=lr, weight_decay=0.0),
-        partial(transformers.get_cosine_schedule_with_warmup, num_warmup_steps=5),
+        partial(transformers.get_cosine_schedule_with_warmup, num_warmup_steps=warmup),
         OBJECTIVES[objective](teacher),
     )
     callbacks: list[Any] = [MaskEnforcer(masks), TQDMProgressBar(refresh_rate=8)]

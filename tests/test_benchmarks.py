@@ -25,6 +25,7 @@ from prune_callbacks import (
     prune_sequentially,
 )
 from prune_callbacks.solvers.linalg import damp
+from prune_callbacks.storage.model_folder import save_sparse_model
 from prune_callbacks.tasks import tiny_llama
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -215,6 +216,53 @@ def test_recovery_trains_every_method_and_goes_on_where_it_stopped(tmp_path, tok
     monkeypatch.setattr(sys, "argv", [*command, "--train-windows", "5"])
     with pytest.raises(ValueError, match="holds results of another setting"):
         bench.main()
+
+
+def test_recovery_per_token_trains_from_every_start_and_goes_on(tmp_path, tokenizer, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    bench = load("recovery_per_token")
+    monkeypatch.setattr(bench, "LENGTH", 32)
+    monkeypatch.setitem(bench.METHODS, "masked LoRA, text and logits", ("text and logits", True, [0.02, 0.05]))
+    dense = tiny_llama(hidden_size=32, layers=2)
+    dense.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    made = {}
+    for pruner in (Wanda(NM(2, 4)), ALPS(Unstructured(0.5))):
+        model, name = copy.deepcopy(dense), f"{type(pruner).__name__} alone"
+        report = prune_sequentially(model, list(torch.randint(3, 200, (4, 2, 32))), pruner, progress=False)
+        save_sparse_model(model, report.masks, tmp_path / name.replace(" ", "_"))
+        made[name] = {"seconds": {"all": 60.0}}
+    (tmp_path / "made.json").write_text(json.dumps({"cells": made | {"dense": {}}}))
+    (tmp_path / "text.txt").write_text("".join(f"{n} times {n} is {n * n}\n" for n in range(800)))
+    save_file({"wikitext2": torch.randint(3, 200, (2, 32))}, tmp_path / "windows.safetensors")
+    command = ["x", "text.txt", "windows.safetensors", "--starts", "Wanda_alone", "ALPS_alone", "--tokens", "64", "256"]
+    command += ["--model", "model", "--made", "made.json", "--results", "r.json"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", command)
+    bench.main()
+    cells = json.loads((tmp_path / "r.json").read_text())["cells"]
+    trained = {key: cell for key, cell in cells.items() if "tokens" in cell}
+    assert len(cells) == 3 + len(trained)
+    assert sorted((cell["start"], cell["tokens"]) for cell in trained.values()) == [
+        *[("ALPS alone", 64)] * 2,
+        ("ALPS alone", 256),
+        *[("Wanda alone", 64)] * 2,
+        ("Wanda alone", 256),
+    ]
+    for start in made:
+        few, many = (bench.best_of(cells, start, count)["held_out"] for count in (64, 256))
+        assert many < few < cells[start]["held_out"]
+    assert bench.recovered(28.0, 100.0, 28.0) == pytest.approx(1)
+    assert bench.recovered(50.0, 100.0, 25.0) == pytest.approx(0.5)
+    printed = capsys.readouterr().out
+    assert "| Wanda alone | 1.0 |" in printed
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+    monkeypatch.setattr(bench, "train", None)  # nothing is left to train
+    bench.main()
+    monkeypatch.setattr(sys, "argv", [*command, "--starts", "other"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "does not say how ['other'] were made" in capsys.readouterr().err
 
 
 def test_enforcer_measures_the_step_its_share_and_its_memory(tmp_path, monkeypatch):
