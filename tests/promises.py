@@ -300,6 +300,22 @@ PROMISES = {
         ),
         ("test_reconstruction::test_control_without_masks_the_zeros_are_trained_away",),
     ),
+    "windows that a model writes have its own distribution": Promise(
+        (
+            "test_written_windows::test_tokens_have_the_models_own_distribution",
+            "test_written_windows::test_windows_begin_as_the_given_ones_in_turn_and_are_as_long_as_the_longest",
+            "test_written_windows::test_one_shot_prune_calibrates_on_given_and_written_windows",
+            "test_written_windows::test_the_seed_decides_and_nothing_else_changes",
+        ),
+        ("test_written_windows::test_tokens_have_the_models_own_distribution",),
+    ),
+    "an allocation measured in one step is the one measured by hand": Promise(
+        (
+            "test_measured_allocation::test_one_step_equals_measuring_by_hand_into_a_file",
+            "test_measured_allocation::test_other_pruners_get_the_sparsities_that_wanda_measured",
+            "test_measured_allocation::test_a_fit_allocates_and_the_report_shows_what_it_took",
+        ),
+    ),
     "solvers are exact whatever precision is set for products": Promise(
         ("test_precision::test_solvers_give_what_they_give_in_full_precision",),
         ("test_precision::test_the_users_precision_is_there_again_also_after_an_error",),
