@@ -31,6 +31,7 @@ from prune_callbacks import (
     SparseGPT,
     Unstructured,
     Wanda,
+    permute_channels_,
     prune_sequentially,
     write_windows,
 )
@@ -42,8 +43,10 @@ from prune_callbacks.storage.model_folder import save_sparse_model
 from prune_callbacks.tasks import smollm2_135m
 from prune_callbacks.writing import write_json
 
+PERMUTED = "ALPS 2:4, permuted"
 STARTS: dict[str, tuple[Pruner, Allocation | None]] = {
     "ALPS 2:4": (ALPS(NM(2, 4)), None),
+    PERMUTED: (ALPS(NM(2, 4)), None),
     "ALPS 50 %": (ALPS(Unstructured(0.5)), None),
     "ALPS 60 %": (ALPS(Unstructured(0.6)), None),
     "ALPS 70 %": (ALPS(Unstructured(0.7)), None),
@@ -119,6 +122,8 @@ def run(
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     begin = time.perf_counter()
     pruner, allocation = STARTS[start]
+    if start == PERMUTED:
+        permute_channels_(network, windows.split(4), pruner.pattern)
     report = prune_sequentially(
         network, windows.split(4), pruner, allocation=allocation, reconstruction=setting.reconstruction
     )

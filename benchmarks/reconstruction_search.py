@@ -196,6 +196,17 @@ def train(
 
 
 @torch.no_grad()
+def shrinkage(model: nn.Module, dense: nn.Module, windows: Tensor, blocks: int) -> float:
+    """Returns the norm of what the trained blocks add to the residual stream over that in the dense model, a median."""
+    ratios = []
+    for window in windows.split(1):
+        ways = [m.model(window, use_cache=False, output_hidden_states=True).hidden_states for m in (model, dense)]
+        added, before = ((states[blocks] - states[0]).norm(dim=-1) for states in ways)
+        ratios.append((added / before).flatten())
+    return round(float(torch.cat(ratios).median()), 4)
+
+
+@torch.no_grad()
 def reconstructed(path: str, form: Form, blocks: int, calibration: Tensor) -> nn.Module:
     """Returns the model with its first blocks pruned and trained in one form."""
     torch.manual_seed(0)
@@ -261,15 +272,18 @@ def main() -> None:
     setting |= {"matmul_precision": args.matmul_precision, "texts": {k: list(v.shape) for k, v in texts.items()}}
     results = open_results(args.results, setting)
     results["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     for name in args.forms:
         if name not in results["cells"]:
             begin = time.perf_counter()
             model = reconstructed(path, FORMS[name], args.blocks, calibration)
             seconds = round(time.perf_counter() - begin, 1)
-            results["cells"][name] = measure(model, texts) | {"seconds": seconds}
+            added = shrinkage(model, dense, texts["wikitext2"], args.blocks)
+            results["cells"][name] = measure(model, texts) | {"seconds": seconds, "added_over_dense": added}
             write_json(args.results, results)
         cell = results["cells"][name]
-        print(f"| {name} | {' | '.join(f'{cell[text]:.2f}' for text in texts)} | {cell['seconds']:.0f} |", flush=True)
+        values = " | ".join(f"{cell[text]:.2f}" for text in texts)
+        print(f"| {name} | {values} | {cell['added_over_dense']:.3f} | {cell['seconds']:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
