@@ -11,7 +11,6 @@ Results are written after every run; start again, and what is finished is not me
 
 import argparse
 import json
-import math
 import platform
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from recovery import METHODS, measure, train
 from safetensors.torch import load_file
+from tables import recovered
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_callbacks import TokenDataModule
@@ -47,34 +47,10 @@ def windows_of(text: Path, tokenizer: Any, count: int) -> TokenDataModule:
     return data
 
 
-def recovered(value: float, pruned: float, dense: float) -> float:
-    """Returns the fraction of the lost log-perplexity that came back."""
-    return math.log(pruned / value) / math.log(pruned / dense)
-
-
 def best_of(cells: dict[str, Any], start: str, tokens: int) -> dict[str, Any] | None:
     """Returns the cell of the learning rate that is best on the held-out text."""
     found = [cell for cell in cells.values() if cell.get("start") == start and cell.get("tokens") == tokens]
     return min(found, key=lambda cell: float(cell["held_out"]), default=None)
-
-
-def table(results: dict[str, Any], starts: list[str], tokens: list[int]) -> None:
-    """Prints perplexity and the recovered fraction by start and number of tokens."""
-    cells = results["cells"]
-    dense = cells["dense"]["reported"]
-    print("\n| start | minutes to make | perplexity |" + "".join(f" {count:,} tokens |" for count in tokens))
-    print("|---|---|---|" + "---|" * len(tokens))
-    for start in starts:
-        pruned = cells[start]
-        row = f"| {start} | {pruned['minutes']:.1f} | {pruned['reported']:.2f} |"
-        for count in tokens:
-            cell = best_of(cells, start, count)
-            if cell is None:
-                row += " |"
-                continue
-            share = recovered(cell["reported"], pruned["reported"], dense)
-            row += f" {cell['reported']:.2f} ({share:.0%}), {cell['seconds'] / 60:.1f} min |"
-        print(row)
 
 
 def draw(results: dict[str, Any], starts: list[str], tokens: list[int], path: Path) -> None:
@@ -155,7 +131,7 @@ def main() -> None:
             rates[folder] = [best["lr"]]
     starts = [names[folder.name] for folder in args.starts]
     write_json(args.results, results)
-    table(results, starts, sorted(parts))
+    print(f"\n{recovered(cells)}")
     draw(results, starts, sorted(parts), args.picture or args.results.with_suffix(".png"))
 
 

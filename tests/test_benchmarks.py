@@ -252,8 +252,9 @@ def test_recovery_per_token_trains_from_every_start_and_goes_on(tmp_path, tokeni
     for start in made:
         few, many = (bench.best_of(cells, start, count)["held_out"] for count in (64, 256))
         assert many < few < cells[start]["held_out"]
-    assert bench.recovered(28.0, 100.0, 28.0) == pytest.approx(1)
-    assert bench.recovered(50.0, 100.0, 25.0) == pytest.approx(0.5)
+    known = {"dense": {"reported": 25.0}, "x": {"reported": 100.0, "minutes": 2.0}}
+    known |= {str(n): {"start": "x", "tokens": 64, "held_out": n, "reported": 50.0 + n, "seconds": 6} for n in (0, 1)}
+    assert "| x | 2.0 | 100.00 | 50.00 (50%, 0.1 min) |" in bench.recovered(known)
     printed = capsys.readouterr().out
     assert "| Wanda alone | 1.0 |" in printed
     assert (tmp_path / "r.png").stat().st_size > 10_000
@@ -413,3 +414,20 @@ def test_whole_models_are_pruned_in_processes_of_their_own(tmp_path, monkeypatch
     monkeypatch.setattr(bench, "run", None)  # nothing is run again
     bench.main()
     assert "| Wanda | prune-callbacks |" in capsys.readouterr().out
+
+
+def test_the_tables_of_the_docs_are_those_of_the_results():
+    tables = load("tables")
+    marks = [mark for page in tables.PAGES for mark in tables.MARK.findall(page.read_text())]
+    assert {name for _, name, _ in marks} == set(tables.TABLES)
+    for page in tables.PAGES:
+        assert tables.written(page.read_text()) == page.read_text(), f"run python benchmarks/tables.py: {page.name}"
+
+
+def test_a_table_that_was_typed_is_made_anew(monkeypatch):
+    tables = load("tables")
+    monkeypatch.setattr(tables, "TABLES", {"one-two": lambda: "| a |\n|---|\n"})
+    page = "before\n<!-- one-two -->\n| typed |\n<!-- end of one-two -->\nafter <!-- other\n"
+    assert tables.written(page) == "before\n<!-- one-two -->\n| a |\n|---|\n<!-- end of one-two -->\nafter <!-- other\n"
+    with pytest.raises(KeyError, match="three"):
+        tables.written("<!-- three -->\n<!-- end of three -->")
