@@ -94,7 +94,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         output.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, output / "config.yaml")
     if cfg.job is not None:
-        return {"job": rank_zero_only(instantiate)(cfg.job)}
+        return {"job": (instantiate if cfg.on_all_ranks else rank_zero_only(instantiate))(cfg.job)}
     datamodule = instantiate(cfg.data)
     module = instantiate(cfg.module)
     callbacks = instantiate(cfg.callbacks)

@@ -1,5 +1,6 @@
 """Ranks: the processes of a job that share work, or a single process."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,6 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+class EverywhereError(Exception):
+    """An error that `Ranks.attempt` raises on all ranks as it is, for all of them to handle in the same way."""
 
 
 class Ranks:
@@ -91,6 +96,7 @@ class Ranks:
         Raises:
             ValueError: on every rank, if `work` failed on any. The rank that failed, and a single process, raise the
                 original error instead.
+            EverywhereError: as it is, on every rank, if `work` raised one on any.
         """
         if self.size == 1:
             return work()
@@ -99,10 +105,13 @@ class Ranks:
             value = work()
         except Exception as error:
             mine = error
-        problems = self.gather(None if mine is None else str(mine) or type(mine).__name__)
+        shown = mine if mine is None or isinstance(mine, EverywhereError) else str(mine) or type(mine).__name__
+        problems = self.gather(shown)
         if mine is not None:
             raise mine
         for rank, problem in enumerate(problems):
+            if isinstance(problem, EverywhereError):
+                raise problem
             if problem is not None:
                 raise ValueError(f"rank {rank}: {problem}")
         return value
@@ -129,3 +138,24 @@ def patient_ranks(device: torch.device) -> Iterator[Ranks]:
         yield Ranks(group, device_group=dist.group.WORLD if device.type == "cuda" else None)
     finally:
         dist.destroy_process_group(group)
+
+
+@contextmanager
+def launched_ranks(device: torch.device) -> Iterator[Ranks]:
+    """
+    Yields the processes that torchrun has started, in a group that ends with the context; `ALONE` without torchrun.
+
+    Args:
+        device: the device that this process works on; a GPU is made the current one.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    begun = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if begun:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        with patient_ranks(device) as ranks:
+            yield ranks
+    finally:
+        if begun:
+            dist.destroy_process_group()

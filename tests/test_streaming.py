@@ -434,7 +434,7 @@ def test_the_source_is_no_target(tmp_path, source, batches):
 
 
 def test_two_processes_do_not_write_into_one_folder(tmp_path, source, batches):
-    from prune_callbacks.streaming.journal import alone
+    from prune_callbacks.streaming.together import alone
 
     with alone(tmp_path / "target"):
         refuses(source, tmp_path / "target", batches, "another process is pruning into .*target; wait for it")

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.names import names_by_tensor
 from prune_callbacks.calibration.batches import Batch
+from prune_callbacks.ranks import EverywhereError
 from prune_callbacks.streaming.skeleton import drop, fill
 from prune_callbacks.streaming.source import CheckpointFolder
 
 
-class OtherTokensError(Exception):
+class OtherTokensError(EverywhereError):
     """A model looks up embeddings of tokens that no calibration batch holds, as of a prompt of its own."""
 
 

@@ -1,7 +1,7 @@
 """The inputs of the decoder blocks: hidden states in files, all other arguments stored once for all windows."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prune_callbacks.calibration.batches import Batch, change_tensors
 from prune_callbacks.calibration.capture import capture_one_by_one, run_block
 from prune_callbacks.calibration.stand_ins import BlockInputs, Call
+from prune_callbacks.ranks import Ranks
 from prune_callbacks.streaming.files import remove_folder, whole, write_tensors
 from prune_callbacks.writing import PARTIAL, rename
 
@@ -56,7 +57,7 @@ class StoredInputs(BlockInputs):
 
 
 def store_inputs(
-    model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Batch], folder: Path
+    model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Batch], folder: Path, ranks: Ranks
 ) -> list[StoredInputs]:
     """
     Captures the inputs of the blocks; hidden states that enter the first block are written to `folder`.
@@ -64,48 +65,70 @@ def store_inputs(
     Args:
         model: a model whose modules before the blocks, and whose first block, have weights.
         blocks: the decoder blocks of the model.
-        batches: calibration batches of token ids.
+        batches: calibration batches of token ids, of this rank; maybe none.
         folder: the folder of the hidden states. If it exists, it is complete, and nothing is written.
+        ranks: the processes, each with its own batches, that share the folder.
 
     Returns:
         the inputs of the first block, one entry for each batch.
     """
     shared: dict[bytes, Tensor] = {}
-    stored = []
-    with _completing(folder) as partial:
-        for number, batch in enumerate(capture_one_by_one(model, blocks, batches)):
+
+    def store(partial: Path | None) -> list[StoredInputs]:
+        stored = []
+        captured = capture_one_by_one(model, blocks, batches) if batches else ()
+        for number, batch in enumerate(captured):
             if partial is not None:
-                write_tensors(partial / _name(number), {HIDDEN: whole(batch.hidden)})
+                write_tensors(partial / _name(number, ranks), {HIDDEN: whole(batch.hidden)})
             calls = _once(batch.calls, shared)
-            stored.append(StoredInputs(folder / _name(number), calls, batch.tokens, batch.place))
-    return stored
+            stored.append(StoredInputs(folder / _name(number, ranks), calls, batch.tokens, batch.place))
+        return stored
+
+    with _completing(folder, ranks) as partial:
+        return ranks.attempt(lambda: store(partial))
 
 
-def store_next(index: int, block: nn.Module, inputs: Sequence[StoredInputs], where: torch.device, folder: Path) -> None:
+def store_next(
+    index: int, block: nn.Module, inputs: Sequence[StoredInputs], where: torch.device, folder: Path, ranks: Ranks
+) -> None:
     """Runs block `index`, writes its outputs to `folder`, and makes them the hidden states of `inputs`."""
-    with _completing(folder) as partial:
+
+    def store(partial: Path | None) -> None:
         for number, batch in enumerate(inputs if partial is not None else ()):
             assert partial is not None
-            write_tensors(partial / _name(number), {HIDDEN: whole(run_block(index, block, batch, where))})
+            write_tensors(partial / _name(number, ranks), {HIDDEN: whole(run_block(index, block, batch, where))})
+
+    with _completing(folder, ranks) as partial:
+        ranks.attempt(lambda: store(partial))
     for number, batch in enumerate(inputs):
-        batch.path = folder / _name(number)
+        batch.path = folder / _name(number, ranks)
 
 
 @contextmanager
-def _completing(folder: Path) -> Iterator[Path | None]:
-    """Yields a new folder under a temporary name and renames it at the end; yields None if `folder` exists."""
-    if folder.exists():
-        yield None
-        return
+def _completing(folder: Path, ranks: Ranks) -> Iterator[Path | None]:
+    """
+    Yields a new folder under a temporary name and renames it at the end; yields None if `folder` exists.
+
+    Rank 0 makes and renames it for all ranks; a collective.
+    """
     partial = folder.with_name(folder.name + PARTIAL)
-    remove_folder(partial)
-    partial.mkdir()
-    yield partial
-    rename(partial, folder, durable=True)
+
+    def begin() -> bool:
+        if folder.exists():
+            return False
+        remove_folder(partial)
+        partial.mkdir()
+        return True
+
+    begun = ranks.share(ranks.attempt(lambda: begin() if ranks.rank == 0 else None))
+    yield partial if begun else None
+    if begun:
+        ranks.attempt(lambda: rename(partial, folder, durable=True) if ranks.rank == 0 else None)
 
 
-def _name(number: int) -> str:
-    return f"{number:05d}.safetensors"
+def _name(number: int, ranks: Ranks) -> str:
+    """Returns the name of the file of a rank's batch, by the number of the batch among those of all ranks."""
+    return f"{number * ranks.size + ranks.rank:05d}.safetensors"
 
 
 def _once(calls: list[Call | None], shared: dict[bytes, Tensor]) -> list[Call | None]:

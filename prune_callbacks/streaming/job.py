@@ -1,14 +1,17 @@
 """The functions that `recipe=prune_streaming` calls."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.pruners.questions import needs_calibration
+from prune_callbacks.ranks import launched_ranks
 from prune_callbacks.reconstruction.settings import BlockReconstruction
 from prune_callbacks.streaming.prune import prune_checkpoint
 from prune_callbacks.streaming.source import CheckpointFolder
@@ -48,6 +51,8 @@ def prune_on_windows(
     """
     Runs `prune_checkpoint` on the calibration windows of a data module, writes the page and prints a summary line.
 
+    Under torchrun all processes call it and share the work; each takes a GPU of its own with `device="cuda"`.
+
     Args:
         source: the folder of the checkpoint.
         dirpath: the folder to write into.
@@ -84,20 +89,25 @@ def prune_on_windows(
         data.setup("fit")
         assert data.calibration_windows is not None
         batches = data.calibration_windows.split(data.calibration_batch_size)
-    report = prune_checkpoint(
-        source,
-        dirpath,
-        pruner,
-        batches,
-        targets=targets,
-        blocks=blocks,
-        reconstruction=reconstruction,
-        min_expert_tokens=min_expert_tokens,
-        device=device,
-        dtype=dtype,
-        name=name,
-        command=repeat_command(sys.argv),
-    )
+    where = _own_device(device)
+    with launched_ranks(where) as ranks:
+        report = prune_checkpoint(
+            source,
+            dirpath,
+            pruner,
+            batches,
+            targets=targets,
+            blocks=blocks,
+            reconstruction=reconstruction,
+            min_expert_tokens=min_expert_tokens,
+            device=where,
+            dtype=dtype,
+            name=name,
+            command=repeat_command(sys.argv),
+            ranks=ranks,
+        )
+        if ranks.rank > 0:
+            return report
     write_page(Path(dirpath))
     sparsity, seconds, peak = report["sparsity"], report["seconds"]["prune"], report["peak_memory_bytes"]
     print(
@@ -105,3 +115,11 @@ def prune_on_windows(
         f"{len(sparsity['layers'])} layers, {seconds:.0f} s, peak memory {peak / 1e9:.2f} GB"
     )
     return report
+
+
+def _own_device(device: str | None) -> torch.device:
+    """Returns the device of this process: of several on one machine, each has a GPU of its own."""
+    where = torch.device(device or "cpu")
+    if where.type == "cuda" and where.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return where

@@ -1,16 +1,16 @@
 """The target folder of a streamed pruning, and its record of finished blocks."""
 
 import json
-import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.storage.run_record import RunRecord
 from prune_callbacks.streaming.files import remove_folder, write_json
+from prune_callbacks.streaming.together import check_same_folder
 from prune_callbacks.writing import PARTIAL
 
 REPORT, MASKS, SCALES, MODEL = "report.json", "masks.safetensors", "scales.safetensors", "model"
@@ -25,42 +25,35 @@ class Journal:
     record of a block is written last and marks the block as finished; a block that was killed in the middle of its
     writing has none and is pruned again. `report.json` marks the pruning as finished.
 
+    Over several ranks, which share the folder, rank 0 writes it, and all that changes it is a collective.
+
     Args:
         target: the folder; created if it does not exist.
         setting: all settings on which the result depends.
+        ranks: the processes.
 
     Attributes:
         records: the records of the finished blocks, in order.
         report: the report of the finished pruning; None while it is unfinished.
 
     Raises:
-        ValueError: the folder holds other files, or was started with another setting.
+        ValueError: the folder holds other files, or was started with another setting, or ranks see other folders.
     """
 
-    def __init__(self, target: Path, setting: Mapping[str, Any]) -> None:
-        self.target = target
+    def __init__(self, target: Path, setting: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
+        self.target, self._ranks = target, ranks
         self.work = target / "streaming"
         self.model = target / f"{MODEL}{PARTIAL}"
         self.report: dict[str, Any] | None = None
         self.setting: dict[str, Any] = json.loads(json.dumps(setting))
-        before = self._begun_with()
-        if before is None:
-            self._begin()
-        elif before != self.setting:
-            raise ValueError(
-                f"{target} was started with another setting: {_difference(before, self.setting)}. Choose another "
-                "target, repeat the earlier setting to resume, or delete the folder to start again"
-            )
         self.records: list[dict[str, Any]] = []
-        while self._record(len(self.records)).is_file():
-            self.records.append(_read(self._record(len(self.records))))
-        if (target / REPORT).is_file():
-            self.report = _read(target / REPORT)
-            remove_folder(self.work)
+        self._on_first(self._open)
+        check_same_folder(target, ranks)
+        ranks.attempt(self._read_records)
 
     def commit(self, record: Mapping[str, Any]) -> None:
         """Records the next block as finished; call it after its weights, masks and output hidden states are written."""
-        write_json(self._record(len(self.records)), record)
+        self._on_first(lambda: write_json(self._record(len(self.records)), record))
         self.records.append(dict(record))
         self.tidy()
 
@@ -71,13 +64,16 @@ class Journal:
         Raises:
             ValueError: a file of a finished block is missing, or its size has changed.
         """
+        self._on_first(self._check_blocks)
+        if not (self.target / MODEL).exists():  # otherwise the remaining files are written next to it
+            self._on_first(lambda: self.model.mkdir(exist_ok=True))
+        self.tidy()
+
+    def _check_blocks(self) -> None:
         for number, record in enumerate(self.records):
             for name, size in record["files"].items():
                 places = (self.model / name, self.target / MODEL / name, self.work / name)
                 self._check(f"of block {number}, which was finished,", name, size, places)
-        if not (self.target / MODEL).exists():  # otherwise the remaining files are written next to it
-            self.model.mkdir(exist_ok=True)
-        self.tidy()
 
     def check_finished(self) -> None:
         """Raises ValueError if a file of the finished model is missing, or its size has changed."""
@@ -97,9 +93,13 @@ class Journal:
     def tidy(self) -> None:
         """Removes hidden states that are incomplete or no longer needed."""
         needed = (self.hidden(len(self.records)), self.dense(len(self.records)))
-        for folder in sorted([*self.work.glob("hidden_*"), *self.work.glob("dense_*")]):
-            if folder not in needed:
-                remove_folder(folder)
+
+        def tidy() -> None:
+            for folder in sorted([*self.work.glob("hidden_*"), *self.work.glob("dense_*")]):
+                if folder not in needed:
+                    remove_folder(folder)
+
+        self._on_first(tidy)
 
     def finish(self, report: RunRecord) -> None:
         """Writes the report, which marks the pruning as finished, and removes the working files."""
@@ -110,10 +110,11 @@ class Journal:
     def discard(self) -> None:
         """Removes the working files of a pruning without a finished block, and the target if it holds nothing else."""
         assert not self.records
-        remove_folder(self.work)
-        remove_folder(self.model)
-        with suppress(OSError):
-            self.target.rmdir()
+        if self._ranks.rank == 0:
+            remove_folder(self.work)
+            remove_folder(self.model)
+            with suppress(OSError):
+                self.target.rmdir()
 
     def hidden(self, index: int) -> Path:
         """Returns the folder of the hidden states that enter a block."""
@@ -134,6 +135,28 @@ class Journal:
     def _record(self, index: int) -> Path:
         return self.work / f"block_{index:05d}.json"
 
+    def _on_first(self, work: Callable[[], None]) -> None:
+        self._ranks.attempt(lambda: work() if self._ranks.rank == 0 else None)
+
+    def _open(self) -> None:
+        """Begins the folder, or checks that it was begun with the same setting."""
+        before = self._begun_with()
+        if before is None:
+            self._begin()
+        elif before != self.setting:
+            raise ValueError(
+                f"{self.target} was started with another setting: {difference(before, self.setting)}. Choose another "
+                "target, repeat the earlier setting to resume, or delete the folder to start again"
+            )
+
+    def _read_records(self) -> None:
+        while self._record(len(self.records)).is_file():
+            self.records.append(_read(self._record(len(self.records))))
+        if (self.target / REPORT).is_file():
+            self.report = _read(self.target / REPORT)
+            if self._ranks.rank == 0:
+                remove_folder(self.work)
+
     def _begun_with(self) -> dict[str, Any] | None:
         for path in (self.work / "setting.json", self.target / REPORT):
             if path.is_file():
@@ -153,34 +176,6 @@ class Journal:
         write_json(self.work / "setting.json", {"setting": self.setting})
 
 
-@contextmanager
-def alone(target: Path) -> Iterator[None]:
-    """Locks a folder, which it creates if needed; raises ValueError if another process is pruning into it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    target.mkdir(parents=True, exist_ok=True)
-    folder = os.open(target, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process is pruning into {target}; wait for it, or choose another target"
-            ) from error
-        except OSError as error:
-            warnings.warn(
-                f"the file system of {target} has no locks ({error.strerror}): make sure that no other process prunes "
-                "into it",
-                stacklevel=2,
-            )
-        yield
-    finally:
-        os.close(folder)
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -189,12 +184,13 @@ def _read(path: Path) -> dict[str, Any]:
     return record
 
 
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Returns in words how two settings differ; "" if they do not."""
     parts = []
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict) and old != new:
-            parts.append(f"{key}: {_difference(old, new)}")
+            parts.append(f"{key}: {difference(old, new)}")
         elif isinstance(old, list) and isinstance(new, list) and old != new:
             order = ", in another order or repeated" if set(old) == set(new) else ""
             parts.append(f"{key} were {_told(old, new)} and are {_told(new, old)}{order}")

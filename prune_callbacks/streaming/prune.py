@@ -1,6 +1,6 @@
 """prune_checkpoint: prunes like prune_sequentially, but reads the checkpoint one decoder block at a time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +9,22 @@ from torch import Tensor
 
 from prune_callbacks.anatomy.stages import block_stages
 from prune_callbacks.calibration.batches import Batch, named_inputs
+from prune_callbacks.calibration.checks import check_batches
 from prune_callbacks.calibration.described import described
 from prune_callbacks.engine.fitting import check_reconstructible
 from prune_callbacks.engine.plan import make_plan
 from prune_callbacks.pruners import Pruner, check_pruner
 from prune_callbacks.pruners.questions import coupled, needs_calibration
-from prune_callbacks.ranks import ALONE
+from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.reconstruction.settings import BlockReconstruction
-from prune_callbacks.reconstruction.windows import Windows, single_windows
+from prune_callbacks.reconstruction.windows import single_windows
 from prune_callbacks.recorded_warnings import RecordedWarnings
 from prune_callbacks.streaming.finishing import check_space, finish
-from prune_callbacks.streaming.journal import Journal, alone
+from prune_callbacks.streaming.journal import Journal, difference
 from prune_callbacks.streaming.memory import returning_memory
 from prune_callbacks.streaming.skeleton import build_skeleton, model_dtype
 from prune_callbacks.streaming.source import CheckpointFolder
+from prune_callbacks.streaming.together import alone
 from prune_callbacks.streaming.walk import BlockWalk
 
 
@@ -42,6 +44,7 @@ def prune_checkpoint(
     name: str | None = None,
     command: str | None = None,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """
     Prunes a checkpoint one decoder block at a time, from files into files.
@@ -69,6 +72,9 @@ def prune_checkpoint(
         name: name of the recipe, for the report.
         command: command line that repeats this call, for the report.
         progress: show a progress bar.
+        ranks: processes that share the work and the folders, all called with the same arguments and all batches: each
+            runs every R-th of them, statistics are summed, layers are solved on different ranks. Equivalent to one
+            process, to the rounding of the sums; a call that resumes may have another number of ranks.
 
     Returns:
         the content of `report.json`.
@@ -84,43 +90,51 @@ def prune_checkpoint(
     check_pruner("prune_checkpoint", pruner)
     check_reconstructible("prune_checkpoint", reconstruction, pruner)
     source, target = Path(source), Path(target)
-    _check_folders(source, target)
+    ranks.attempt(lambda: _check_folders(source, target))
     if coupled(pruner):
         raise ValueError(
             f"{type(pruner).__name__} removes units from layers of all blocks at once and needs the whole model: "
             "load it and use prune_sequentially"
         )
     with RecordedWarnings() as heard:
-        given, order = _given_batches(pruner, reconstruction, batches)
-        checkpoint = CheckpointFolder(source)
-        model = build_skeleton(checkpoint.config, model_dtype(checkpoint, dtype))
-        device = device or "cpu"
-        stages = block_stages(model, blocks)
-        plan = make_plan(
-            "prune_checkpoint",
-            model,
-            pruner,
-            given,
-            targets=targets,
-            stages=stages,
-            reconstruction=reconstruction,
-            device=device,
-            unread=True,
-        )
-        walk = BlockWalk(checkpoint, model, plan, given, min_expert_tokens, order)
-        setting = _setting(walk, given, min_expert_tokens)
-        with alone(target):
-            journal = Journal(target, setting)
+        given = ranks.attempt(lambda: _given_batches(pruner, reconstruction, batches))
+        mine = given[ranks.rank :: ranks.size]
+        order = [] if reconstruction is None else single_windows(mine, reconstruction, ranks).order
+
+        def prepare() -> tuple[BlockWalk, dict[str, Any]]:
+            checkpoint = CheckpointFolder(source)
+            model = build_skeleton(checkpoint.config, model_dtype(checkpoint, dtype))
+            stages, where = block_stages(model, blocks), device or "cpu"
+            settings: dict[str, Any] = {"targets": targets, "stages": stages, "reconstruction": reconstruction}
+            plan = make_plan("prune_checkpoint", model, pruner, given, unread=True, device=where, **settings)
+            check_batches(model, given)
+            walk = BlockWalk(checkpoint, model, plan, mine, min_expert_tokens, order, ranks)
+            return walk, _setting(walk, given, min_expert_tokens)
+
+        walk, setting = ranks.attempt(prepare)
+        _check_same(ranks.gather(setting))
+        with alone(target, ranks):
+            journal = Journal(target, setting, ranks)
             if journal.report is None:
                 journal.prepare()
-                check_space(journal, walk.shards, given, model, streams=1 if reconstruction is None else 2)
+                streams = 1 if reconstruction is None else 2
+                ranks.attempt(lambda: check_space(journal, walk.shards, given, walk.model, streams=streams))
                 with returning_memory():
                     walk.run(journal, progress, heard)
-                about = {"recipe": name, "model": source.name, "command": command}
-                finish(journal, walk, about | {"warnings": heard.texts})
+                about = {"recipe": name, "model": source.name, "command": command, "warnings": heard.texts}
+                ranks.attempt(lambda: finish(journal, walk, about) if ranks.rank == 0 else None)
+                journal.report = ranks.share(journal.report)
             assert journal.report is not None
-            journal.check_finished()
+            ranks.attempt(journal.check_finished)
             return journal.report
+
+
+def _check_same(settings: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError, on every rank, if ranks were called with different arguments, or see other files."""
+    for rank, setting in enumerate(settings):
+        wrong = difference(settings[0], setting)
+        if wrong:
+            raise ValueError(f"prune_checkpoint was called on rank {rank} with another setting than on rank 0: {wrong}")
 
 
 def _setting(walk: BlockWalk, batches: Sequence[Batch], min_expert_tokens: int) -> dict[str, Any]:
@@ -140,19 +154,19 @@ def _setting(walk: BlockWalk, batches: Sequence[Batch], min_expert_tokens: int) 
 
 def _given_batches(
     pruner: Pruner, reconstruction: BlockReconstruction | None, batches: Iterable[Batch] | None
-) -> Windows:
+) -> list[Batch]:
     """Returns the calibration batches, cut into single windows for reconstruction; no batches if none are needed."""
     if isinstance(batches, Tensor):
         raise ValueError(f"batches must be several batches, got one tensor of shape {tuple(batches.shape)}; split it")
     if not needs_calibration(pruner) and reconstruction is None:
-        return Windows([], [])
+        return []
     if batches is None:
         asking = pruner if needs_calibration(pruner) else reconstruction
         raise ValueError(f"{type(asking).__name__} needs calibration batches, got None")
     given = [named_inputs(batch) for batch in batches]
     if not given:
         raise ValueError("there is no calibration batch; give at least one batch of token ids")
-    return Windows(given, []) if reconstruction is None else single_windows(given, reconstruction, ALONE)
+    return given if reconstruction is None else single_windows(given, reconstruction, ALONE).mine
 
 
 def _check_folders(source: Path, target: Path) -> None:

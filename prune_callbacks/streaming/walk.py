@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,14 +15,13 @@ from prune_callbacks.anatomy.target import Target
 from prune_callbacks.anatomy.targets import parameters_of
 from prune_callbacks.calibration.batches import Batch
 from prune_callbacks.calibration.chain import needing_a_chain
-from prune_callbacks.calibration.checks import check_batches
 from prune_callbacks.calibration.collect import collect
 from prune_callbacks.calibration.prefetch import Ahead, loading_ahead
 from prune_callbacks.engine.plan import Plan
 from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.engine.solving import BlockPruning
 from prune_callbacks.memory import peak_memory, reset_peak_memory
-from prune_callbacks.ranks import ALONE
+from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.reconstruction.blocks import Rebuilder, Show
 from prune_callbacks.recorded_warnings import RecordedWarnings
 from prune_callbacks.sparsity import MaskSet
@@ -47,7 +47,8 @@ class BlockWalk:
         plan: the targets, the pruner and the device.
         batches: calibration batches; empty for a pruner that needs no calibration.
         min_expert_tokens: an expert that fewer tokens reach is pruned by Magnitude.
-        windows: the order of the batches in a reconstruction; see `Windows`.
+        windows: the order of the batches of all ranks in a reconstruction; see `Windows`.
+        ranks: the processes, each with its own batches, that share the target. Rank 0 writes what is not of one batch.
 
     Attributes:
         shards: the distribution of the weights over files.
@@ -64,18 +65,18 @@ class BlockWalk:
         batches: Sequence[Batch],
         min_expert_tokens: int,
         windows: Sequence[tuple[int, int]] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
         assert plan.device is not None
         self.checkpoint, self.model, self.plan, self.batches, self.where = checkpoint, model, plan, batches, plan.device
-        self.min_expert_tokens = min_expert_tokens
+        self.min_expert_tokens, self.ranks = min_expert_tokens, ranks
         self.blocks = plan.blocks
         refuse_shared(model, self.blocks)
         self.shards = Shards(model, [name for name, _ in self.blocks], find_places(model, checkpoint))
-        check_batches(model, batches)
         self.few_tokens = False
         self._dense: list[StoredInputs] = []  # the inputs of the block in the dense model
         settings = plan.reconstruction
-        self.rebuilder = None if settings is None else Rebuilder(model, settings, windows, ALONE, frozen=False)
+        self.rebuilder = None if settings is None else Rebuilder(model, settings, windows, ranks, frozen=False)
 
     def run(self, journal: Journal, progress: bool, heard: RecordedWarnings) -> None:
         """Prunes all unfinished blocks; every record includes all warnings so far."""
@@ -85,7 +86,7 @@ class BlockWalk:
             heard.put_before(last["warnings"])
             self.few_tokens = last["few_tokens"]
         reset_peak_memory(self.where)
-        with layer_progress(len(self.plan.targets), progress) as (bar, task):
+        with layer_progress(len(self.plan.targets), progress and self.ranks.rank == 0) as (bar, task):
             bar.update(task, completed=sum(len(self.plan.in_block(index)) for index in range(begin)))
             inputs: list[StoredInputs] = []
             if self.plan.runs and begin <= self.plan.last:
@@ -105,11 +106,27 @@ class BlockWalk:
                         lambda text: bar.update(task, description=text),
                     )
                     seconds = time.perf_counter() - started
-                    more = {"seconds": seconds, "peak_memory_bytes": peak_memory(self.where)}
-                    journal.commit(record | more | {"warnings": list(heard.texts), "few_tokens": self.few_tokens})
+                    journal.commit(record | {"seconds": seconds} | self._of_all(heard))
+
+    def _of_all(self, heard: RecordedWarnings) -> dict[str, Any]:
+        """Returns what the record of a block says of all ranks: the largest peak of memory so far, and the warnings."""
+        parts = self.ranks.gather((peak_memory(self.where), list(heard.texts), self.few_tokens))
+        peaks, texts, few = zip(*parts, strict=True)
+        self.few_tokens = any(few)
+        warned = list(dict.fromkeys(chain.from_iterable(texts)))
+        return {"peak_memory_bytes": max(peaks), "warnings": warned, "few_tokens": self.few_tokens}
 
     def _inputs(self, journal: Journal, index: int) -> list[StoredInputs]:
         """Returns the inputs of a block: the first one, or one whose hidden states an earlier call has written."""
+        self.ranks.attempt(lambda: self._check_hidden(journal, index))
+        front = Front(self.checkpoint, self.model, self.shards.outside, self.batches)
+        self.ranks.attempt(lambda: self._load(0))
+        inputs = front.run(lambda: self._stored([block for _, block in self.blocks], journal, index))
+        self._unload(0)
+        return inputs
+
+    def _check_hidden(self, journal: Journal, index: int) -> None:
+        """Raises ValueError if hidden states that enter the first unfinished block are missing."""
         needed = [journal.hidden(index)] + ([journal.dense(index)] if self.rebuilder is not None else [])
         missing = next((folder for folder in needed if not folder.is_dir()), None)
         if index > 0 and missing is not None:
@@ -118,17 +135,12 @@ class BlockWalk:
                 f"unfinished one: pruning cannot resume without it. Put it back, or "
                 f"delete {journal.target} to start again"
             )
-        front = Front(self.checkpoint, self.model, self.shards.outside, self.batches)
-        self._load(0)
-        inputs = front.run(lambda: self._stored([block for _, block in self.blocks], journal, index))
-        self._unload(0)
-        return inputs
 
     def _stored(self, blocks: Sequence[nn.Module], journal: Journal, index: int) -> list[StoredInputs]:
         """Captures and stores the inputs of the blocks; removes a target that was only begun if that fails."""
         try:
             with needing_a_chain("prune_checkpoint", self.model):
-                return store_inputs(self.model, blocks, self.batches, journal.hidden(index))
+                return store_inputs(self.model, blocks, self.batches, journal.hidden(index), self.ranks)
         except ValueError:
             if index == 0:
                 journal.discard()
@@ -150,18 +162,18 @@ class BlockWalk:
         nothing: tuple[str, ...] = ("skipped", "by_magnitude", "violations", "parameters")
         record: dict[str, Any] = {"layers": []} | {key: {} for key in nothing}
         prefix, block = self.blocks[index]
-        self._load(index, ahead)
-        if targets or runs:
-            block.to(self.where)
+        self.ranks.attempt(lambda: self._load(index, ahead, move=bool(targets or runs)))
         if self.rebuilder is not None and (targets or runs):
-            store_next(index, block, self._dense, self.where, journal.dense(index + 1))
+            store_next(index, block, self._dense, self.where, journal.dense(index + 1), self.ranks)
         if targets:
             record = self._prune(journal, index, targets, inputs, advance, show)
         if runs:
-            store_next(index, block, inputs, self.where, journal.hidden(index + 1))
+            store_next(index, block, inputs, self.where, journal.hidden(index + 1), self.ranks)
         state = block.state_dict()
-        self.shards.write_block({name: state[name.removeprefix(f"{prefix}.")] for name in names}, shard)
-        del state
+        self._on_first(
+            lambda: self.shards.write_block({name: state[name.removeprefix(f"{prefix}.")] for name in names}, shard)
+        )
+        state = {}
         self._unload(index)
         return record | {"files": sizes(shard, journal.masks(index), journal.scales(index))}
 
@@ -174,12 +186,15 @@ class BlockWalk:
         advance: Advance,
         show: Show,
     ) -> dict[str, Any]:
-        run = BlockPruning(replace(self.plan, skipped={}), ALONE, self.min_expert_tokens)
+        run = BlockPruning(replace(self.plan, skipped={}), self.ranks, self.min_expert_tokens)
         run.few_tokens = self.few_tokens
         name, block = self.blocks[index]
         make = self.plan.pruner.statistic
-        statistics = collect(make, index, block, targets, list(inputs), self.where) if self.plan.calibrated else {}
-        if self.plan.calibrated and all(batch.calls[index] is None for batch in inputs):
+        statistics = (
+            collect(make, index, block, targets, list(inputs), self.where, self.ranks) if self.plan.calibrated else {}
+        )
+        called = self.ranks.gather(any(batch.calls[index] is not None for batch in inputs))
+        if self.plan.calibrated and not any(called):
             run.leave_dense(name, targets, advance)
         else:
             run.prune(targets, statistics, advance)
@@ -189,9 +204,10 @@ class BlockWalk:
         if self.rebuilder is not None:
             self.rebuilder.reconstruct(index, name, block, inputs, self._dense, masks, self.where, show)
         tensors, shapes = masks_in_pieces(masks)
-        write_tensors(journal.masks(index), tensors, shapes)
+        self._on_first(lambda: write_tensors(journal.masks(index), tensors, shapes))
         if run.scales:
-            write_tensors(journal.scales(index), {name: whole(scale) for name, scale in run.scales.items()})
+            scales = {name: whole(scale) for name, scale in run.scales.items()}
+            self._on_first(lambda: write_tensors(journal.scales(index), scales))
         weights = parameters_of(targets.values())
         return {
             "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in run.layers],
@@ -209,8 +225,16 @@ class BlockWalk:
         untrained = {path: why for path, why in self.rebuilder.left.items() if belongs(path, name)}
         return {"reconstruction": reports, "untrained": untrained}
 
-    def _load(self, index: int, ahead: Ahead | None = None) -> None:
-        """Loads the weights of a block; on a GPU, starts to read and copy those of the next one in the background."""
+    def _on_first(self, work: Callable[[], None]) -> None:
+        """Calls `work` on rank 0, and fails on all ranks if it fails."""
+        self.ranks.attempt(lambda: work() if self.ranks.rank == 0 else None)
+
+    def _load(self, index: int, ahead: Ahead | None = None, *, move: bool = False) -> None:
+        """
+        Loads the weights of a block, and moves it to the device if asked to.
+
+        On a GPU, starts to read and copy those of the next block in the background.
+        """
         prefix, block = self.blocks[index]
         weights = ahead.take() if ahead is not None else None
         if weights is None:
@@ -218,6 +242,8 @@ class BlockWalk:
         if ahead is not None and index < self.plan.last:  # blocks after the last target are copied without being run
             ahead.begin(lambda: self._read(index + 1))
         fill(block, {name.removeprefix(f"{prefix}."): weight for name, weight in weights.items()})
+        if move:
+            block.to(self.where)
 
     def _read(self, index: int) -> dict[str, Tensor]:
         return read_weights(self.checkpoint, self.model, self.shards.of_block[index])

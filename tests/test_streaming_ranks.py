@@ -1,0 +1,93 @@
+"""A checkpoint pruned from files by two processes together: as by one, killed and resumed, and bad input."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import ranks, together
+from safetensors.torch import load_file
+from streaming_ranks import CASES, prune
+from test_streaming import content, llama, saved
+
+from prune_callbacks import MaskSet
+from prune_callbacks.ranks import ALONE
+
+SCRIPT = Path(__file__).parent / "streaming_ranks.py"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    saved(tmp_path / "source", llama(), max_shard_size="10KB")
+    torch.save(list(torch.randint(3, 60, (6, 24)).split(2)), tmp_path / "batches.pt")
+    return tmp_path
+
+
+def weights(target):
+    return {k: v for path in target.glob("model/*.safetensors") for k, v in load_file(path).items()}
+
+
+def test_two_ranks_write_what_one_writes(folder):
+    together(SCRIPT, "equal", folder)
+    for case in CASES:
+        prune(folder, f"{case}_alone", case, ALONE)
+        one, two = (MaskSet.load(folder / f"{case}_{how}/masks.safetensors") for how in ("alone", "together"))
+        assert sum(int((one[name] != two[name]).sum()) for name in one) == 0, case
+        own, other = (weights(folder / f"{case}_{how}") for how in ("alone", "together"))
+        assert own.keys() == other.keys()
+        dense = load_source(folder / "source")
+        for name, value in own.items():
+            changed = (value - dense[name]).norm()
+            assert (value - other[name]).norm() <= 1e-3 * changed + 1e-6, (case, name)
+        files = {path.name for path in (folder / f"{case}_alone").rglob("*")}
+        assert files == {path.name for path in (folder / f"{case}_together").rglob("*")}
+    alone = MaskSet.load(folder / "sparsegpt_alone/masks.safetensors")
+    assert alone != MaskSet.load(folder / "one_batch/masks.safetensors")  # control: the batches decide
+
+
+def load_source(folder):
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_loses_nothing(folder, killed):
+    together(SCRIPT, "kill", folder)
+    wanted = content(folder / "killed")
+    (folder / "killed").rename(folder / "whole")
+    for trace in ("streaming/hidden_00000", "streaming/block_00001.json"):
+        with ranks(SCRIPT, "kill", folder) as processes:
+            give_up = time.monotonic() + 60
+            while not (folder / "killed" / trace).exists():
+                assert all(process.poll() is None for process in processes), processes[0].output
+                assert time.monotonic() < give_up
+                time.sleep(0.005)
+            processes[killed].send_signal(signal.SIGKILL)
+            assert processes[killed].wait().returncode == -signal.SIGKILL
+            other = processes[1 - killed].wait()  # by itself: it does not wait for a rank that is gone
+            assert other.returncode not in (0, None), other.output
+        assert not (folder / "killed/report.json").exists()
+    together(SCRIPT, "kill", folder)
+    assert content(folder / "killed") == wanted
+
+
+def test_one_rank_goes_on_where_two_were_killed(folder):
+    with ranks(SCRIPT, "kill", folder) as processes:
+        while not (folder / "killed/streaming/block_00000.json").exists():
+            assert all(process.poll() is None for process in processes), processes[0].output
+            time.sleep(0.005)
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+        for process in processes:
+            process.wait()
+    prune(folder, "killed", "sparsegpt", ALONE)
+    prune(folder, "alone", "sparsegpt", ALONE)
+    masks = [MaskSet.load(folder / f"{name}/masks.safetensors") for name in ("killed", "alone")]
+    assert masks[0] == masks[1]
+
+
+def test_what_one_rank_cannot_do_is_refused_on_all_and_loses_nothing(folder):
+    together(SCRIPT, "refused", folder)
+    prune(folder, "alone", "sparsegpt", ALONE)
+    masks = [MaskSet.load(folder / f"{name}/masks.safetensors") for name in ("refused", "alone")]
+    assert masks[0] == masks[1]
