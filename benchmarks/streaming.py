@@ -19,6 +19,7 @@ import platform
 import random
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,9 @@ from safetensors.torch import load_file, save_file
 PACKAGE = Path(__file__).parent.parent
 BATCH = 1
 """Windows in a forward pass, in both."""
+
+
+CELLS = ["imports alone", "compared", "reconstructed", "shared", "kills", "kills of ranks"]
 
 
 def imports() -> None:
@@ -57,9 +61,11 @@ def in_memory(model: str, windows: str, target: str) -> None:
 
 def streamed(model: str, windows: str, target: str, pruner: Any, **settings: Any) -> None:
     from prune_callbacks import prune_checkpoint
+    from prune_callbacks.ranks import launched_ranks
 
     batches = load_file(windows)["calibration"].long().split(BATCH)
-    prune_checkpoint(model, target, pruner, batches, progress=False, **settings)
+    with launched_ranks(torch.device("cpu")) as ranks:
+        prune_checkpoint(model, target, pruner, batches, progress=False, ranks=ranks, **settings)
 
 
 def streaming(model: str, windows: str, target: str) -> None:
@@ -74,8 +80,15 @@ def reconstructing(model: str, windows: str, target: str) -> None:
     streamed(model, windows, target, SparseGPT(Unstructured(0.5)), reconstruction=BlockReconstruction(passes=1))
 
 
+def few_windows(model: str, windows: str, target: str) -> None:
+    from prune_callbacks import NM, Wanda
+
+    streamed(model, windows, target, Wanda(NM(2, 4)))
+
+
 RECONSTRUCTED = "streaming, reconstructed in one pass"
 WAYS = {"imports alone": imports, "in memory": in_memory, "streaming": streaming, RECONSTRUCTED: reconstructing}
+WAYS["few windows"] = few_windows
 
 
 def child(way: str, arguments: list[str]) -> None:
@@ -87,20 +100,30 @@ def child(way: str, arguments: list[str]) -> None:
     print(json.dumps({"peak_bytes": 1024 * peak, "seconds": round(time.perf_counter() - begin, 1)}))
 
 
-def start(way: str, *arguments: str) -> "subprocess.Popen[str]":
+def start(way: str, *arguments: str, **variables: str) -> "subprocess.Popen[str]":
     command = [sys.executable, __file__, "--child", way, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(PACKAGE), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE), "HF_HUB_OFFLINE": "1"} | variables
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-def measured(way: str, *arguments: str) -> dict[str, Any]:
-    process = start(way, *arguments)
-    output, _ = process.communicate()
-    if process.returncode:
+def measured(way: str, *arguments: str, ranks: int = 1, **variables: str) -> dict[str, Any]:
+    """Returns the peak memory of a way and its seconds: of several ranks the largest."""
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} for rank in range(ranks)]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [start(way, *arguments, **variables, **(place | address if ranks > 1 else {})) for place in places]
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
         raise SystemExit(f"{way} failed: run it by itself with --child")
-    result: dict[str, Any] = json.loads(output.splitlines()[-1])
-    print(f"{way}: {result['peak_bytes'] / 2**20:.0f} MiB, {result['seconds']} s")
+    found = [json.loads(output.splitlines()[-1]) for output in outputs]
+    result = {key: max(one[key] for one in found) for key in ("peak_bytes", "seconds")}
+    print(f"{way}, {ranks} ranks: {result['peak_bytes'] / 2**20:.0f} MiB, {result['seconds']} s", flush=True)
     return result
+
+
+def free_port() -> int:
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        return int(chosen.getsockname()[1])
 
 
 def tensors(folder: Path) -> dict[str, Path]:
@@ -212,13 +235,73 @@ def reconstructed(model: str, windows: str, folder: Path, repeats: int) -> dict[
     return cell | {"peak_over_streaming": ratio}
 
 
+def shared(model: str, windows: str, folder: Path, repeats: int) -> dict[str, Any]:
+    """One rank and two, each with one thread, in turns: seconds, the larger peak, and whether masks are equal."""
+    from prune_callbacks import MaskSet
+
+    runs: dict[str, Any] = {"1 rank": [], "2 ranks": []}
+    for _ in range(repeats):
+        for count, of_count in enumerate(runs.values(), 1):
+            target = folder / f"{count}_ranks"
+            shutil.rmtree(target, ignore_errors=True)
+            of_count.append(measured("streaming", model, windows, str(target), ranks=count, OMP_NUM_THREADS="1"))
+    masks = [MaskSet.load(folder / f"{count}_ranks/masks.safetensors") for count in (1, 2)]
+    medians = {
+        key: [statistics.median(run[key] for run in of_count) for of_count in runs.values()]
+        for key in ("seconds", "peak_bytes")
+    }
+    ratios = {f"{key}_over_one_rank": round(two / one, 4) for key, (one, two) in medians.items()}
+    return runs | ratios | {"same_masks": masks[0] == masks[1]}
+
+
+def kills_of_ranks(count: int, model: str, windows: Path, folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Kills a random one of two ranks at a random moment, and makes each run again to its end."""
+    few = folder / "few.safetensors"
+    save_file({"calibration": load_file(windows)["calibration"][:4, :128].clone()}, few)
+    whole, target = folder / "ranks_undisturbed", folder / "ranks_killed"
+
+    def begin(where: Path) -> "list[subprocess.Popen[str]]":
+        address = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": "2",
+            "OMP_NUM_THREADS": "1",
+        }
+        return [start("few windows", model, str(few), str(where), RANK=str(r), **address) for r in range(2)]
+
+    def finish(where: Path) -> float:
+        started = time.perf_counter()
+        codes = [process.wait() for process in begin(where)]
+        if any(codes):
+            raise SystemExit(f"ranks failed with {codes}, which nobody had killed: nothing can be compared")
+        return time.perf_counter() - started
+
+    work = finish(whole)
+    wanted, chance, runs = digest(whole), random.Random(seed), []
+    while len(runs) < count:
+        processes, victim = begin(target), chance.randrange(2)
+        deadline = time.monotonic() + 60
+        while not (target / "streaming/setting.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)  # imports are no work that could be lost
+        time.sleep(chance.uniform(0, 0.8 * work))
+        processes[victim].kill()
+        codes = [process.wait() for process in processes]
+        if codes[victim] == -signal.SIGKILL:  # else it had ended before, and nothing was killed
+            finished = len(list(target.glob("streaming/block_*.json")))
+            finish(target)
+            runs.append({"rank": victim, "finished_blocks": finished, "same_bytes": digest(target) == wanted})
+            print(runs[-1], flush=True)
+        shutil.rmtree(target, ignore_errors=True)
+    return {"seconds_of_a_run": round(work, 1), "runs": runs, "same": sum(run["same_bytes"] for run in runs)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("windows", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--repeats", type=int, default=3, help="runs of either way")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--only", nargs="+", choices=["imports alone", "compared", "reconstructed", "kills"])
+    parser.add_argument("--only", nargs="+", choices=CELLS)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results/streaming_smollm2_135m.json")
     options = parser.parse_args()
     with safe_open(options.windows, framework="pt") as file:
@@ -238,7 +321,9 @@ def main() -> None:
             "imports alone": lambda: measured("imports alone"),
             "compared": lambda: compared(model, str(options.windows), folder, options.repeats),
             "reconstructed": lambda: reconstructed(model, str(options.windows), folder, options.repeats),
+            "shared": lambda: shared(model, str(options.windows), folder, options.repeats),
             "kills": lambda: kills(options.kills, model, options.windows, folder),
+            "kills of ranks": lambda: kills_of_ranks(options.kills, model, options.windows, folder),
         }
         for key in options.only or cells:
             if key not in results["cells"]:
@@ -253,8 +338,15 @@ def print_results(cells: dict[str, Any]) -> None:
         print(f"peak memory, streaming over in memory: {cell['peak_over_in_memory']:.3f}; {cell['equality']}")
     if "reconstructed" in cells:
         print(f"peak memory, with reconstruction over without: {cells['reconstructed']['peak_over_streaming']:.3f}")
-    if "kills" in cells:
-        print(f"{cells['kills']['same']} of {len(cells['kills']['runs'])} runs that were killed ended the same")
+    if "shared" in cells:
+        cell = cells["shared"]
+        print(
+            f"two ranks over one: seconds {cell['seconds_over_one_rank']:.3f}, peak of a rank "
+            f"{cell['peak_bytes_over_one_rank']:.3f}, same masks: {cell['same_masks']}"
+        )
+    for key in ("kills", "kills of ranks"):
+        if key in cells:
+            print(f"{key}: {cells[key]['same']} of {len(cells[key]['runs'])} runs ended the same")
 
 
 if __name__ == "__main__":
