@@ -61,6 +61,8 @@ class Form:
         own_target: the target is the dense block's output on the pruned model's hidden states, not on its own.
         further: how many dense blocks behind the trained one run too, each with its loss.
         halves: attention is trained first, with the hidden states between the halves as target, then the MLP.
+        again: whether masks are chosen again after the training, with pruned weights at their dense values, and the
+            block is trained once more.
         adapted: passes in which the dense block is trained before it is pruned.
         correction: strength of the closed-form correction of every layer's target before pruning (GPTAQ, ICML 2025).
         norms: whether norms are trained too.
@@ -74,6 +76,7 @@ class Form:
     own_target: bool = False
     further: int = 0
     halves: bool = False
+    again: bool = False
     adapted: int = 0
     correction: float = 0.0
     norms: bool = True
@@ -92,6 +95,7 @@ FORMS = {
     "target: dense block on pruned inputs": Form(own_target=True),
     "loss behind the next block too": Form(further=1),
     "attention, then MLP": Form(halves=True),
+    "masks chosen again": Form(again=True),
     "dense block adapted first": Form(adapted=1),
     "correction 0.25, no reconstruction": Form(passes=0, correction=0.25),
     "correction 1, no reconstruction": Form(passes=0, correction=1.0),
@@ -244,6 +248,13 @@ def reconstructed(path: str, form: Form, blocks: int, calibration: Tensor) -> nn
             train(*rest, first, middle, [block.post_attention_layernorm], masks, "self_attn input_layernorm")
             train(*rest, outputs, targets, norms, masks, "mlp post_attention_layernorm")
         else:
+            train(*rest, outputs, targets, norms, masks)
+        if form.again:
+            for name, value in block.named_parameters():
+                if name in masks:
+                    value.copy_(torch.where(masks[name], value, original.get_parameter(name)))
+            prune(block, pruned, before, form.correction)
+            masks = {name: value != 0 for name, value in block.named_parameters() if value.ndim == 2}
             train(*rest, outputs, targets, norms, masks)
         assert all(bool((value[~masks[name]] == 0).all()) for name, value in block.named_parameters() if name in masks)
         for given, own in zip(pruned, before, strict=True):

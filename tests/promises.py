@@ -300,6 +300,15 @@ PROMISES = {
         ),
         ("test_reconstruction::test_control_without_masks_the_zeros_are_trained_away",),
     ),
+    "ranks that prune from files together write what one writes, and lose nothing when one is killed": Promise(
+        (
+            "test_streaming_ranks::test_two_ranks_write_what_one_writes",
+            "test_streaming_ranks::test_a_killed_rank_loses_nothing",
+            "test_streaming_ranks::test_one_rank_goes_on_where_two_were_killed",
+            "test_streaming_ranks::test_what_one_rank_cannot_do_is_refused_on_all_and_loses_nothing",
+        ),
+        ("test_streaming_ranks::test_two_ranks_write_what_one_writes",),
+    ),
     "windows that a model writes have its own distribution": Promise(
         (
             "test_written_windows::test_tokens_have_the_models_own_distribution",

@@ -1,18 +1,20 @@
 """A checkpoint pruned from files by two processes together: as by one, killed and resumed, and bad input."""
 
+import json
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from launch import ranks, together
+from launch import TRAIN, ranks, together, trained
 from safetensors.torch import load_file
 from streaming_ranks import CASES, prune
 from test_streaming import content, llama, saved
 
 from prune_callbacks import MaskSet
 from prune_callbacks.ranks import ALONE
+from prune_callbacks.tasks import tiny_checkpoint
 
 SCRIPT = Path(__file__).parent / "streaming_ranks.py"
 
@@ -91,3 +93,16 @@ def test_what_one_rank_cannot_do_is_refused_on_all_and_loses_nothing(folder):
     prune(folder, "alone", "sparsegpt", ALONE)
     masks = [MaskSet.load(folder / f"{name}/masks.safetensors") for name in ("refused", "alone")]
     assert masks[0] == masks[1]
+
+
+def test_the_recipe_under_torchrun_writes_what_one_process_writes(tmp_path):
+    source = tiny_checkpoint(tmp_path / "dense")
+    command = ["recipe=prune_streaming", "smoke=true", f"source={source}"]
+    together(TRAIN, *command, f"output_dir={tmp_path / 'two'}")
+    trained(*command, f"output_dir={tmp_path / 'one'}")
+    masks = [MaskSet.load(tmp_path / f"{count}/masks.safetensors") for count in ("one", "two")]
+    assert masks[0] == masks[1]
+    reports = [json.loads((tmp_path / f"{count}/report.json").read_text()) for count in ("one", "two")]
+    assert [report["processes"] for report in reports] == [1, 2]
+    assert reports[0]["sparsity"] == reports[1]["sparsity"]
+    assert (tmp_path / "two/report.html").exists()

@@ -102,7 +102,7 @@ def _report(journal: Journal, walk: BlockWalk) -> RunRecord:
     return RunRecord(
         stage="streamed",
         optimizer_steps=0,
-        processes=1,
+        processes=walk.ranks.size,
         device=torch.cuda.get_device_name(walk.where) if walk.where.type == "cuda" else platform.machine(),
         pruner=", then ".join(repr(s) for s in (walk.plan.pruner, walk.plan.reconstruction) if s is not None),
         sparsity=Zeros(
