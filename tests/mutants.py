@@ -558,10 +558,10 @@ MUTANTS = (
         """        if targets:
             record = self._prune(journal, index, targets, inputs, advance, show)
         if runs:
-            store_next(index, block, inputs, self.where, journal.hidden(index + 1))
+            store_next(index, block, inputs, self.where, journal.hidden(index + 1), self.ranks)
 """,
         """        if runs:
-            store_next(index, block, inputs, self.where, journal.hidden(index + 1))
+            store_next(index, block, inputs, self.where, journal.hidden(index + 1), self.ranks)
         if targets:
             record = self._prune(journal, index, targets, inputs, advance, show)
 """,
@@ -573,6 +573,61 @@ MUTANTS = (
         "partial = folder.with_name(folder.name + PARTIAL)",
         "partial = folder",
         "test_streaming.py::test_a_call_that_goes_on_after_a_crash_anywhere_ends_the_same",
+    ),
+    # files that ranks share
+    Mutant(
+        "hidden_states_of_ranks_in_one_file",
+        "streaming/inputs.py",
+        'return f"{number * ranks.size + ranks.rank:05d}.safetensors"',
+        'return f"{number:05d}.safetensors"',
+        "test_streaming_ranks.py::test_two_ranks_write_what_one_writes",
+    ),
+    Mutant(
+        "ranks_take_all_windows",
+        "streaming/prune.py",
+        "mine = given[ranks.rank :: ranks.size]",
+        "mine = given",
+        "test_streaming_ranks.py::test_two_ranks_write_what_one_writes",
+    ),
+    Mutant(
+        "folder_renamed_before_all_have_written",
+        "streaming/inputs.py",
+        """    with _completing(folder, ranks) as partial:
+        ranks.attempt(lambda: store(partial))
+""",
+        """    with _completing(folder, ranks) as partial:
+        store(partial)
+""",
+        "test_streaming_ranks.py::test_what_one_rank_cannot_do_is_refused_on_all_and_loses_nothing",
+    ),
+    # windows that the model writes, and what it measures
+    Mutant(
+        "unlikely_tokens_are_not_written",
+        "calibration/written.py",
+        "top_k=0,",
+        "top_k=50,",
+        "test_written_windows.py::test_tokens_have_the_models_own_distribution",
+    ),
+    Mutant(
+        "the_models_own_settings_write",
+        "calibration/written.py",
+        "model.generation_config = GenerationConfig()",
+        "model.generation_config = settings",
+        "test_written_windows.py::test_tokens_have_the_models_own_distribution",
+    ),
+    Mutant(
+        "padding_begins_windows",
+        "calibration/texts.py",
+        "return list(ids) if real is None else",
+        "return list(ids) if True else",
+        "test_written_windows.py::test_padding_is_no_beginning_and_short_windows_begin_none",
+    ),
+    Mutant(
+        "allocation_without_its_measurements",
+        "studies/measured_allocation.py",
+        "return replace(self, importance=importance)",
+        "return self",
+        "test_measured_allocation.py::test_one_step_equals_measuring_by_hand_into_a_file",
     ),
     # a module's own steps
     Mutant(
@@ -628,8 +683,8 @@ MUTANTS = (
     Mutant(
         "error_on_one_rank_not_shared",
         "ranks.py",
-        "problems = self.gather(None if mine is None else str(mine) or type(mine).__name__)",
-        "problems = [None if mine is None else str(mine) or type(mine).__name__]",
+        "problems = self.gather(shown)",
+        "problems = [shown]",
         "test_parallel.py::test_an_error_on_one_rank_ends_all_of_them",
     ),
     Mutant(
