@@ -178,6 +178,10 @@ def test_nothing_heavy_is_imported_for_an_answer():
             "Could not find 'pruner/wnda'. The nearest is pruner=wanda. pruner= takes",
         ),
         (["recipe=wanda_50", "allocation=null"], "Could not find 'allocation/null'. allocation= takes one of lagrang"),
+        (
+            ["recipe=best_2of4", "reconstruction=null"],
+            "Could not find 'reconstruction/null'. reconstruction= takes one of blocks. ~reconstruction leaves it out.",
+        ),
         (["recipe=[wanda_50,demo]"], "recipe=[wanda_50,demo] names several recipes: --multirun recipe=a,b runs one"),
         (
             ["recipe=wanda_50", "+pruner=mrp"],

@@ -50,7 +50,8 @@ def no_such_option(group: str, option: str, options: Sequence[str]) -> str:
     """Returns the sentence on an option that a group does not have."""
     near = [f"{group}={name}" for name in nearest(option, options)]
     said = f"Could not find '{group}/{option}'. {_nearest(near)}".rstrip()
-    return f"{said} {group}= takes one of {', '.join(sorted(options))}."
+    none = f" ~{group} leaves it out." if option == "null" and group != "recipe" else ""
+    return f"{said} {group}= takes one of {', '.join(sorted(options))}.{none}"
 
 
 def no_such_flag(flag: str, flags: Iterable[str]) -> str:
