@@ -96,7 +96,7 @@ class Ranks:
         Raises:
             ValueError: on every rank, if `work` failed on any. The rank that failed, and a single process, raise the
                 original error instead.
-            EverywhereError: as it is, on every rank, if `work` raised one on any.
+            EverywhereError: as it is, on every rank, if `work` raised one on any, whatever other ranks raised.
         """
         if self.size == 1:
             return work()
@@ -107,14 +107,26 @@ class Ranks:
             mine = error
         shown = mine if mine is None or isinstance(mine, EverywhereError) else str(mine) or type(mine).__name__
         problems = self.gather(shown)
+        together = next((problem for problem in problems if isinstance(problem, EverywhereError)), None)
+        if together is not None:
+            raise together
         if mine is not None:
             raise mine
         for rank, problem in enumerate(problems):
-            if isinstance(problem, EverywhereError):
-                raise problem
             if problem is not None:
                 raise ValueError(f"rank {rank}: {problem}")
         return value
+
+    def first(self, work: Callable[[], T]) -> T:
+        """
+        Calls `work` on rank 0 and returns its result on every rank, which must be picklable; fails on all if it fails.
+
+        `work` must not communicate. Also makes the other ranks wait until it is done.
+        """
+        made = self.attempt(lambda: [work()] if self.rank == 0 else None)
+        shared = self.share(made)
+        assert shared is not None
+        return shared[0]
 
 
 ALONE = Ranks()
@@ -147,11 +159,20 @@ def launched_ranks(device: torch.device) -> Iterator[Ranks]:
 
     Args:
         device: the device that this process works on; a GPU is made the current one.
+
+    Raises:
+        ValueError: SLURM has started several processes, and torchrun did not.
     """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    begun = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1 and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        raise ValueError(
+            f"srun has started {os.environ['SLURM_NTASKS']} processes, which do not know of each other: let srun start "
+            "torchrun once per node, and that the processes"
+        )
+    begun = count > 1 and dist.is_available() and not dist.is_initialized()
     if begun:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         with patient_ranks(device) as ranks:

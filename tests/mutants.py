@@ -449,7 +449,7 @@ MUTANTS = (
     Mutant(
         "old_hidden_states_pile_up",
         "streaming/journal.py",
-        "        self.records.append(dict(record))\n        self.tidy()\n",
+        "        self.records.append(dict(record))\n        self._ranks.first(self._tidy)\n",
         "        self.records.append(dict(record))\n",
         "test_streaming.py::test_finished_blocks_are_not_done_again",
     ),
@@ -584,9 +584,9 @@ MUTANTS = (
     ),
     Mutant(
         "ranks_take_all_windows",
-        "streaming/prune.py",
-        "mine = given[ranks.rank :: ranks.size]",
-        "mine = given",
+        "streaming/walk.py",
+        "self.batches = batches[ranks.rank :: ranks.size]",
+        "self.batches = batches",
         "test_streaming_ranks.py::test_two_ranks_write_what_one_writes",
     ),
     Mutant(
@@ -625,8 +625,8 @@ MUTANTS = (
     Mutant(
         "allocation_without_its_measurements",
         "studies/measured_allocation.py",
-        "return replace(self, importance=importance)",
-        "return self",
+        "return _ByWanda(self._weighted(ranks.first(measure)))",
+        "return _ByWanda(self._weighted({}))",
         "test_measured_allocation.py::test_one_step_equals_measuring_by_hand_into_a_file",
     ),
     # a module's own steps

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ from prune_callbacks import (
     prune_checkpoint,
     writing,
 )
-from prune_callbacks.ranks import Ranks
-from prune_callbacks.streaming import together
+from prune_callbacks.ranks import EverywhereError, Ranks
+from prune_callbacks.streaming import together, walk
 
 CASES = {
     "sparsegpt": (SparseGPT(Unstructured(0.5)), {}),
@@ -78,6 +79,8 @@ def refused(folder, ranks):
             prune(folder, target, "sparsegpt", ranks, **settings)
 
     fails("min_expert_tokens was 32 and is 8", min_expert_tokens=8 if second else 32)
+    other = BlockReconstruction() if second else None
+    fails("called on rank 1 with another setting than on rank 0: .*reconstruction was None", reconstruction=other)
     fails("called on rank 1 with another setting than on rank 0: batches", batches=given(folder)[: 2 if second else 3])
     together.PATIENCE = 0.5
     elsewhere = folder / "elsewhere" if second else folder
@@ -103,9 +106,65 @@ def refused(folder, ranks):
     inputs.write_tensors = full
     fails("the disk is full here")
     inputs.write_tensors = write
-    ranks.attempt(lambda: None)
+    ranks.first(lambda: None)
     assert len(list((folder / "refused/streaming").glob("block_*.json"))) == 1  # the first is kept
-    prune(folder, "refused", "sparsegpt", ranks)
+    # Hidden states of the second rank that are gone when the second block is pruned.
+    collect, blocks = walk.collect, []
+
+    def without_a_file(make, index, block, targets, given, *arguments):
+        blocks.append(index)
+        if second and index == 1:
+            given[0].path.rename(given[0].path.with_suffix(".away"))
+        return collect(make, index, block, targets, given, *arguments)
+
+    walk.collect = without_a_file
+    fails("00001.safetensors, with hidden states that enter a block, is missing or damaged")
+    assert blocks == [1]
+    walk.collect = collect
+    for path in (folder / "refused/streaming").rglob("*.away") if second else ():
+        path.rename(path.with_suffix(".safetensors"))
+    ranks.first(lambda: None)
+    report = prune(folder, "refused", "sparsegpt", ranks)
+    assert len(report["reconstruction_loss"]) == 21
+    prune(folder, "few", "reconstructed", ranks, given(folder)[:1])  # two windows, of which one is held out
+
+
+def shares(folder, ranks):
+    """What every rank hears when others fail, and what the first one gives to all."""
+
+    def fail(error):
+        raise error
+
+    together_error = EverywhereError("for all")
+    for errors, expected in (
+        ({0: together_error}, {0: EverywhereError, 1: EverywhereError}),
+        ({0: ValueError("mine"), 1: together_error}, {0: EverywhereError, 1: EverywhereError}),
+        ({1: KeyError("mine")}, {0: ValueError, 1: KeyError}),
+    ):
+        with pytest.raises(expected[ranks.rank]) as found:
+            ranks.attempt(lambda e=errors: fail(e[ranks.rank]) if ranks.rank in e else None)
+        assert type(found.value) is expected[ranks.rank]
+    assert ranks.first(lambda: ranks.rank + 5) == 5
+    assert ranks.first(lambda: None) is None
+    with pytest.raises(ValueError, match="^(rank 0: )?no room$"):
+        ranks.first(lambda: fail(ValueError("no room")))
+
+
+def warned(folder, ranks):
+    """A warning of the second rank alone is in the report."""
+    original = ranks.gather
+
+    class Heard(Ranks):
+        def gather(self, value):
+            self.calls += 1
+            if self.rank == 1 and self.calls == 12:  # in the midst of the blocks
+                warnings.warn("only the second rank says this", stacklevel=1)
+            return original(value)
+
+    heard = Heard(dist.group.WORLD)
+    heard.calls = 0
+    report = prune(folder, "warned", "magnitude", heard)
+    assert report["warnings"] == ["only the second rank says this"]
 
 
 if __name__ == "__main__":

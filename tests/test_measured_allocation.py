@@ -20,6 +20,7 @@ from prune_callbacks import (
     prune_sequentially,
     write_windows,
 )
+from prune_callbacks.allocation.lagrangian import importance_of
 from prune_callbacks.extend import Allocation
 from prune_callbacks.ranks import ALONE
 from prune_callbacks.studies import sensitivity
@@ -86,13 +87,18 @@ def test_padding_and_short_windows_measure_nothing():
     mask = torch.ones_like(WINDOWS)
     mask[:5, 20:] = 0  # the first five are shorter than the rest
     batch = {"input_ids": WINDOWS, "attention_mask": mask}
-    measured = MeasuredAllocation(windows=3)
-    settings = {"targets": None, "blocks": None, "device": None, "progress": False}
-    found = measured.prepared(small(), [batch], Wanda(Unstructured(0.5)), ranks=ALONE, **settings)
+    settings = {"targets": None, "blocks": None, "device": None, "progress": False, "ranks": ALONE}
+    found = MeasuredAllocation(windows=3).prepared(small(), [batch], Wanda(Unstructured(0.5)), **settings)
     expected = sensitivity(small(), [batch], WINDOWS[5:8], Wanda(Unstructured(0.5)), unit="block", progress=False)
     ratio = {name: max(expected.increase[name], 1e-12) / expected.proxy[name] for name in expected.increase}
     largest = max(ratio.values())
-    assert dict(found.importance) == {name: max(value, largest / 1000) for name, value in ratio.items()}
+    assert dict(found.by.importance) == {name: max(value, largest / 1000) for name, value in ratio.items()}
+    # A fourth window is one of the shorter ones, so all are cut to its length.
+    four = MeasuredAllocation(windows=4).prepared(small(), [batch], Wanda(Unstructured(0.5)), **settings)
+    chosen = WINDOWS[[5, 6, 7, 0], :20]
+    expected = sensitivity(small(), [batch], chosen, Wanda(Unstructured(0.5)), unit="block", progress=False)
+    largest = max(expected.increase[name] / expected.proxy[name] for name in expected.increase)
+    assert max(four.by.importance.values()) == largest
 
 
 def test_a_fit_allocates_and_the_report_shows_what_it_took(tmp_path):
@@ -113,8 +119,17 @@ def test_a_fit_allocates_and_the_report_shows_what_it_took(tmp_path):
 
 def test_what_cannot_be_measured_is_refused():
     assert isinstance(MeasuredAllocation(), Allocation)
-    with pytest.raises(ValueError, match="windows must be at least 1, got 0"):
-        MeasuredAllocation(windows=0)
+    for count in (0, 2.5):
+        with pytest.raises(ValueError, match=f"windows must be a whole number of at least 1, got {count}"):
+            MeasuredAllocation(windows=count)
+    with pytest.raises(TypeError, match="importance"):
+        MeasuredAllocation(importance={"a": 1.0})
+    with pytest.raises(TypeError, match="use what its method prepared returns"):
+        MeasuredAllocation().choose({}, {}, Unstructured(0.5))
+    with pytest.raises(ValueError, match=r"measures one list of blocks, got \['model.layers'\]"):
+        pruned(MeasuredAllocation(), blocks=["model.layers"])
+    with pytest.raises(ValueError, match="test.encoder has no finite perplexity where b is pruned"):
+        importance_of({"a": 1.0, "b": float("nan")}, {"a": 1.0, "b": 1.0}, "test.encoder")
     with pytest.raises(ValueError, match=r"reach must lie in \(0, 1\)"):
         MeasuredAllocation(reach=2)
     plain = torch.nn.Sequential(torch.nn.Linear(24, 24), torch.nn.Linear(24, 24))

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from streaming_ranks import CASES, prune
 from test_streaming import content, llama, saved
 
-from prune_callbacks import MaskSet
+from prune_callbacks import NM, Magnitude, MaskSet
 from prune_callbacks.ranks import ALONE
+from prune_callbacks.streaming import prune_on_windows
 from prune_callbacks.tasks import tiny_checkpoint
 
 SCRIPT = Path(__file__).parent / "streaming_ranks.py"
@@ -75,14 +76,19 @@ def test_a_killed_rank_loses_nothing(folder, killed):
 
 def test_one_rank_goes_on_where_two_were_killed(folder):
     with ranks(SCRIPT, "kill", folder) as processes:
-        while not (folder / "killed/streaming/block_00000.json").exists():
+        first, give_up = folder / "killed/streaming/block_00000.json", time.monotonic() + 60
+        while not first.exists():
             assert all(process.poll() is None for process in processes), processes[0].output
+            assert time.monotonic() < give_up
             time.sleep(0.005)
         for process in processes:
             process.send_signal(signal.SIGKILL)
         for process in processes:
             process.wait()
+    shard = next((folder / "killed/model.partial").glob("model-00001-of-*.safetensors"))
+    written = shard.stat().st_mtime_ns
     prune(folder, "killed", "sparsegpt", ALONE)
+    assert (folder / "killed/model" / shard.name).stat().st_mtime_ns == written  # it was not made again
     prune(folder, "alone", "sparsegpt", ALONE)
     masks = [MaskSet.load(folder / f"{name}/masks.safetensors") for name in ("killed", "alone")]
     assert masks[0] == masks[1]
@@ -106,3 +112,44 @@ def test_the_recipe_under_torchrun_writes_what_one_process_writes(tmp_path):
     assert [report["processes"] for report in reports] == [1, 2]
     assert reports[0]["sparsity"] == reports[1]["sparsity"]
     assert (tmp_path / "two/report.html").exists()
+
+
+def test_what_fails_on_one_rank_is_heard_on_all(folder):
+    together(SCRIPT, "shares", folder)
+
+
+def test_a_warning_of_any_rank_is_in_the_report(folder):
+    together(SCRIPT, "warned", folder)
+
+
+def test_a_report_that_was_written_before_the_kill_is_found_by_all_ranks(folder):
+    """A kill between the report and the removal of the working files leaves both."""
+    prune(folder, "sparsegpt_together", "sparsegpt", ALONE)
+    target = folder / "sparsegpt_together"
+    (target / "streaming").mkdir()
+    (target / "streaming/setting.json").write_text(
+        json.dumps({"setting": json.loads((target / "report.json").read_text())["setting"]})
+    )
+    wanted = content(target)
+    together(SCRIPT, "equal", folder)
+    assert content(target) == {name: value for name, value in wanted.items() if "streaming" not in str(name)}
+
+
+@pytest.mark.parametrize(
+    ("variables", "device", "error"),
+    [
+        ({}, "cuda", "device='cuda', and there are no CUDA devices"),
+        ({}, "gpu", "device='gpu' is unknown to torch"),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "cuda:0", "is one GPU for all processes of a machine"),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None, "srun has started 4 processes, which do not know of each"),
+    ],
+)
+def test_processes_that_cannot_share_are_refused(tmp_path, monkeypatch, variables, device, error):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    source = tiny_checkpoint(tmp_path / "dense")
+    if device == "cuda:0":
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=error):
+        prune_on_windows(source, tmp_path / "out", Magnitude(NM(2, 4)), None, device=device)
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """LagrangianAllocation: minimises the sum of layer-wise losses for a total sparsity."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +33,11 @@ def importance_of(increase: Mapping[str, float], proxy: Mapping[str, float], wha
     Returns the factors that convert losses into measured increases of perplexity; see `Sensitivity`.
 
     Raises:
-        ValueError: nothing is sensitive; `what` names where the measurements are from.
+        ValueError: nothing is sensitive, or a measurement is not finite; `what` names where they are from.
     """
+    wrong = [name for name, value in increase.items() if not math.isfinite(value) or not math.isfinite(proxy[name])]
+    if wrong:
+        raise ValueError(f"{what} has no finite perplexity where {wrong[0]} is pruned: measure at a lower sparsity")
     importance = {name: value / max(proxy[name], 1e-12) for name, value in increase.items()}
     largest = max(importance.values(), default=0.0)
     if largest <= 0:

@@ -23,7 +23,7 @@ def check_allocation(allocation: Allocation, pruner: Pruner) -> None:
     """Raises ValueError for an allocation that is none, or that the pruner or its pattern does not support."""
     if not isinstance(allocation, Allocation):
         raise ValueError(
-            f"allocation is None or one such as OWL(), LagrangianAllocation() or SensitivityAllocation(...), got "
+            "allocation is None or one such as OWL(), LagrangianAllocation() or MeasuredAllocation(), got "
             f"{allocation!r}"
         )
     if not takes_pattern(pruner):

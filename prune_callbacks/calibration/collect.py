@@ -53,7 +53,10 @@ def collect(
     Raises:
         ValueError: two layers share their input on one rank, and not on another.
     """
-    passes = [Pass(b.masks, partial(run_block, index, block, b, where), b.hidden.shape) for b in inputs]
+
+    def passes() -> list[Pass]:
+        return [Pass(b.masks, partial(run_block, index, block, b, where), b.hidden.shape) for b in inputs]
+
     return _collected(statistic, block, targets, passes, where, ranks)
 
 
@@ -67,7 +70,10 @@ def collect_by_running(
     ranks: Ranks = ALONE,
 ) -> dict[str, Statistic]:
     """Streams the inputs of a block's layers into statistics as `collect` does, in passes of the whole model."""
-    passes = [Pass(masks_of(batch), partial(run_model, model, batch)) for batch in batches]
+
+    def passes() -> list[Pass]:
+        return [Pass(masks_of(batch), partial(run_model, model, batch)) for batch in batches]
+
     return _collected(statistic, block, targets, passes, where, ranks)
 
 
@@ -75,7 +81,7 @@ def _collected(
     statistic: Callable[[int, torch.device], Statistic | None],
     block: nn.Module,
     targets: Mapping[str, Target],
-    passes: Sequence[Pass],
+    passes: Callable[[], Sequence[Pass]],
     where: torch.device,
     ranks: Ranks,
 ) -> dict[str, Statistic]:
@@ -84,7 +90,8 @@ def _collected(
         assert parts[0] is not None
         return parts[0] if len(parts) == 1 else GroupedStatistic(parts)
 
-    found = ranks.attempt(lambda: _observe(make, block, targets, passes, where))
+    # Making the passes may fail on one rank: it may read a file.
+    found = ranks.attempt(lambda: _observe(make, block, targets, passes(), where))
     return _reduce(lambda name: make(targets[name]), found, ranks)
 
 

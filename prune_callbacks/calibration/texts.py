@@ -38,11 +38,23 @@ def texts_of(who: str, model: PreTrainedModel, batch: Batch) -> list[Tensor]:
 
 @contextmanager
 def moved(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
-    """Moves a whole model to a device and back; None: it stays where it is. Yields the device."""
+    """
+    Moves a whole model to a device and back; None, or parts on several devices: it stays as it is. Yields the device.
+
+    Raises:
+        ValueError: the device has too little memory.
+    """
     before = device_of(model)
-    there = before if device is None else torch.device(device)
+    if device is None or len({parameter.device for parameter in model.parameters()}) > 1:
+        yield before
+        return
     try:
-        model.to(there)
-        yield there
+        try:
+            model.to(device)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{type(model).__name__} does not fit on {device}, where all of it must run: use a larger one, or none"
+            ) from error
+        yield torch.device(device)
     finally:
         model.to(before)

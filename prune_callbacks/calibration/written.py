@@ -106,8 +106,8 @@ def _writing(model: PreTrainedModel, device: torch.device | str | None) -> Itera
         model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         with ExitStack() as stack:
             stack.enter_context(evaluating(model))
-            there = stack.enter_context(moved(model, device))
-            stack.enter_context(torch.random.fork_rng([there] if there.type == "cuda" else []))
+            stack.enter_context(moved(model, device))
+            stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))  # all are seeded
             yield
     finally:
         model.generation_config = settings

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from prune_callbacks.calibration.batches import Batch, accepted_inputs, named_inputs, warn_of_dropped_keys
 from prune_callbacks.calibration.written import write_windows
 from prune_callbacks.callbacks.lightning_internals import before_setup_of, training_data_source
+from prune_callbacks.engine.sharing import share_weights
 from prune_callbacks.ranks import Ranks
 
 TRAINING_BATCHES = 128
@@ -71,7 +72,7 @@ def check_counts(num_batches: int | None, written: int, *, calibrated: bool, own
     if not isinstance(written, int) or written < 0:
         raise ValueError(f"OneShotPrune: written_windows must be a whole number, got {written!r}")
     if written and (own or not calibrated):
-        why = "forward= runs batches of its own kind" if own else "neither pruner nor allocation is calibrated"
+        why = "forward= runs batches of its own kind" if own else "there is nothing to calibrate"
         raise ValueError(f"OneShotPrune: written_windows={written}, but {why}: leave written_windows out")
 
 
@@ -85,9 +86,9 @@ def with_written(
     the ranks.
     """
     begin, given = time.perf_counter(), batches or []
+    share_weights(model, ranks)
     written = write_windows(model, given, count, device=device, progress=progress, ranks=ranks)
-    first = given[0] if given else {}
-    rows = ranks.share(len(first["input_ids"]) if isinstance(first, Mapping) and first else len(cast(Any, first)))
+    rows = ranks.first(lambda: len(accepted_inputs(model, given[0])["input_ids"]))
     return [*given, *written.split(rows)[ranks.rank :: ranks.size]], time.perf_counter() - begin
 
 

@@ -65,8 +65,8 @@ class OneShotPrune(PrunesOnce):
         blocks: the name of the list of blocks, or of several, where they cannot be found.
         forward: a function of module and batch, which runs the module's model on the batch; None: as above.
         order: "sequential" or "at_once"; see `prune_sequentially`.
-        allocation: spreads the pattern's sparsity over the layers, with the same total: `OWL()`,
-            `LagrangianAllocation()`, `SensitivityAllocation(...)`; None: the same in every layer.
+        allocation: spreads the pattern's sparsity over the layers, with the same total: `MeasuredAllocation()`,
+            `OWL()`, `LagrangianAllocation()`, `SensitivityAllocation(...)`; None: the same in every layer.
         reconstruction: trains the kept weights of every block right after pruning, towards the dense block's outputs;
             None: blocks stay as the pruner leaves them. It needs decoder blocks that form a chain.
         dirpath: the folder to write the pruned model (`model/`, by `save_pretrained`) and its masks
@@ -77,7 +77,6 @@ class OneShotPrune(PrunesOnce):
 
     Attributes:
         report: the `PruneReport`; None before pruning. A resumed fit takes it from the checkpoint.
-        writing_seconds: the wall time of writing windows in this fit.
 
     Raises:
         ValueError: `pruner` is no pruner, `num_batches` is below 1, the allocation does not support the pruner, or
@@ -121,7 +120,6 @@ class OneShotPrune(PrunesOnce):
         self.min_expert_tokens = min_expert_tokens
         self.progress = progress
         self.report: PruneReport | None = None
-        self.writing_seconds = 0.0
         self._restored = False
         self._layers: set[str] | None = None
         check_counts(num_batches, written_windows, calibrated=self._needs_batches(), own=forward is not None)
@@ -163,9 +161,10 @@ class OneShotPrune(PrunesOnce):
             ranks = stack.enter_context(patient_ranks(device))
             drawn = trainer, ranks, None if own else model, self.batches, count
             batches = calibration_batches(*drawn) if needed else None
+            writing = 0.0
             if self.written_windows and not trial:
                 more = self.written_windows, ranks, device, self.progress
-                batches, self.writing_seconds = with_written(batches, model, *more)
+                batches, writing = with_written(batches, model, *more)
             report = prune_sequentially(
                 model,
                 batches,
@@ -183,7 +182,7 @@ class OneShotPrune(PrunesOnce):
             )
             if self.dirpath is not None and not trial:
                 ranks.attempt(lambda: self._save(trainer, model, report.masks))
-        return report
+        return replace(report, writing_seconds=writing)
 
     def _needs_batches(self) -> bool:
         """Returns whether the pruner, the allocation or the reconstruction needs calibration batches."""

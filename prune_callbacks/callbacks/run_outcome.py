@@ -96,8 +96,8 @@ def note_costs(
         run.tokens["prune"] = report.tokens
     if report and report.allocation_seconds:
         run.allocating = {"seconds": report.allocation_seconds}
-    if one_shot is not None and one_shot.writing_seconds:
-        run.writing = {"windows": one_shot.written_windows, "seconds": one_shot.writing_seconds}
+    if one_shot is not None and report and report.writing_seconds:
+        run.writing = {"windows": one_shot.written_windows, "seconds": report.writing_seconds}
     permute = Lineup(trainer).first(PermuteChannels)
     if permute is not None and permute.permuted:
         run.permuting = {"seconds": permute.seconds}

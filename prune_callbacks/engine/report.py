@@ -57,6 +57,7 @@ class PruneReport(Result):
         tokens: how many calibration tokens there were on all ranks; 0 for batches of other kinds.
         untrained: the reason for every parameter of these blocks that reconstruction left as it was, by name.
         allocation_seconds: wall time of measuring the dense model for an allocation, a part of `seconds`.
+        writing_seconds: wall time of writing further calibration windows before that, by `OneShotPrune`.
     """
 
     masks: MaskSet
@@ -72,6 +73,7 @@ class PruneReport(Result):
     untrained: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
     allocation_seconds: float = 0.0
+    writing_seconds: float = 0.0
 
     @property
     def sparsity(self) -> float:
@@ -94,6 +96,7 @@ class PruneReport(Result):
             "untrained": dict(self.untrained),
             "tokens": self.tokens,
             "allocation_seconds": self.allocation_seconds,
+            "writing_seconds": self.writing_seconds,
         }
 
     @classmethod
@@ -113,6 +116,7 @@ class PruneReport(Result):
             untrained=state.get("untrained", {}),
             tokens=state.get("tokens", 0),
             allocation_seconds=state.get("allocation_seconds", 0.0),
+            writing_seconds=state.get("writing_seconds", 0.0),
         )
 
 

@@ -103,6 +103,9 @@ def prune_sequentially(
     begin = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model
     batches, stages = _staged(model, batches, targets, blocks, forward, ranks)
+    if batches is not None and not isinstance(batches, Tensor):  # one tensor is refused later, with the other checks
+        given = batches
+        batches = ranks.attempt(lambda: [named_inputs(batch) for batch in given])
     batches, windows = cut(batches, reconstruction, ranks)
     plan = make_plan(
         "prune_sequentially",
@@ -122,7 +125,6 @@ def prune_sequentially(
     share_weights(model, ranks)
     if plan.allocation is not None:
         started = time.perf_counter()
-        batches = None if batches is None else [named_inputs(batch) for batch in batches]
         common = {"targets": targets, "blocks": blocks, "device": plan.device, "progress": progress, "ranks": ranks}
         plan = replace(plan, allocation=prepared(plan.allocation, model, batches, pruner, **common))
         run.allocation_seconds = time.perf_counter() - started

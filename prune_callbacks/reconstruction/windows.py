@@ -1,7 +1,7 @@
 """Cuts calibration batches into single windows, and puts the windows of all ranks into one order."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -48,6 +48,12 @@ def single_windows(batches: Iterable[Any], settings: BlockReconstruction, ranks:
             f"{'is' if count == 1 else 'are'} {count}, so none is left to train on: give more windows, or held_out=0"
         )
     return Windows(mine, [(rank, number) for _, number, rank in found])
+
+
+def by_content(windows: Sequence[Batch], owner: Callable[[int], tuple[int, int]]) -> list[tuple[int, int]]:
+    """Returns the `order` of `Windows` for windows that every rank knows, given the owner of each by its number."""
+    owners = [(described(window), owner(number)) for number, window in enumerate(windows)]
+    return [place for _, place in sorted(owners, key=lambda pair: (pair[0], pair[1][1], pair[1][0]))]
 
 
 def count_held_out(settings: BlockReconstruction, count: int) -> int:

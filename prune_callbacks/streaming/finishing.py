@@ -53,11 +53,11 @@ def check_space(
         )
 
 
-def finish(journal: Journal, walk: BlockWalk, about: Mapping[str, Any]) -> None:
+def finish(journal: Journal, walk: BlockWalk, about: Mapping[str, Any]) -> dict[str, Any]:
     """
     Writes the weights outside of the blocks, the other files of the model, all masks and scales, and the report.
 
-    The report is written last and marks the pruning as finished. The entries of `about` are copied into the report.
+    The report is written last and marks the pruning as finished; returns it. It has the entries of `about`.
     """
     shards, checkpoint = walk.shards, walk.checkpoint
     if journal.model.exists():  # otherwise an earlier call has renamed it already
@@ -77,7 +77,7 @@ def finish(journal: Journal, walk: BlockWalk, about: Mapping[str, Any]) -> None:
     scales = [p for p in map(journal.scales, numbers) if p.exists()]
     if scales:
         join_files(scales, journal.target / SCALES)
-    journal.finish(replace(_report(journal, walk), **about))
+    return journal.finish(replace(_report(journal, walk), **about))
 
 
 def _copy_others(source: Path, target: Path) -> None:

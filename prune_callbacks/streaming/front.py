@@ -1,7 +1,7 @@
 """Loads what a capture of block inputs runs: the modules in front of the decoder blocks, and the first block."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.names import names_by_tensor
 from prune_callbacks.calibration.batches import Batch
-from prune_callbacks.ranks import EverywhereError
+from prune_callbacks.ranks import EverywhereError, Ranks
 from prune_callbacks.streaming.skeleton import drop, fill
 from prune_callbacks.streaming.source import CheckpointFolder
 
@@ -27,14 +27,22 @@ class Front:
         checkpoint: the checkpoint.
         model: its model on the meta device.
         outside: the names in the checkpoint of the weights outside of the blocks, by name in the model.
-        batches: the calibration batches.
+        batches: the calibration batches of this rank; maybe none.
+        ranks: the processes, each with its own batches.
     """
 
     def __init__(
-        self, checkpoint: CheckpointFolder, model: PreTrainedModel, outside: Mapping[str, str], batches: Sequence[Batch]
+        self,
+        checkpoint: CheckpointFolder,
+        model: PreTrainedModel,
+        outside: Mapping[str, str],
+        batches: Sequence[Batch],
+        ranks: Ranks,
     ) -> None:
         self.checkpoint = checkpoint
         self.model = model
+        self.ranks = ranks
+        self._any = bool(batches)
         self._embedding: Any = model.get_input_embeddings()
         ids: list[Any] = [batch.get("input_ids") if isinstance(batch, Mapping) else batch for batch in batches]
         self._ids = [batch for batch in ids if _are_ids(batch)]
@@ -66,26 +74,28 @@ class Front:
 
     def run(self, work: Callable[[], list[Any]]) -> list[Any]:
         """
-        Returns the result of `work`, for which the weights are loaded.
+        Returns the result of `work`, for which the weights are loaded; a collective.
 
-        Of the embeddings only the rows of the calibration tokens are loaded, unless the model looks up others.
+        Of the embeddings only the rows of the calibration tokens are loaded, unless the model looks up others. A rank
+        without batches loads nothing.
         """
         try:
-            if self._table is None:
-                return self._loaded(self._names, work)
-            others = {key: names for key, names in self._names.items() if key != self._table}
-            with self._rows_only(self._table):
-                return self._loaded(others, work)
+            return self._loaded(work, self._table)
         except OtherTokensError:
-            return self._loaded(self._names, work)
+            return self._loaded(work, None)
 
-    def _loaded(self, names: Mapping[str, list[str]], work: Callable[[], list[Any]]) -> list[Any]:
-        views = self.checkpoint.views(names)
-        fill(self.model, {name: views[key] for key in names for name in names[key]})
-        try:
+    def _loaded(self, work: Callable[[], list[Any]], table: str | None) -> list[Any]:
+        with ExitStack() as stack:
+            self.ranks.attempt(lambda: self._load(table, stack) if self._any else None)
             return work()
-        finally:
-            drop(self.model, [name for key in names for name in names[key]])
+
+    def _load(self, table: str | None, stack: ExitStack) -> None:
+        names = {key: names for key, names in self._names.items() if key != table}
+        views = self.checkpoint.views(names)
+        stack.callback(drop, self.model, [name for key in names for name in names[key]])
+        fill(self.model, {name: views[key] for key in names for name in names[key]})
+        if table is not None:
+            stack.enter_context(self._rows_only(table))
 
     @contextmanager
     def _rows_only(self, key: str) -> Iterator[None]:

@@ -120,10 +120,10 @@ def _completing(folder: Path, ranks: Ranks) -> Iterator[Path | None]:
         partial.mkdir()
         return True
 
-    begun = ranks.share(ranks.attempt(lambda: begin() if ranks.rank == 0 else None))
+    begun = ranks.first(begin)
     yield partial if begun else None
     if begun:
-        ranks.attempt(lambda: rename(partial, folder, durable=True) if ranks.rank == 0 else None)
+        ranks.first(lambda: rename(partial, folder, durable=True))
 
 
 def _name(number: int, ranks: Ranks) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from prune_callbacks.engine.plan import parsed_device
 from prune_callbacks.pruners import Pruner
 from prune_callbacks.pruners.questions import needs_calibration
 from prune_callbacks.ranks import launched_ranks
@@ -119,7 +120,10 @@ def prune_on_windows(
 
 def _own_device(device: str | None) -> torch.device:
     """Returns the device of this process: of several on one machine, each has a GPU of its own."""
-    where = torch.device(device or "cpu")
-    if where.type == "cuda" and where.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return where
+    where = parsed_device(device or "cpu")
+    local = os.environ.get("LOCAL_RANK")
+    if where.type != "cuda" or local is None:
+        return where
+    if where.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"device={device} is one GPU for all processes of a machine; device=cuda gives each its own")
+    return where if where.index is not None else parsed_device(f"cuda:{local}")

@@ -1,7 +1,7 @@
 """The target folder of a streamed pruning, and its record of finished blocks."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -44,18 +44,19 @@ class Journal:
         self.target, self._ranks = target, ranks
         self.work = target / "streaming"
         self.model = target / f"{MODEL}{PARTIAL}"
-        self.report: dict[str, Any] | None = None
+        self.report: dict[str, Any] | None
         self.setting: dict[str, Any] = json.loads(json.dumps(setting))
-        self.records: list[dict[str, Any]] = []
-        self._on_first(self._open)
-        check_same_folder(target, ranks)
-        ranks.attempt(self._read_records)
+        self.records: list[dict[str, Any]]
+        # Read by rank 0 for all: others may see later what it has written.
+        self.records, self.report = ranks.first(self._open)
+        if self.report is None:
+            check_same_folder(self.work, ranks)
 
     def commit(self, record: Mapping[str, Any]) -> None:
         """Records the next block as finished; call it after its weights, masks and output hidden states are written."""
-        self._on_first(lambda: write_json(self._record(len(self.records)), record))
+        self._ranks.first(lambda: write_json(self._record(len(self.records)), record))
         self.records.append(dict(record))
-        self.tidy()
+        self._ranks.first(self._tidy)
 
     def prepare(self) -> None:
         """
@@ -64,22 +65,27 @@ class Journal:
         Raises:
             ValueError: a file of a finished block is missing, or its size has changed.
         """
-        self._on_first(self._check_blocks)
-        if not (self.target / MODEL).exists():  # otherwise the remaining files are written next to it
-            self._on_first(lambda: self.model.mkdir(exist_ok=True))
-        self.tidy()
+        self._ranks.first(self._prepare)
 
-    def _check_blocks(self) -> None:
+    def _prepare(self) -> None:
         for number, record in enumerate(self.records):
             for name, size in record["files"].items():
                 places = (self.model / name, self.target / MODEL / name, self.work / name)
                 self._check(f"of block {number}, which was finished,", name, size, places)
+        if not (self.target / MODEL).exists():  # otherwise the remaining files are written next to it
+            self.model.mkdir(exist_ok=True)
+        self._tidy()
 
     def check_finished(self) -> None:
         """Raises ValueError if a file of the finished model is missing, or its size has changed."""
         assert self.report is not None
-        for name, size in self.report["files"].items():
-            self._check("of the finished model", name, size, [self.target / MODEL / name, self.target / name])
+        files = self.report["files"]
+
+        def check() -> None:
+            for name, size in files.items():
+                self._check("of the finished model", name, size, [self.target / MODEL / name, self.target / name])
+
+        self._ranks.first(check)
 
     def _check(self, whose: str, name: str, size: int, places: Sequence[Path]) -> None:
         sizes = [path.stat().st_size for path in places if path.is_file()]
@@ -90,22 +96,19 @@ class Journal:
                 "the folder to start again"
             )
 
-    def tidy(self) -> None:
+    def _tidy(self) -> None:
         """Removes hidden states that are incomplete or no longer needed."""
         needed = (self.hidden(len(self.records)), self.dense(len(self.records)))
+        for folder in sorted([*self.work.glob("hidden_*"), *self.work.glob("dense_*")]):
+            if folder not in needed:
+                remove_folder(folder)
 
-        def tidy() -> None:
-            for folder in sorted([*self.work.glob("hidden_*"), *self.work.glob("dense_*")]):
-                if folder not in needed:
-                    remove_folder(folder)
-
-        self._on_first(tidy)
-
-    def finish(self, report: RunRecord) -> None:
-        """Writes the report, which marks the pruning as finished, and removes the working files."""
-        self.report = replace(report, setting=dict(self.setting)).to_json()
-        write_json(self.target / REPORT, self.report)
+    def finish(self, report: RunRecord) -> dict[str, Any]:
+        """Writes the report, which marks the pruning as finished, and removes the working files; returns the report."""
+        finished = replace(report, setting=dict(self.setting)).to_json()
+        write_json(self.target / REPORT, finished)
         remove_folder(self.work)
+        return finished
 
     def discard(self) -> None:
         """Removes the working files of a pruning without a finished block, and the target if it holds nothing else."""
@@ -124,6 +127,20 @@ class Journal:
         """Returns the folder of the hidden states that enter a block in the dense model; only reconstruction has it."""
         return self.work / f"dense_{index:05d}"
 
+    def check_hidden(self, index: int, *, dense: bool) -> None:
+        """Raises ValueError if hidden states that enter the first unfinished block are missing; a collective."""
+
+        def check() -> None:
+            needed = [self.hidden(index)] + ([self.dense(index)] if dense else [])
+            missing = next((folder for folder in needed if not folder.is_dir()), None)
+            if index > 0 and missing is not None:
+                raise ValueError(
+                    f"{missing} is missing, with the hidden states that enter block {index}, the first unfinished one: "
+                    f"pruning cannot resume without it. Put it back, or delete {self.target} to start again"
+                )
+
+        self._ranks.first(check)
+
     def masks(self, index: int) -> Path:
         """Returns the path of the masks of a block."""
         return self.work / f"masks_{index:05d}.safetensors"
@@ -135,11 +152,8 @@ class Journal:
     def _record(self, index: int) -> Path:
         return self.work / f"block_{index:05d}.json"
 
-    def _on_first(self, work: Callable[[], None]) -> None:
-        self._ranks.attempt(lambda: work() if self._ranks.rank == 0 else None)
-
-    def _open(self) -> None:
-        """Begins the folder, or checks that it was begun with the same setting."""
+    def _open(self) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        """Begins the folder, or checks that it was begun with the same setting; returns the records and the report."""
         before = self._begun_with()
         if before is None:
             self._begin()
@@ -148,14 +162,14 @@ class Journal:
                 f"{self.target} was started with another setting: {difference(before, self.setting)}. Choose another "
                 "target, repeat the earlier setting to resume, or delete the folder to start again"
             )
-
-    def _read_records(self) -> None:
-        while self._record(len(self.records)).is_file():
-            self.records.append(_read(self._record(len(self.records))))
-        if (self.target / REPORT).is_file():
-            self.report = _read(self.target / REPORT)
-            if self._ranks.rank == 0:
-                remove_folder(self.work)
+        records: list[dict[str, Any]] = []
+        while self._record(len(records)).is_file():
+            records.append(_read(self._record(len(records))))
+        if not (self.target / REPORT).is_file():
+            return records, None
+        report = _read(self.target / REPORT)
+        remove_folder(self.work)
+        return records, report
 
     def _begun_with(self) -> dict[str, Any] | None:
         for path in (self.work / "setting.json", self.target / REPORT):

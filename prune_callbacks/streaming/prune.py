@@ -74,7 +74,8 @@ def prune_checkpoint(
         progress: show a progress bar.
         ranks: processes that share the work and the folders, all called with the same arguments and all batches: each
             runs every R-th of them, statistics are summed, layers are solved on different ranks. Equivalent to one
-            process, to the rounding of the sums; a call that resumes may have another number of ranks.
+            process, to the rounding of the sums. A call that resumes may have another number of ranks, and then ends
+            as one process would to that rounding, not byte for byte.
 
     Returns:
         the content of `report.json`.
@@ -87,46 +88,49 @@ def prune_checkpoint(
     Lowers glibc's threshold for mapping memory in the whole process while it runs, and leaves it at 32 MB, unless the
     environment sets MALLOC_MMAP_THRESHOLD_.
     """
-    check_pruner("prune_checkpoint", pruner)
-    check_reconstructible("prune_checkpoint", reconstruction, pruner)
     source, target = Path(source), Path(target)
-    ranks.attempt(lambda: _check_folders(source, target))
-    if coupled(pruner):
-        raise ValueError(
-            f"{type(pruner).__name__} removes units from layers of all blocks at once and needs the whole model: "
-            "load it and use prune_sequentially"
-        )
+    ranks.attempt(lambda: _check_arguments(source, target, pruner, reconstruction))
     with RecordedWarnings() as heard:
-        given = ranks.attempt(lambda: _given_batches(pruner, reconstruction, batches))
-        mine = given[ranks.rank :: ranks.size]
-        order = [] if reconstruction is None else single_windows(mine, reconstruction, ranks).order
 
-        def prepare() -> tuple[BlockWalk, dict[str, Any]]:
+        def prepare() -> tuple[BlockWalk, list[Batch], dict[str, Any]]:
+            given = _given_batches(pruner, reconstruction, batches)
             checkpoint = CheckpointFolder(source)
             model = build_skeleton(checkpoint.config, model_dtype(checkpoint, dtype))
             stages, where = block_stages(model, blocks), device or "cpu"
             settings: dict[str, Any] = {"targets": targets, "stages": stages, "reconstruction": reconstruction}
             plan = make_plan("prune_checkpoint", model, pruner, given, unread=True, device=where, **settings)
             check_batches(model, given)
-            walk = BlockWalk(checkpoint, model, plan, mine, min_expert_tokens, order, ranks)
-            return walk, _setting(walk, given, min_expert_tokens)
+            walk = BlockWalk(checkpoint, model, plan, given, min_expert_tokens, ranks)
+            return walk, given, _setting(walk, given, min_expert_tokens)
 
-        walk, setting = ranks.attempt(prepare)
+        walk, given, setting = ranks.attempt(prepare)
         _check_same(ranks.gather(setting))
         with alone(target, ranks):
             journal = Journal(target, setting, ranks)
             if journal.report is None:
                 journal.prepare()
                 streams = 1 if reconstruction is None else 2
-                ranks.attempt(lambda: check_space(journal, walk.shards, given, walk.model, streams=streams))
+                ranks.first(lambda: check_space(journal, walk.shards, given, walk.model, streams=streams))
                 with returning_memory():
                     walk.run(journal, progress, heard)
-                about = {"recipe": name, "model": source.name, "command": command, "warnings": heard.texts}
-                ranks.attempt(lambda: finish(journal, walk, about) if ranks.rank == 0 else None)
-                journal.report = ranks.share(journal.report)
+                texts = dict.fromkeys([*journal.records[-1]["warnings"], *heard.texts])
+                about = {"recipe": name, "model": source.name, "command": command, "warnings": list(texts)}
+                journal.report = ranks.first(lambda: finish(journal, walk, about))
             assert journal.report is not None
-            ranks.attempt(journal.check_finished)
+            journal.check_finished()
             return journal.report
+
+
+def _check_arguments(source: Path, target: Path, pruner: Pruner, reconstruction: BlockReconstruction | None) -> None:
+    """Raises ValueError for folders or a pruner that cannot be used."""
+    check_pruner("prune_checkpoint", pruner)
+    check_reconstructible("prune_checkpoint", reconstruction, pruner)
+    _check_folders(source, target)
+    if coupled(pruner):
+        raise ValueError(
+            f"{type(pruner).__name__} removes units from layers of all blocks at once and needs the whole model: "
+            "load it and use prune_sequentially"
+        )
 
 
 def _check_same(settings: Sequence[Mapping[str, Any]]) -> None:

@@ -63,7 +63,7 @@ def check_same_folder(folder: Path, ranks: Ranks) -> None:
         return
     mark = ranks.share(uuid4().hex)
     path = folder / f"seen_by_all_ranks{PARTIAL}"
-    ranks.attempt(lambda: write_json(path, {"mark": mark}) if ranks.rank == 0 else None)
+    ranks.first(lambda: write_json(path, {"mark": mark}))
 
     def look() -> None:
         last = time.monotonic() + PATIENCE
@@ -78,4 +78,4 @@ def check_same_folder(folder: Path, ranks: Ranks) -> None:
     try:
         ranks.attempt(look)
     finally:
-        ranks.attempt(lambda: path.unlink() if ranks.rank == 0 else None)
+        ranks.first(path.unlink)

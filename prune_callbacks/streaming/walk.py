@@ -21,8 +21,9 @@ from prune_callbacks.engine.plan import Plan
 from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.engine.solving import BlockPruning
 from prune_callbacks.memory import peak_memory, reset_peak_memory
-from prune_callbacks.ranks import ALONE, Ranks
+from prune_callbacks.ranks import Ranks
 from prune_callbacks.reconstruction.blocks import Rebuilder, Show
+from prune_callbacks.reconstruction.windows import by_content
 from prune_callbacks.recorded_warnings import RecordedWarnings
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.streaming.files import sizes, whole, write_tensors
@@ -45,10 +46,9 @@ class BlockWalk:
         checkpoint: the checkpoint to read.
         model: its model on the meta device; see `build_skeleton`.
         plan: the targets, the pruner and the device.
-        batches: calibration batches; empty for a pruner that needs no calibration.
+        batches: calibration batches of all ranks; empty for a pruner that needs no calibration.
         min_expert_tokens: an expert that fewer tokens reach is pruned by Magnitude.
-        windows: the order of the batches of all ranks in a reconstruction; see `Windows`.
-        ranks: the processes, each with its own batches, that share the target. Rank 0 writes what is not of one batch.
+        ranks: the processes that share the target, each with every R-th batch. Rank 0 writes what is not of one batch.
 
     Attributes:
         shards: the distribution of the weights over files.
@@ -64,11 +64,11 @@ class BlockWalk:
         plan: Plan,
         batches: Sequence[Batch],
         min_expert_tokens: int,
-        windows: Sequence[tuple[int, int]] = (),
-        ranks: Ranks = ALONE,
+        ranks: Ranks,
     ) -> None:
         assert plan.device is not None
-        self.checkpoint, self.model, self.plan, self.batches, self.where = checkpoint, model, plan, batches, plan.device
+        self.checkpoint, self.model, self.plan, self.where = checkpoint, model, plan, plan.device
+        self.batches = batches[ranks.rank :: ranks.size]
         self.min_expert_tokens, self.ranks = min_expert_tokens, ranks
         self.blocks = plan.blocks
         refuse_shared(model, self.blocks)
@@ -76,7 +76,10 @@ class BlockWalk:
         self.few_tokens = False
         self._dense: list[StoredInputs] = []  # the inputs of the block in the dense model
         settings = plan.reconstruction
-        self.rebuilder = None if settings is None else Rebuilder(model, settings, windows, ranks, frozen=False)
+        self.rebuilder = None
+        if settings is not None:
+            order = by_content(batches, lambda number: (number % ranks.size, number // ranks.size))
+            self.rebuilder = Rebuilder(model, settings, order, ranks, frozen=False)
 
     def run(self, journal: Journal, progress: bool, heard: RecordedWarnings) -> None:
         """Prunes all unfinished blocks; every record includes all warnings so far."""
@@ -118,23 +121,12 @@ class BlockWalk:
 
     def _inputs(self, journal: Journal, index: int) -> list[StoredInputs]:
         """Returns the inputs of a block: the first one, or one whose hidden states an earlier call has written."""
-        self.ranks.attempt(lambda: self._check_hidden(journal, index))
-        front = Front(self.checkpoint, self.model, self.shards.outside, self.batches)
+        journal.check_hidden(index, dense=self.rebuilder is not None)
+        front = Front(self.checkpoint, self.model, self.shards.outside, self.batches, self.ranks)
         self.ranks.attempt(lambda: self._load(0))
         inputs = front.run(lambda: self._stored([block for _, block in self.blocks], journal, index))
         self._unload(0)
         return inputs
-
-    def _check_hidden(self, journal: Journal, index: int) -> None:
-        """Raises ValueError if hidden states that enter the first unfinished block are missing."""
-        needed = [journal.hidden(index)] + ([journal.dense(index)] if self.rebuilder is not None else [])
-        missing = next((folder for folder in needed if not folder.is_dir()), None)
-        if index > 0 and missing is not None:
-            raise ValueError(
-                f"{missing} is missing, with the hidden states that enter block {index}, the first "
-                f"unfinished one: pruning cannot resume without it. Put it back, or "
-                f"delete {journal.target} to start again"
-            )
 
     def _stored(self, blocks: Sequence[nn.Module], journal: Journal, index: int) -> list[StoredInputs]:
         """Captures and stores the inputs of the blocks; removes a target that was only begun if that fails."""
@@ -162,7 +154,8 @@ class BlockWalk:
         nothing: tuple[str, ...] = ("skipped", "by_magnitude", "violations", "parameters")
         record: dict[str, Any] = {"layers": []} | {key: {} for key in nothing}
         prefix, block = self.blocks[index]
-        self.ranks.attempt(lambda: self._load(index, ahead, move=bool(targets or runs)))
+        used = bool(targets or runs)  # else rank 0 copies its weights, and the others have nothing to do
+        self.ranks.attempt(lambda: self._load(index, ahead, move=used) if used or self.ranks.rank == 0 else None)
         if self.rebuilder is not None and (targets or runs):
             store_next(index, block, self._dense, self.where, journal.dense(index + 1), self.ranks)
         if targets:
@@ -170,7 +163,7 @@ class BlockWalk:
         if runs:
             store_next(index, block, inputs, self.where, journal.hidden(index + 1), self.ranks)
         state = block.state_dict()
-        self._on_first(
+        self.ranks.first(
             lambda: self.shards.write_block({name: state[name.removeprefix(f"{prefix}.")] for name in names}, shard)
         )
         state = {}
@@ -204,10 +197,10 @@ class BlockWalk:
         if self.rebuilder is not None:
             self.rebuilder.reconstruct(index, name, block, inputs, self._dense, masks, self.where, show)
         tensors, shapes = masks_in_pieces(masks)
-        self._on_first(lambda: write_tensors(journal.masks(index), tensors, shapes))
+        self.ranks.first(lambda: write_tensors(journal.masks(index), tensors, shapes))
         if run.scales:
             scales = {name: whole(scale) for name, scale in run.scales.items()}
-            self._on_first(lambda: write_tensors(journal.scales(index), scales))
+            self.ranks.first(lambda: write_tensors(journal.scales(index), scales))
         weights = parameters_of(targets.values())
         return {
             "layers": [asdict(layer) | {"shape": list(layer.shape)} for layer in run.layers],
@@ -224,10 +217,6 @@ class BlockWalk:
         reports = [report.to_dict() for report in self.rebuilder.reports if report.name == name]
         untrained = {path: why for path, why in self.rebuilder.left.items() if belongs(path, name)}
         return {"reconstruction": reports, "untrained": untrained}
-
-    def _on_first(self, work: Callable[[], None]) -> None:
-        """Calls `work` on rank 0, and fails on all ranks if it fails."""
-        self.ranks.attempt(lambda: work() if self.ranks.rank == 0 else None)
 
     def _load(self, index: int, ahead: Ahead | None = None, *, move: bool = False) -> None:
         """

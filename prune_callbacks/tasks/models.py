@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -80,11 +81,19 @@ def tiny_llama(seed: int = 0, hidden_size: int = 128, layers: int = 4, vocab_siz
 
 
 def tiny_checkpoint(dirpath: str | Path) -> str:
-    """Returns a folder with `tiny_llama` in several safetensors files and its tokenizer; creates it if needed."""
+    """
+    Returns a folder with `tiny_llama` in several safetensors files and its tokenizer; creates it if needed.
+
+    Of several processes that torchrun has started the first creates it, and the others wait.
+    """
     folder = Path(dirpath)
-    if not (folder / "tokenizer_config.json").is_file():  # the last file that is written
-        tiny_llama().save_pretrained(folder, max_shard_size="1MB")
-        byte_tokenizer().save_pretrained(folder)
+    if not folder.is_dir() and os.environ.get("RANK", "0") == "0":
+        with replaced_folder(folder) as partial:
+            tiny_llama().save_pretrained(partial, max_shard_size="1MB")
+            byte_tokenizer().save_pretrained(partial)
+    last = time.monotonic() + 60
+    while not folder.is_dir() and time.monotonic() < last:
+        time.sleep(0.1)
     return str(folder)
 
 
