@@ -11,6 +11,7 @@ finished is not measured twice. `--save FOLDER` keeps the pruned models, and the
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import time
@@ -71,7 +72,7 @@ SETTINGS: dict[str, Setting] = {
     "quick": Setting(BlockReconstruction(passes=2)),
     "reconstruction": Setting(BlockReconstruction()),
     "reconstruction, 32 written": Setting(BlockReconstruction(), 32),
-    "reconstruction, 96 written": Setting(BlockReconstruction(passes=3), 96),
+    "reconstruction in 3 passes, 96 written": Setting(BlockReconstruction(passes=3), 96),
 }
 
 
@@ -90,6 +91,11 @@ def held_out(path: Path, model: str, calibration: Tensor, count: int = 24) -> Te
     return torch.tensor(windows)
 
 
+def folder_name(key: str) -> str:
+    """Returns the name of the folder that `--save` writes a cell's model into."""
+    return key.replace(" ", "_").replace("%", "percent")
+
+
 def measure(model: torch.nn.Module, texts: dict[str, Tensor]) -> dict[str, float]:
     """Returns the perplexity on every text."""
     return {name: round(perplexity(model, windows, progress=False), 3) for name, windows in texts.items()}
@@ -97,7 +103,8 @@ def measure(model: torch.nn.Module, texts: dict[str, Tensor]) -> dict[str, float
 
 def written(model: str, calibration: Tensor, count: int, folder: Path | None) -> tuple[Tensor, float]:
     """Returns windows that the dense model writes, and the seconds that it took; from the folder if they are there."""
-    path = None if folder is None else folder / f"written_{count}.safetensors"
+    mark = hashlib.sha256(f"{model} {torch.get_float32_matmul_precision()} {calibration.tolist()}".encode()).hexdigest()
+    path = None if folder is None else folder / f"written_{count}_{mark[:8]}.safetensors"
     if path is None or not path.exists():
         network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         begin = time.perf_counter()
@@ -193,7 +200,7 @@ def main() -> None:
                 print(key, {k: v for k, v in cell.items() if k != "blocks"}, flush=True)
                 write_json(args.results, results)
                 if args.save is not None:
-                    save_sparse_model(network, masks, args.save / key.replace(" ", "_").replace("%", "percent"))
+                    save_sparse_model(network, masks, args.save / folder_name(key))
     write_json(args.results, results)
     table(results["cells"], list(texts))
 

@@ -5,8 +5,8 @@ Compares forms of block reconstruction, of which the library has the best: losse
 
 ALPS prunes the first blocks of a model of Llama's kind to 2:4, one after the other, and each is trained in one of the
 forms below before the next; all other blocks stay dense, so perplexity shows what these blocks cost. WINDOWS and TEXT
-are as in `benchmarks/reconstruction.py`. Written apart from the library, which has no switches for what is worse.
-Results are written after every form; run again, and what is finished is not measured twice.
+are as in `benchmarks/reconstruction.py`; no window is held out. Written apart from the library, which has no switches
+for what is worse. Results are written after every form; run again, and what is finished is not measured twice.
 """
 
 import argparse
@@ -84,7 +84,7 @@ class Form:
 
 FORMS = {
     "no reconstruction": Form(passes=0),
-    "as the library": Form(),
+    "3 passes, as the library": Form(),
     "learning rate 0.005": Form(learning_rate=0.005),
     "learning rate 0.02": Form(learning_rate=0.02),
     "learning rate 0.001, the same for all": Form(learning_rate=0.001, absolute=True),
@@ -179,7 +179,7 @@ def train(
         form.learning_rate * (1 if form.absolute else float(p[p != 0].square().mean().sqrt()))
         for p in parameters.values()
     ]
-    adam = torch.optim.Adam([{"params": [p.requires_grad_()]} for p in parameters.values()], betas=(0.9, 0.95))
+    adam = torch.optim.Adam([{"params": [p.requires_grad_()]} for p in parameters.values()])
     count = len(targets)
     steps, done = passes * -(-count // form.batch), 0
     for _ in range(passes):

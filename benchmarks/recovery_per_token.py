@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reconstruction import folder_name
 from recovery import METHODS, measure, train
 from safetensors.torch import load_file
-from tables import recovered
+from tables import best_of, recovered
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_callbacks import TokenDataModule
@@ -45,12 +46,6 @@ def windows_of(text: Path, tokenizer: Any, count: int) -> TokenDataModule:
     )
     data.setup("fit")
     return data
-
-
-def best_of(cells: dict[str, Any], start: str, tokens: int) -> dict[str, Any] | None:
-    """Returns the cell of the learning rate that is best on the held-out text."""
-    found = [cell for cell in cells.values() if cell.get("start") == start and cell.get("tokens") == tokens]
-    return min(found, key=lambda cell: float(cell["held_out"]), default=None)
 
 
 def draw(results: dict[str, Any], starts: list[str], tokens: list[int], path: Path) -> None:
@@ -92,8 +87,7 @@ def main() -> None:
     torch.set_float32_matmul_precision(args.matmul_precision)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     dense, made = args.model or smollm2_135m(), json.loads(args.made.read_text())["cells"]
-    seconds = {key.replace(" ", "_").replace("%", "percent"): cell.get("seconds") for key, cell in made.items()}
-    names = {key.replace(" ", "_").replace("%", "percent"): key for key in made}
+    names = {folder_name(key): key for key in made}
     unknown = [folder.name for folder in args.starts if folder.name not in names]
     if unknown:
         parser.error(f"{args.made} does not say how {unknown} were made")
@@ -116,7 +110,7 @@ def main() -> None:
         for folder in args.starts:
             start = names[folder.name]
             if start not in cells:
-                cells[start] = measured(folder / "model") | {"minutes": seconds[folder.name]["all"] / 60}
+                cells[start] = measured(folder / "model") | {"minutes": made[start]["seconds"]["all"] / 60}
             for rate in rates[folder]:
                 key = f"{start}, {count} tokens, lr {rate:g}"
                 if key not in cells:

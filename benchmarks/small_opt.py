@@ -1,12 +1,12 @@
 """
 Trains a small OPT from scratch on real text, as a model that no setting was chosen on, for `reconstruction.py`.
 
-    python benchmarks/small_opt.py TRAIN.jsonl EVALUATION.jsonl FOLDER [--steps 800]
-    python benchmarks/reconstruction.py FOLDER/windows.safetensors --model FOLDER --held-out TRAIN.jsonl \
+    python benchmarks/small_opt.py TRAIN.txt EVALUATION.txt FOLDER [--steps 800]
+    python benchmarks/reconstruction.py FOLDER/windows.safetensors --model FOLDER --held-out OTHER.jsonl \
         --results benchmarks/results/reconstruction_small_opt.json
 
-Tokens are bytes, so the perplexities are per byte. OPT has learned positions, biases, LayerNorm and ReLU, of which a
-Llama has nothing.
+OTHER has texts that the model was not trained on. Tokens are bytes, so the perplexities are per byte. OPT has learned
+positions, biases, LayerNorm and ReLU, of which a Llama has nothing.
 """
 
 import argparse

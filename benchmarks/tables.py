@@ -23,7 +23,7 @@ RECONSTRUCTION = (
     "ALPS 2:4, permuted, alone",
     "ALPS 2:4, reconstruction",
     "ALPS 2:4, reconstruction, 32 written",
-    "ALPS 2:4, reconstruction, 96 written",
+    "ALPS 2:4, reconstruction in 3 passes, 96 written",
     "SparseGPT 2:4, reconstruction",
     "Wanda 2:4, reconstruction",
     "ALPS 50 %, alone",
@@ -92,6 +92,12 @@ def recovery() -> str:
     return recovered(results("recovery_per_token_smollm2_135m")["cells"])
 
 
+def best_of(cells: dict[str, Any], start: str, tokens: int) -> dict[str, Any] | None:
+    """Returns the cell of the learning rate that is best on the held-out text; None without one."""
+    found = [cell for cell in cells.values() if cell.get("start") == start and cell.get("tokens") == tokens]
+    return min(found, key=lambda cell: float(cell["held_out"]), default=None)
+
+
 def recovered(cells: dict[str, Any]) -> str:
     """Returns the table of `recovery` of these cells; of several learning rates the best on held-out text counts."""
     dense = cells["dense"]["reported"]
@@ -102,11 +108,10 @@ def recovered(cells: dict[str, Any]) -> str:
         pruned = cells[start]["reported"]
         line = f"| {start} | {cells[start]['minutes']:.1f} | {pruned:.2f} |"
         for count in counts:
-            found = [cell for cell in trained if (cell["start"], cell["tokens"]) == (start, count)]
-            if not found:
+            best = best_of(cells, start, count)
+            if best is None:
                 line += " |"
                 continue
-            best = min(found, key=lambda cell: float(cell["held_out"]))
             share = math.log(pruned / best["reported"]) / math.log(pruned / dense)
             line += f" {best['reported']:.2f} ({share:.0%}, {best['seconds'] / 60:.1f} min) |"
         lines.append(line)

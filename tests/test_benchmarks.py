@@ -118,7 +118,7 @@ def test_reconstruction_measures_its_starts_and_goes_on_where_it_stopped(tmp_pat
     cells = results["cells"]
     assert len(cells) == 7
     assert cells["Wanda, allocated, alone"]["seconds"]["allocation"] > 0
-    assert load_file(tmp_path / "models/written_3.safetensors")["windows"].shape == (3, 32)
+    assert load_file(next((tmp_path / "models").glob("written_3_*.safetensors")))["windows"].shape == (3, 32)
     for start in ("Wanda 2:4", "SparseGPT 2:4"):
         alone, after = (cells[f"{start}, {name}"] for name in ("alone", "reconstruction"))
         assert (len(alone["blocks"]), len(after["blocks"])) == (0, 2)
