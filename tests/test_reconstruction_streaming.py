@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import test_streaming
@@ -128,3 +129,31 @@ def test_masks_are_those_of_pruning_alone_in_the_first_block(tmp_path, source, b
     first = [name for name in one if ".layers.0." in name]
     assert first
     assert all(torch.equal(one[name], other[name]) for name in first)
+
+
+def test_blocks_that_are_all_put_back_are_told_of_also_after_a_kill(tmp_path, source, batches, monkeypatch):
+    """A learning rate that makes every block worse; the call that is killed has reconstructed the first block."""
+    worse = BlockReconstruction(passes=1, learning_rate=100.0, held_out=0.25)
+    text = "reconstruction made none of 3 blocks better on the windows that decide"
+    with pytest.warns(UserWarning, match=text):
+        report = prune(source, tmp_path / "whole", batches, SPARSEGPT, reconstruction=worse)
+    assert any(text in told for told in report["warnings"])
+    original, calls = walk.store_next, []
+
+    def killed(index, *arguments):
+        calls.append(index)
+        if index == 1:
+            raise KeyboardInterrupt
+        return original(index, *arguments)
+
+    monkeypatch.setattr(walk, "store_next", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(source, tmp_path / "target", batches, SPARSEGPT, reconstruction=worse)
+    assert 0 in calls
+    monkeypatch.setattr(walk, "store_next", original)
+    with pytest.warns(UserWarning, match=text):
+        again = prune(source, tmp_path / "target", batches, SPARSEGPT, reconstruction=worse)
+    assert again["warnings"] == report["warnings"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prune(source, tmp_path / "better", batches, SPARSEGPT, reconstruction=FEW)  # control

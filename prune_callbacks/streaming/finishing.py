@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prune_callbacks.calibration.batches import Batch
-from prune_callbacks.reconstruction.report import BlockReport, reconstruction_record
+from prune_callbacks.reconstruction.report import reconstruction_record
 from prune_callbacks.storage.model_card import write_model_card
 from prune_callbacks.storage.run_record import RunRecord, Seconds, Zeros
 from prune_callbacks.streaming.files import copy_file, size_of, sizes, write_json
@@ -128,6 +128,5 @@ def _report(journal: Journal, walk: BlockWalk) -> RunRecord:
 def _reconstruction(journal: Journal, walk: BlockWalk) -> dict[str, Any]:
     if walk.plan.reconstruction is None:
         return {}
-    blocks = [BlockReport(**block) for record in journal.records for block in record.get("reconstruction", ())]
     untrained = {name: why for record in journal.records for name, why in record.get("untrained", {}).items()}
-    return reconstruction_record(walk.plan.reconstruction, blocks, untrained)
+    return reconstruction_record(walk.plan.reconstruction, journal.reconstructed(), untrained)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_callbacks.ranks import ALONE, Ranks
+from prune_callbacks.reconstruction.report import BlockReport
 from prune_callbacks.storage.run_record import RunRecord
 from prune_callbacks.streaming.files import remove_folder, write_json
 from prune_callbacks.streaming.together import check_same_folder
@@ -118,6 +119,10 @@ class Journal:
             remove_folder(self.model)
             with suppress(OSError):
                 self.target.rmdir()
+
+    def reconstructed(self) -> list[BlockReport]:
+        """Returns the reports of the blocks that were reconstructed so far, in killed calls too."""
+        return [BlockReport(**block) for record in self.records for block in record.get("reconstruction", ())]
 
     def hidden(self, index: int) -> Path:
         """Returns the folder of the hidden states that enter a block."""

@@ -110,6 +110,9 @@ class BlockWalk:
                     )
                     seconds = time.perf_counter() - started
                     journal.commit(record | {"seconds": seconds} | self._of_all(heard))
+        if self.rebuilder is not None:
+            self.rebuilder.reports = journal.reconstructed()  # in killed calls too
+            self.rebuilder.finish()
 
     def _of_all(self, heard: RecordedWarnings) -> dict[str, Any]:
         """Returns what the record of a block says of all ranks: the largest peak of memory so far, and the warnings."""
