@@ -309,6 +309,10 @@ PROMISES = {
         ),
         ("test_streaming_ranks::test_two_ranks_write_what_one_writes",),
     ),
+    "a module that is built from a path trains as one built in __init__, and a rank reads its part alone": Promise(
+        ("test_path::test_a_fit_from_a_path_is_the_fit_of_a_model_built_in_init",),
+        ("test_path::test_a_fit_from_a_path_is_the_fit_of_a_model_built_in_init",),
+    ),
     "windows that a model writes have its own distribution": Promise(
         (
             "test_written_windows::test_tokens_have_the_models_own_distribution",

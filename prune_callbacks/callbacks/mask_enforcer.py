@@ -69,7 +69,7 @@ class MaskEnforcer(HoldsMasks):
         self._release()  # Lightning calls no teardown after a fit that failed
         if isinstance(self.given, str | Path):
             self.given = MaskSet.load(self.given)
-        if self.given is not None:
+        if self.given is not None and next(pl_module.parameters(), None) is not None:  # else they are made later
             parameter_places(self.given, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -12,19 +12,7 @@ class FSDP2Access(ParamAccess):
     """`ParamAccess` for parameters sharded by rows over one mesh dimension and replicated over the others."""
 
     def _span(self, parameter: Tensor) -> Span:
-        if not isinstance(parameter, DTensor):
-            return Span(0, parameter.numel())
-        sharded = [placement for placement in parameter.placements if not isinstance(placement, Replicate)]
-        if len(sharded) > 1 or any(type(placement) is not Shard or placement.dim != 0 for placement in sharded):
-            raise ValueError(
-                f"a parameter of shape {tuple(parameter.shape)} is placed as {parameter.placements}; masks need "
-                "parameters sharded by rows over one mesh dimension, as fully_shard(module, mesh=...) does by default"
-            )
-        mesh, placements = parameter.device_mesh, parameter.placements
-        shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
-        row = parameter.shape[1:].numel()
-        start = offset[0] * row if shape[0] else 0
-        return Span(start, start + shape[0] * row)
+        return span_of(parameter)
 
     def _prepare(self) -> None:
         for module in self._module.modules():
@@ -51,3 +39,20 @@ class FSDP2Access(ParamAccess):
 def local(tensor: Tensor) -> Tensor:
     """Returns a detached view of this rank's shard of a DTensor; of any other tensor, a view of it all."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def span_of(parameter: Tensor) -> Span:
+    """Returns the indices that this rank holds of a parameter; raises ValueError unless it is sharded by rows."""
+    if not isinstance(parameter, DTensor):
+        return Span(0, parameter.numel())
+    sharded = [placement for placement in parameter.placements if not isinstance(placement, Replicate)]
+    if len(sharded) > 1 or any(type(placement) is not Shard or placement.dim != 0 for placement in sharded):
+        raise ValueError(
+            f"a parameter of shape {tuple(parameter.shape)} is placed as {parameter.placements}; masks need "
+            "parameters sharded by rows over one mesh dimension, as fully_shard(module, mesh=...) does by default"
+        )
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    row = parameter.shape[1:].numel()
+    start = offset[0] * row if shape[0] else 0
+    return Span(start, start + shape[0] * row)

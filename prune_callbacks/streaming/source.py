@@ -68,7 +68,7 @@ class CheckpointFolder:
             by_file.setdefault(self.entries[name].file, []).append(name)
         found: dict[str, Tensor] = {}
         for path, inside in by_file.items():
-            with _opened(path) as file:
+            with opened(path) as file:
                 found |= {name: file.get_tensor(name) for name in inside}
         return found
 
@@ -80,7 +80,7 @@ class CheckpointFolder:
         step = max(1, PIECE_BYTES // row_bytes)
         for begin in range(0, rows, step):
             # Reopened for every piece: an open file keeps all pages that were read in memory.
-            with _opened(entry.file) as file:
+            with opened(entry.file) as file:
                 yield file.get_slice(name)[begin : begin + step] if entry.shape else file.get_tensor(name)
 
     def fingerprint(self) -> dict[str, str]:
@@ -149,7 +149,7 @@ class CheckpointFolder:
     def _read_entries(self) -> dict[str, Entry]:
         entries: dict[str, Entry] = {}
         for path in self.files:
-            with _opened(path) as file:
+            with opened(path) as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     if self._places is None or self._places.get(name) == path.name:
                         part = file.get_slice(name)
@@ -166,7 +166,8 @@ class CheckpointFolder:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """Opens a safetensors file; raises ValueError, naming it, if it is truncated or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -1,10 +1,12 @@
 """CausalLM: a LightningModule over any causal language model of `transformers`."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 from prune_callbacks.anatomy.blocks import NoBlocksError, find_blocks
 from prune_callbacks.measure.perplexity import Perplexity
 from prune_callbacks.tasks.batches import model_inputs, predicted, taken
+from prune_callbacks.tasks.from_path import FromPath
 from prune_callbacks.tasks.objectives import LanguageModeling, Objective
 
 
@@ -35,6 +38,9 @@ class CausalLM(LightningModule):
     Logs `train_loss`, its terms as `train_loss_NAME` if there are several, `val_loss`, which is the mean over all
     predicted tokens, and `val_perplexity`.
 
+    With `path` in place of `model`, the model is built in `configure_model`, and no process holds more of it than it
+    trains: under FSDP2 and ZeRO-3 every rank reads only its part of the files. Elsewhere it is `from_pretrained`.
+
     Args:
         model: e.g. `AutoModelForCausalLM.from_pretrained(...)`. The same object becomes `self.model`.
         optimizer: function that returns the optimizer for the parameters; AdamW with learning rate 1e-4 by default.
@@ -44,40 +50,80 @@ class CausalLM(LightningModule):
         objective: the training loss, e.g. `SquareHead(teacher)`. A teacher is not part of the module's `state_dict`.
         scheduler_steps: the scheduler's `num_training_steps`; None: the length of the whole training. For
             `IterativePrune` with rewinding, the length of one round.
+        path: a folder with `config.json` and safetensors files, or a name on the Hub.
+        dtype: dtype of the weights of a model from `path`; None: that of its configuration.
 
     Raises:
-        ValueError: `scheduler_steps` is less than 1, `objective` is not an `Objective`, or it does not fit the model.
+        ValueError: there is neither a model nor a path, or both; `scheduler_steps` is less than 1, `objective` is not
+            an `Objective`, or it does not fit the model. When a fit begins: `path` cannot be read in parts.
     """
+
+    model: PreTrainedModel
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None = None,
         optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer] = adamw,
         scheduler: Callable[..., LRScheduler] | None = None,
         objective: Objective | None = None,
         scheduler_steps: int | None = None,
+        *,
+        path: str | Path | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> None:
         super().__init__()
+        if (model is None) == (path is None):
+            raise ValueError(f"CausalLM takes a model or the path of one, got {'neither' if model is None else 'both'}")
         if scheduler_steps is not None and scheduler_steps < 1:
             raise ValueError(f"CausalLM: scheduler_steps must be at least 1, or None, got {scheduler_steps}")
         self.objective = LanguageModeling() if objective is None else objective
         if not isinstance(self.objective, Objective):
             raise ValueError(f"CausalLM: objective is one such as SquareHead(teacher), got {objective!r}")
-        self.objective.prepare(model)
-        self.model = model.train()  # from_pretrained returns models in evaluation mode, which Lightning keeps
+        self.path, self.dtype_of_path = path, dtype
+        self._source: FromPath | None = None
+        if model is not None:
+            self._take(model)
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._scheduler_steps = scheduler_steps
         self.val_perplexity = Perplexity()
         self._left_out: set[str] = set()
 
+    def _take(self, model: PreTrainedModel) -> None:
+        self.objective.prepare(model)
+        self.model = model.train()  # from_pretrained returns models in evaluation mode, which Lightning keeps
+
+    def setup(self, stage: str) -> None:
+        """Reads what the files at `path` hold, but no weights; they may have been pruned by a callback just now."""
+        if self.path is not None and "model" not in self._modules:
+            self._source = FromPath(self.path, self.dtype_of_path)
+
     def configure_model(self) -> None:
-        """Shards the parameters under `ModelParallelStrategy` (FSDP2), with one group per decoder block."""
+        """
+        Builds the model from `path`, if there is one, and shards it under `ModelParallelStrategy` (FSDP2).
+
+        Every decoder block is a group of its own.
+        """
+        if "model" not in self._modules:
+            assert self._source is not None
+            self._take(self._built(self._source))
+            self._source = None
+        elif self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            self._shard(self.model)
+
+    def _built(self, source: FromPath) -> PreTrainedModel:
+        strategy = self.trainer.strategy
+        if self.device_mesh is not None:
+            return source.in_rows(self._shard, strategy.root_device)
+        if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+            return source.partitioned()
+        return source.whole()
+
+    def _shard(self, model: PreTrainedModel) -> None:
         mesh = self.device_mesh
-        if mesh is None or isinstance(self.model, FSDPModule):
-            return
+        assert mesh is not None
         try:
-            blocks = find_blocks(self.model)
+            blocks = find_blocks(model)
         except NoBlocksError as error:
             raise ValueError(
                 f"CausalLM shards a model by its decoder blocks under ModelParallelStrategy: {error.reason}. Shard it "
@@ -85,7 +131,7 @@ class CausalLM(LightningModule):
             ) from error
         for _, block in blocks:
             fully_shard(block, mesh=mesh["data_parallel"])
-        fully_shard(self.model, mesh=mesh["data_parallel"])
+        fully_shard(model, mesh=mesh["data_parallel"])
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """Returns the output of the model's forward pass."""

@@ -1,0 +1,102 @@
+"""Builds a causal LM from a checkpoint: whole, or so that every rank reads and holds only its part of the weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from prune_callbacks.parallel.fsdp2 import local, span_of
+from prune_callbacks.storage.model_folder import model_class
+from prune_callbacks.streaming.places import find_places
+from prune_callbacks.streaming.skeleton import build_skeleton, model_dtype
+from prune_callbacks.streaming.source import CheckpointFolder
+from prune_callbacks.streaming.spans import Part, SpanReader
+
+
+class FromPath:
+    """
+    A checkpoint, and the model that it holds, without values so far.
+
+    Args:
+        path: a folder with `config.json` and safetensors files, or a name on the Hub, from which it is downloaded.
+        dtype: dtype of the weights; None: that of the configuration.
+
+    Attributes:
+        reader: what has been read so far.
+
+    Raises:
+        ValueError: the folder cannot be read in parts; see `CheckpointFolder` and `find_places`.
+    """
+
+    def __init__(self, path: str | Path, dtype: torch.dtype | str | None) -> None:
+        self.folder = _local(path)
+        checkpoint = CheckpointFolder(self.folder)
+        self.dtype = model_dtype(checkpoint, dtype)
+        self._empty = build_skeleton(checkpoint.config, self.dtype)
+        self.reader = SpanReader(checkpoint, self._empty, find_places(self._empty, checkpoint))
+
+    def whole(self) -> PreTrainedModel:
+        """Returns the model with all its weights, by `from_pretrained`."""
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
+        return model
+
+    def in_rows(self, shard: Callable[[PreTrainedModel], None], device: torch.device) -> PreTrainedModel:
+        """
+        Returns the model sharded by rows (FSDP2), with this rank's rows on its device.
+
+        Args:
+            shard: calls `fully_shard` on the model and its parts.
+            device: the device of this rank.
+        """
+        model = self._empty.requires_grad_(True)
+        computed = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+        shard(model)
+        model.to_empty(device=device)
+        for name, parameter in model.named_parameters():
+            self.reader.fill(Part(name, span_of(parameter).start, local(parameter).view(-1)))
+        self._fill_buffers(model, computed)
+        return model
+
+    def partitioned(self) -> PreTrainedModel:
+        """
+        Returns the model partitioned by DeepSpeed (ZeRO-3); call it inside of `deepspeed.zero.Init`.
+
+        Each parameter is cut into as many flat parts as there are ranks, of which each reads its own.
+        """
+        import deepspeed.comm
+
+        checkpoint = self.reader.checkpoint
+        kind: Any = model_class(checkpoint.config)
+        with no_init_weights():
+            model: PreTrainedModel = kind._from_config(checkpoint.config, dtype=self.dtype)
+        model.tie_weights()
+        for name, parameter in model.named_parameters():
+            held: Any = parameter
+            own = held.ds_tensor.data.view(-1)
+            start = deepspeed.comm.get_rank(group=held.ds_process_group) * own.numel()
+            self.reader.fill(Part(name, start, own[: max(0, held.ds_numel - start)]))
+        computed = {name: buffer for name, buffer in self._empty.named_buffers() if not buffer.is_meta}
+        self._fill_buffers(model, computed)
+        return model
+
+    @torch.no_grad()
+    def _fill_buffers(self, model: PreTrainedModel, computed: dict[str, Tensor]) -> None:
+        """Sets the buffers that are computed, such as rotary frequencies, and reads those that files hold."""
+        for name, buffer in model.named_buffers():
+            if name in computed:
+                buffer.data = computed[name].to(buffer.device)  # DeepSpeed may have made it in 16 bits
+            elif name in self.reader.places:
+                self.reader.fill(Part(name, 0, buffer.view(-1)))
+
+
+def _local(path: str | Path) -> Path:
+    """Returns the folder of a checkpoint; downloads one that is named as on the Hub, on the first rank of a machine."""
+    if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/")):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
