@@ -49,6 +49,7 @@ Teacher = transformers.PreTrainedModel
 OBJECTIVES: dict[str, Callable[[Teacher], Objective]] = {
     "text": lambda _: LanguageModeling(),
     "text and logits": LogitsDistillation,
+    "logits": partial(LogitsDistillation, task_weight=0.0),
     "text and SquareHead": SquareHead,
 }
 FULL, LORA = [1e-4, 2e-4, 4e-4], [1e-3, 2e-3, 4e-3]
@@ -58,6 +59,7 @@ METHODS: dict[str, tuple[str, bool | None, list[float]]] = {
     "full, text and SquareHead": ("text and SquareHead", None, FULL),
     "masked LoRA, text": ("text", True, LORA),
     "masked LoRA, text and logits": ("text and logits", True, LORA),
+    "masked LoRA, logits": ("logits", True, LORA),
     "plain LoRA (not merged), text": ("text", False, LORA),
 }
 

@@ -28,6 +28,7 @@ from prune_callbacks import (
     LogitsDistillation,
     Magnitude,
     MaskEnforcer,
+    MeasuredAllocation,
     OneShotPrune,
     RunReport,
     SparseGPT,
@@ -111,7 +112,10 @@ def test_every_recipe_is_instantiated(name, tmp_path):
     )
     assert isinstance(trainer, Trainer)
     if name in PRUNERS:
-        assert callbacks.one_shot.reconstruction == (BlockReconstruction() if name.startswith("best") else None)
+        best = name.startswith("best")
+        assert callbacks.one_shot.reconstruction == (BlockReconstruction(passes=3) if best else None)
+        assert callbacks.one_shot.written_windows == (96 if best else 0)
+        assert callbacks.one_shot.allocation == (MeasuredAllocation() if name == "best_50" else None)
         assert callbacks.one_shot.pruner == PRUNERS[name]
     if name in SCHEDULES:
         assert callbacks.iterative.schedule == SCHEDULES[name]
