@@ -180,8 +180,8 @@ def test_nothing_heavy_is_imported_for_an_answer():
         (["recipe=wanda_50", "allocation=null"], "Could not find 'allocation/null'. allocation= takes one of lagrang"),
         (
             ["recipe=best_2of4", "reconstruction=null"],
-            "Could not find 'reconstruction/null'. reconstruction= takes one of blocks, blocks_3_passes. ~reconstruction "
-            "leaves it out.",
+            "Could not find 'reconstruction/null'. reconstruction= takes one of blocks, blocks_3_passes. "
+            "~reconstruction leaves it out.",
         ),
         (["recipe=[wanda_50,demo]"], "recipe=[wanda_50,demo] names several recipes: --multirun recipe=a,b runs one"),
         (
