@@ -24,6 +24,7 @@ RECONSTRUCTION = (
     "ALPS 2:4, reconstruction",
     "ALPS 2:4, reconstruction, 32 written",
     "ALPS 2:4, reconstruction in 3 passes, 96 written",
+    "SparseGPT 2:4, alone",
     "SparseGPT 2:4, reconstruction",
     "Wanda 2:4, reconstruction",
     "ALPS 50 %, alone",
@@ -65,28 +66,6 @@ def reconstruction() -> str:
     return rows("| | WikiText-2 | C4 | minutes | writing | allocation | reconstruction |", lines)
 
 
-def small_opt() -> str:
-    """Perplexities per byte of the model that no setting was chosen on, and the share of the loss that came back."""
-    cells = results("reconstruction_small_opt")["cells"]
-    dense, alone = cells["dense"]["wikitext2"], cells["ALPS 2:4, alone"]["wikitext2"]
-    lines = []
-    for name, cell in cells.items():
-        value = cell["wikitext2"]
-        back = "" if name == "dense" else f"{math.log(alone / value) / math.log(alone / dense):.0%}"
-        lines.append(f"| {name} | {value:.3f} | {cell['held_out']:.3f} | {back} |")
-    return rows("| | WikiText-2 | C4 | of ALPS's loss came back |", lines)
-
-
-def search() -> str:
-    """Perplexities of the forms of reconstruction that were compared."""
-    cells = results("reconstruction_search_smollm2_135m")["cells"]
-    lines = [
-        f"| {name} | {cell['wikitext2']:.2f} | {cell['held_out']:.2f} | {cell['added_over_dense']:.3f} |"
-        for name, cell in cells.items()
-    ]
-    return rows("| form | WikiText-2 | C4 | added to the residual stream, over dense |", lines)
-
-
 def recovery() -> str:
     """Perplexity and the share of the lost log-perplexity that came back, by start and number of tokens."""
     return recovered(results("recovery_per_token_smollm2_135m")["cells"])
@@ -121,8 +100,6 @@ def recovered(cells: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "reconstruction": reconstruction,
-    "reconstruction-search": search,
-    "reconstruction-small-opt": small_opt,
     "recovery-per-token": recovery,
 }
 
