@@ -136,6 +136,14 @@ _untouched = _states()
 
 
 @pytest.fixture(autouse=True)
+def _precise():
+    """Restores the precision of products, which benchmarks set for their whole process."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(autouse=True)
 def _seeded():
     """Seeds every test; fails one before which a module or a fixture of many tests drew without a seed."""
     drawn = torch.initial_seed() == UNSEEDED and not _same(_states(), _untouched)

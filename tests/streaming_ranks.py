@@ -127,9 +127,11 @@ def refused(folder, ranks):
     report = prune(folder, "refused", "sparsegpt", ranks)
     assert len(report["reconstruction_loss"]) == 21
     prune(folder, "few", "reconstructed", ranks, given(folder)[:1])  # two windows, of which one is held out
+    shares(ranks)
+    warned(folder, ranks)
 
 
-def shares(folder, ranks):
+def shares(ranks):
     """What every rank hears when others fail, and what the first one gives to all."""
 
     def fail(error):

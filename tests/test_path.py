@@ -57,7 +57,7 @@ def weight_bytes(folder):
     [
         ("tied llama", "fsdp2"),
         ("tied llama", "zero3"),
-        ("mixture", "fsdp2"),
+        slow("mixture", "fsdp2"),
         slow("mixture", "zero3"),
         slow("tied llama", "ddp"),
         slow("tied llama", "zero1"),

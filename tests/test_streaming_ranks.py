@@ -11,6 +11,7 @@ from launch import TRAIN, ranks, together, trained
 from safetensors.torch import load_file
 from streaming_ranks import CASES, prune
 from test_streaming import content, llama, saved
+from tiers import slow
 
 from prune_callbacks import NM, Magnitude, MaskSet
 from prune_callbacks.ranks import ALONE
@@ -53,7 +54,7 @@ def load_source(folder):
     return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [slow(0), 1])
 def test_a_killed_rank_loses_nothing(folder, killed):
     together(SCRIPT, "kill", folder)
     wanted = content(folder / "killed")
@@ -95,6 +96,7 @@ def test_one_rank_goes_on_where_two_were_killed(folder):
 
 
 def test_what_one_rank_cannot_do_is_refused_on_all_and_loses_nothing(folder):
+    """In one pair of processes: bad input, what the others hear of it, and the warnings of a rank."""
     together(SCRIPT, "refused", folder)
     prune(folder, "alone", "sparsegpt", ALONE)
     masks = [MaskSet.load(folder / f"{name}/masks.safetensors") for name in ("refused", "alone")]
@@ -112,14 +114,6 @@ def test_the_recipe_under_torchrun_writes_what_one_process_writes(tmp_path):
     assert [report["processes"] for report in reports] == [1, 2]
     assert reports[0]["sparsity"] == reports[1]["sparsity"]
     assert (tmp_path / "two/report.html").exists()
-
-
-def test_what_fails_on_one_rank_is_heard_on_all(folder):
-    together(SCRIPT, "shares", folder)
-
-
-def test_a_warning_of_any_rank_is_in_the_report(folder):
-    together(SCRIPT, "warned", folder)
 
 
 def test_a_report_that_was_written_before_the_kill_is_found_by_all_ranks(folder):
