@@ -91,6 +91,15 @@ def held_out(path: Path, model: str, calibration: Tensor, count: int = 24) -> Te
     return torch.tensor(windows)
 
 
+def read_windows(model: str | None, windows: Path, further: Path | None) -> tuple[str, Tensor, dict[str, Tensor]]:
+    """Returns the model's folder, the calibration windows, and the texts to judge on, by name."""
+    path, given = model or smollm2_135m(), load_file(windows)
+    calibration, texts = given["calibration"].long(), {"wikitext2": given["wikitext2"].long()}
+    if further is not None:
+        texts["held_out"] = held_out(further, path, calibration)
+    return path, calibration, texts
+
+
 def folder_name(key: str) -> str:
     """Returns the name of the folder that `--save` writes a cell's model into."""
     return key.replace(" ", "_").replace("%", "percent")
@@ -174,11 +183,7 @@ def main() -> None:
         "--results", type=Path, default=Path(__file__).parent / "results/reconstruction_smollm2_135m.json"
     )
     args = parser.parse_args()
-    path, windows = args.model or smollm2_135m(), load_file(args.windows)
-    calibration = windows["calibration"].long()
-    texts = {"wikitext2": windows["wikitext2"].long()}
-    if args.held_out is not None:
-        texts["held_out"] = held_out(args.held_out, path, calibration)
+    path, calibration, texts = read_windows(args.model, args.windows, args.held_out)
     setting: dict[str, Any] = {
         "model": Path(path).name,
         "calibration": list(calibration.shape),

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reconstruction import held_out, measure
-from safetensors.torch import load_file
+from reconstruction import measure, read_windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +28,6 @@ from prune_callbacks.calibration.capture import hidden_of
 from prune_callbacks.calibration.chain import chain_inputs
 from prune_callbacks.calibration.stand_ins import BlockInputs
 from prune_callbacks.storage.cells import open_results
-from prune_callbacks.tasks import smollm2_135m
 from prune_callbacks.writing import write_json
 
 Loss = Callable[[Tensor, Tensor, nn.Module], Tensor]
@@ -273,11 +271,7 @@ def main() -> None:
     results_path = Path(__file__).parent / "results/reconstruction_search_smollm2_135m.json"
     parser.add_argument("--results", type=Path, default=results_path)
     args = parser.parse_args()
-    path, windows = args.model or smollm2_135m(), load_file(args.windows)
-    calibration = windows["calibration"].long()
-    texts = {"wikitext2": windows["wikitext2"].long()}
-    if args.held_out is not None:
-        texts["held_out"] = held_out(args.held_out, path, calibration)
+    path, calibration, texts = read_windows(args.model, args.windows, args.held_out)
     torch.set_float32_matmul_precision(args.matmul_precision)
     setting = {"model": Path(path).name, "calibration": list(calibration.shape), "blocks": args.blocks, "seed": 0}
     setting |= {"matmul_precision": args.matmul_precision, "texts": {k: list(v.shape) for k, v in texts.items()}}

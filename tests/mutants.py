@@ -625,8 +625,8 @@ MUTANTS = (
     Mutant(
         "allocation_without_its_measurements",
         "studies/measured_allocation.py",
-        "return _ByWanda(self._weighted(ranks.first(measure)))",
-        "return _ByWanda(self._weighted({}))",
+        "return self._weighted(ranks.first(measure))",
+        "return self._weighted({})",
         "test_measured_allocation.py::test_one_step_equals_measuring_by_hand_into_a_file",
     ),
     # a module's own steps

@@ -92,13 +92,13 @@ def test_padding_and_short_windows_measure_nothing():
     expected = sensitivity(small(), [batch], WINDOWS[5:8], Wanda(Unstructured(0.5)), unit="block", progress=False)
     ratio = {name: max(expected.increase[name], 1e-12) / expected.proxy[name] for name in expected.increase}
     largest = max(ratio.values())
-    assert dict(found.by.importance) == {name: max(value, largest / 1000) for name, value in ratio.items()}
+    assert dict(found.importance) == {name: max(value, largest / 1000) for name, value in ratio.items()}
     # A fourth window is one of the shorter ones, so all are cut to its length.
     four = MeasuredAllocation(windows=4).prepared(small(), [batch], Wanda(Unstructured(0.5)), **settings)
     chosen = WINDOWS[[5, 6, 7, 0], :20]
     expected = sensitivity(small(), [batch], chosen, Wanda(Unstructured(0.5)), unit="block", progress=False)
     largest = max(expected.increase[name] / expected.proxy[name] for name in expected.increase)
-    assert max(four.by.importance.values()) == largest
+    assert max(four.importance.values()) == largest
 
 
 def test_a_fit_allocates_and_the_report_shows_what_it_took(tmp_path):

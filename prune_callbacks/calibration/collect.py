@@ -24,7 +24,7 @@ def collect(
     index: int,
     block: nn.Module,
     targets: Mapping[str, Target],
-    inputs: list[BlockInputs],
+    inputs: Sequence[BlockInputs],
     where: torch.device,
     ranks: Ranks = ALONE,
 ) -> dict[str, Statistic]:

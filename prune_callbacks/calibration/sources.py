@@ -88,7 +88,7 @@ class Chain(Source):
         ranks: the processes, each with its own inputs.
     """
 
-    def __init__(self, inputs: list[BlockInputs], ranks: Ranks) -> None:
+    def __init__(self, inputs: Sequence[BlockInputs], ranks: Ranks) -> None:
         self.inputs = inputs
         self.ranks = ranks
 

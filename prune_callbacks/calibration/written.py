@@ -34,7 +34,7 @@ def write_windows(
 
     Every window begins with the first tokens of a given window, in their order, from the first again after the last.
     The rest is drawn from the model's probabilities as they are: temperature 1, nothing cut off, and the model's own
-    generation settings are not used. An end of text may be drawn, and text goes on behind it. Windows are as long as
+    generation settings are not used. After an end of text the model writes on. Windows are as long as
     the longest given one. Equivalent to `model.generate(prompts, do_sample=True, top_k=0)` without an end.
 
     Call it on the dense model, before it is pruned. Source: self-calibration (Williams, Chrysostomou and Aletras,

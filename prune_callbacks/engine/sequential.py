@@ -103,9 +103,6 @@ def prune_sequentially(
     begin = time.perf_counter()
     model = getattr(model, "_orig_mod", model)  # torch.compile(model) wraps the model
     batches, stages = _staged(model, batches, targets, blocks, forward, ranks)
-    if batches is not None and not isinstance(batches, Tensor):  # one tensor is refused later, with the other checks
-        given = batches
-        batches = ranks.attempt(lambda: [named_inputs(batch) for batch in given])
     batches, windows = cut(batches, reconstruction, ranks)
     plan = make_plan(
         "prune_sequentially",
@@ -150,10 +147,12 @@ def _staged(
     """Returns the batches, ready to run, and the stages of the model, with the last one called where that is needed."""
     if forward is not None and batches is not None:
         batches = [OwnStep(batch, forward, seed) for seed, batch in enumerate(batches)]
+    if batches is not None and not isinstance(batches, Tensor):  # one tensor is refused later, with the other checks
+        given = batches
+        batches = ranks.attempt(lambda: [named_inputs(batch) for batch in given])
     stages = find_stages(model, blocks)
     # Behind blocks the last layer that is defined makes the output; elsewhere one pass shows which is called last.
     if targets is None and batches is not None and not stages.ends_behind_blocks:
-        batches = batches if isinstance(batches, Tensor) else [named_inputs(batch) for batch in batches]
         stages = replace(stages, last=last_called(model, stages, batches, ranks))
     return batches, stages
 

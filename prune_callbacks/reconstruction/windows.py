@@ -1,7 +1,7 @@
 """Cuts calibration batches into single windows, and puts the windows of all ranks into one order."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -40,20 +40,20 @@ def single_windows(batches: Iterable[Any], settings: BlockReconstruction, ranks:
     given = ranks.attempt(lambda: [named_inputs(batch) for batch in batches])
     mine = ranks.attempt(lambda: [window for number, batch in enumerate(given) for window in _cut(batch, number)])
     keys = ranks.gather(["" if isinstance(window, OwnStep) else described(window) for window in mine])
-    found = sorted((key, number, rank) for rank, own in enumerate(keys) for number, key in enumerate(own))
-    count = len(found)
+    order = by_content(keys)
+    count = len(order)
     if count and count_held_out(settings, count) == count:
         raise ValueError(
             f"reconstruction holds out {settings.held_out:.1%} of the calibration windows, at least one, and there "
             f"{'is' if count == 1 else 'are'} {count}, so none is left to train on: give more windows, or held_out=0"
         )
-    return Windows(mine, [(rank, number) for _, number, rank in found])
+    return Windows(mine, order)
 
 
-def by_content(windows: Sequence[Batch], owner: Callable[[int], tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns the `order` of `Windows` for windows that every rank knows, given the owner of each by its number."""
-    owners = [(described(window), owner(number)) for number, window in enumerate(windows)]
-    return [place for _, place in sorted(owners, key=lambda pair: (pair[0], pair[1][1], pair[1][0]))]
+def by_content(keys: Sequence[Sequence[str]]) -> list[tuple[int, int]]:
+    """Returns the `order` of `Windows`, given for every rank the hashes of its windows; see `described`."""
+    found = sorted((key, number, rank) for rank, own in enumerate(keys) for number, key in enumerate(own))
+    return [(rank, number) for _, number, rank in found]
 
 
 def count_held_out(settings: BlockReconstruction, count: int) -> int:

@@ -48,7 +48,7 @@ class Journal:
         self.report: dict[str, Any] | None
         self.setting: dict[str, Any] = json.loads(json.dumps(setting))
         self.records: list[dict[str, Any]]
-        # Read by rank 0 for all: others may see later what it has written.
+        # Only rank 0 reads the folder: on a shared file system the others may see its files late.
         self.records, self.report = ranks.first(self._open)
         if self.report is None:
             check_same_folder(self.work, ranks)

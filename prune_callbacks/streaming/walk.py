@@ -16,7 +16,9 @@ from prune_callbacks.anatomy.targets import parameters_of
 from prune_callbacks.calibration.batches import Batch
 from prune_callbacks.calibration.chain import needing_a_chain
 from prune_callbacks.calibration.collect import collect
+from prune_callbacks.calibration.described import described
 from prune_callbacks.calibration.prefetch import Ahead, loading_ahead
+from prune_callbacks.calibration.sources import Chain
 from prune_callbacks.engine.plan import Plan
 from prune_callbacks.engine.progress import layer_progress
 from prune_callbacks.engine.solving import BlockPruning
@@ -48,7 +50,7 @@ class BlockWalk:
         plan: the targets, the pruner and the device.
         batches: calibration batches of all ranks; empty for a pruner that needs no calibration.
         min_expert_tokens: an expert that fewer tokens reach is pruned by Magnitude.
-        ranks: the processes that share the target, each with every R-th batch. Rank 0 writes what is not of one batch.
+        ranks: the R processes that share the target. Each runs every R-th batch, and rank 0 writes the common files.
 
     Attributes:
         shards: the distribution of the weights over files.
@@ -78,7 +80,8 @@ class BlockWalk:
         settings = plan.reconstruction
         self.rebuilder = None
         if settings is not None:
-            order = by_content(batches, lambda number: (number % ranks.size, number // ranks.size))
+            hashes = [described(batch) for batch in batches]
+            order = by_content([hashes[rank :: ranks.size] for rank in range(ranks.size)])
             self.rebuilder = Rebuilder(model, settings, order, ranks, frozen=False)
 
     def run(self, journal: Journal, progress: bool, heard: RecordedWarnings) -> None:
@@ -185,12 +188,9 @@ class BlockWalk:
         run = BlockPruning(replace(self.plan, skipped={}), self.ranks, self.min_expert_tokens)
         run.few_tokens = self.few_tokens
         name, block = self.blocks[index]
-        make = self.plan.pruner.statistic
-        statistics = (
-            collect(make, index, block, targets, list(inputs), self.where, self.ranks) if self.plan.calibrated else {}
-        )
-        called = self.ranks.gather(any(batch.calls[index] is not None for batch in inputs))
-        if self.plan.calibrated and not any(called):
+        make, calibrated = self.plan.pruner.statistic, self.plan.calibrated
+        statistics = collect(make, index, block, targets, inputs, self.where, self.ranks) if calibrated else {}
+        if calibrated and not Chain(inputs, self.ranks).calls(index):
             run.leave_dense(name, targets, advance)
         else:
             run.prune(targets, statistics, advance)

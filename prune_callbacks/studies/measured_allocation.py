@@ -81,7 +81,7 @@ class MeasuredAllocation:
                 found = sensitivity(model, given, windows, Wanda(pruner.pattern), **setting)
             return importance_of(found.increase, found.proxy, "MeasuredAllocation: the model")
 
-        return _ByWanda(self._weighted(ranks.first(measure)))
+        return self._weighted(ranks.first(measure))
 
     def _texts(
         self, model: nn.Module, batches: Sequence[Batch], blocks: str | Sequence[str] | None
@@ -89,14 +89,14 @@ class MeasuredAllocation:
         """Returns the windows of every batch; raises ValueError for a model or blocks that cannot be measured."""
         if language_model("MeasuredAllocation", model) is not model:
             raise ValueError(
-                f"MeasuredAllocation measures a causal LM, and {type(model).__name__} holds one: prune that by itself"
+                f"MeasuredAllocation measures a causal LM, and {type(model).__name__} holds one: prune the inner one"
             )
         if not isinstance(blocks, str | None):
             raise ValueError(f"MeasuredAllocation measures one list of blocks, got {list(blocks)}")
         return [texts_of("MeasuredAllocation", model, batch) for batch in batches]
 
-    def _weighted(self, importance: Mapping[str, float]) -> LagrangianAllocation:
-        return LagrangianAllocation(self.reach, self.points, importance)
+    def _weighted(self, importance: Mapping[str, float]) -> "_ByWanda":
+        return _ByWanda(self.reach, self.points, importance)
 
     def check(self, pattern: Pattern) -> None:
         """Raises ValueError for a pattern other than `Unstructured` and `NM`."""
@@ -118,21 +118,10 @@ class MeasuredAllocation:
 
 
 @dataclass(frozen=True)
-class _ByWanda:
+class _ByWanda(LagrangianAllocation):
     """A `LagrangianAllocation` whose losses are Wanda's, whatever pruner prunes."""
-
-    by: LagrangianAllocation
-
-    def check(self, pattern: Pattern) -> None:
-        self.by.check(pattern)
-
-    def statistic(self, in_features: int, device: torch.device | str | None = None) -> Gram:
-        return self.by.statistic(in_features, device)
 
     def measure(
         self, pruner: Pruner, weights: Mapping[str, Tensor], statistics: Mapping[str, Statistic]
     ) -> dict[str, Any]:
-        return self.by.measure(Wanda(pruner.pattern), weights, statistics)
-
-    def choose(self, values: Values, shapes: Mapping[str, tuple[int, int]], pattern: Pattern) -> dict[str, Pattern]:
-        return self.by.choose(values, shapes, pattern)
+        return super().measure(Wanda(pruner.pattern), weights, statistics)

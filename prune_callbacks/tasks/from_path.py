@@ -65,7 +65,7 @@ class FromPath:
         """
         Returns the model partitioned by DeepSpeed (ZeRO-3); call it inside of `deepspeed.zero.Init`.
 
-        Each parameter is cut into as many flat parts as there are ranks, of which each reads its own.
+        DeepSpeed flattens every parameter and gives each rank one part of it; the rank reads that part.
         """
         import deepspeed.comm
 
