@@ -69,7 +69,7 @@ class Setting(NamedTuple):
 SETTINGS: dict[str, Setting] = {
     "alone": Setting(None),
     "alone, 32 written": Setting(None, 32),
-    "quick": Setting(BlockReconstruction(passes=2)),
+    "quick": Setting(BlockReconstruction(passes=2), 24),
     "reconstruction": Setting(BlockReconstruction()),
     "reconstruction, 32 written": Setting(BlockReconstruction(), 32),
     "reconstruction in 3 passes, 96 written": Setting(BlockReconstruction(passes=3), 96),

@@ -313,6 +313,20 @@ PROMISES = {
         ("test_path::test_a_fit_from_a_path_is_the_fit_of_a_model_built_in_init",),
         ("test_path::test_a_fit_from_a_path_is_the_fit_of_a_model_built_in_init",),
     ),
+    "a model that is built later is pruned from files, and trains, resumes and is saved as one built in init": Promise(
+        (
+            "test_path_pruned::test_pruned_from_files_trained_in_shards_and_resumed",
+            "test_path_pruned::test_rounds_of_a_model_from_a_path_are_those_of_one_built_in_init",
+            "test_path_pruned::test_pruned_files_that_are_there_are_used_and_those_of_another_setting_refused",
+            "test_path_pruned::test_a_fit_that_fails_while_it_prunes_goes_on_at_the_block_it_was_at",
+            "test_path_pruned::test_the_recipe_loads_no_whole_model_on_any_rank",
+            "test_checkpoint_perplexity::test_it_is_that_of_the_whole_model",
+        ),
+        (
+            "test_path_pruned::test_pruned_from_files_trained_in_shards_and_resumed",
+            "test_checkpoint_perplexity::test_control_the_last_hidden_states_decide",
+        ),
+    ),
     "windows that a model writes have its own distribution": Promise(
         (
             "test_written_windows::test_tokens_have_the_models_own_distribution",

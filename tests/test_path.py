@@ -11,7 +11,7 @@ from safetensors import safe_open
 from tiers import slow
 from transformers import AutoModelForCausalLM
 
-from prune_callbacks import CausalLM, LogitsDistillation, MaskSet, OneShotPrune, SparseGPT, Unstructured
+from prune_callbacks import CausalLM, LogitsDistillation, MaskSet, SquareHead
 from prune_callbacks.sparsity import keep_largest
 from prune_callbacks.tasks import tiny_llama
 
@@ -44,9 +44,9 @@ def results(folder, name, way):
     return [torch.load(folder / f"{name}_{way}_{rank}.pt") for rank in range(2)]
 
 
-def weight_bytes(folder):
+def weight_bytes(folder, name="model"):
     total = 0
-    for path in (folder / "model").glob("*.safetensors"):
+    for path in (folder / name).glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             total += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118 (not a dict)
     return total
@@ -82,6 +82,40 @@ def test_a_fit_from_a_path_is_the_fit_of_a_model_built_in_init(tmp_path, kind, n
         assert max(read) <= (1.01 if kind == "mixture" else 0.6) * total
 
 
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [
+        ("zero3", "logits"),
+        slow("zero3", "squarehead"),
+        slow("fsdp2", "logits"),
+        ("fsdp2", "squarehead"),
+        slow("ddp", "logits"),
+        slow("zero2", "squarehead"),
+    ],
+)
+def test_a_teacher_from_a_path_is_in_parts_under_every_strategy(tmp_path, name, objective):
+    folder = folder_of(tmp_path, "tied llama")
+    together(SCRIPT, "distilled", folder, name, objective)
+    for whole, parts in zip(*(results(folder, f"{name}_{objective}", way) for way in ("whole", "path")), strict=True):
+        assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-6)
+        assert parts["held"] <= 0.55 * whole["held"]  # control: the other is whole
+        assert parts["read"] <= 0.6 * weight_bytes(folder)
+    assert any(loss == 0 for loss in results(folder, f"{name}_{objective}", "path")[1]["losses"])
+
+
+def test_a_teacher_that_does_not_fit_is_refused_before_it_is_read(tmp_path):
+    folder = folder_of(tmp_path, "tied llama")
+    tiny_llama(hidden_size=64, layers=2).save_pretrained(tmp_path / "wide")
+    module = CausalLM(path=folder / "model", objective=SquareHead(tmp_path / "wide"))
+    module.setup("fit")
+    with pytest.raises(ValueError, match="the teacher has hidden_size=64 and the model 32: they cannot be compared"):
+        module._take(module._source.whole())
+    with pytest.raises(ValueError, match="nothing does not exist; name a folder with config.json"):
+        LogitsDistillation(tmp_path / "nothing").prepare(tiny_llama(hidden_size=32, layers=2))
+    with pytest.raises(ValueError, match="a teacher is a model of transformers, or the path of one, got 3"):
+        LogitsDistillation(3)
+
+
 def test_bad_paths_are_refused_before_work(tmp_path):
     model = tiny_llama(hidden_size=32, layers=2)
     for given in ({}, {"model": model, "path": tmp_path}):
@@ -115,13 +149,3 @@ def test_a_path_on_one_device_is_from_pretrained(tmp_path):
     assert type(module.model) is type(teacher)
     assert module.model.training
     assert torch.isfinite(trainer.callback_metrics["train_loss_logits"])
-
-
-def test_what_prunes_in_setup_says_that_the_model_is_not_there_yet(tmp_path):
-    from fits import trainer_of
-    from rank_fits import batches
-
-    folder = folder_of(tmp_path, "tied llama")
-    prune = OneShotPrune(SparseGPT(Unstructured(0.5)), torch.randint(3, 200, (2, 2, 16)).unbind())
-    with pytest.raises(ValueError, match="OneShotPrune needs the model when the fit begins: build the model in"):
-        trainer_of([prune], tmp_path).fit(CausalLM(path=folder / "model"), datamodule=batches())

@@ -31,12 +31,23 @@ def calibration_batches(
     """
     Returns this rank's share of the calibration batches, as inputs for the model; a collective of the ranks.
 
-    Rank 0 draws the batches for all ranks; rank r of R gets every R-th batch, beginning with batch r. The random state
-    is restored afterwards, so training draws the same numbers as without calibration.
+    Rank r of R gets every R-th of the batches that `drawn_batches` returns, beginning with batch r.
+    """
+    return drawn_batches(trainer, ranks, model, batches, num_batches)[ranks.rank :: ranks.size]
+
+
+def drawn_batches(
+    trainer: Trainer, ranks: Ranks, model: nn.Module | None, batches: Iterable[Any] | None, num_batches: int | None
+) -> list[Batch]:
+    """
+    Returns the calibration batches, as inputs for the model, on every rank; a collective of the ranks.
+
+    Rank 0 draws them. The random state is restored afterwards, so training draws the same numbers as without
+    calibration.
 
     Args:
         trainer: the trainer, for its data module and training data if `batches` is None.
-        ranks: the processes that share the batches.
+        ranks: the processes that get the batches.
         model: the model, which gets of a batch what its forward accepts; a warning names the rest once. None: batches
             are what a module's own step takes, of any kind.
         batches: token ids (batch, tokens), or mappings of the arguments of the model's forward. None: the data module's
@@ -54,7 +65,7 @@ def calibration_batches(
         drawn = ranks.attempt(lambda: _drawn(trainer, model, batches, num_batches) if ranks.rank == 0 else None)
     shared = ranks.share(drawn)
     assert shared is not None
-    return shared[ranks.rank :: ranks.size]
+    return shared
 
 
 def check_counts(num_batches: int | None, written: int, *, calibrated: bool, own: bool) -> None:

@@ -15,12 +15,12 @@ from prune_callbacks.anatomy.stages import Stages, find_stages, stage_targets
 from prune_callbacks.anatomy.target import Target
 from prune_callbacks.anatomy.targets import SPARSE, parameters_of, refuse_parts
 from prune_callbacks.anatomy.torch_modules import other_matrices
+from prune_callbacks.callbacks.built_later import shapes_in_setup
 from prune_callbacks.callbacks.iterative_settings import check_length, check_restored, settings_of
 from prune_callbacks.callbacks.kinds import PrunesInRounds
 from prune_callbacks.callbacks.lightning_internals import random_state, restore_random_state
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
-from prune_callbacks.callbacks.model_in_setup import model_in_setup
 from prune_callbacks.callbacks.rewind import Rewind, RewindFile
 from prune_callbacks.callbacks.zeros import masks_from_zeros
 from prune_callbacks.engine.fitting import check_all_prunable, without_misfits
@@ -103,7 +103,7 @@ class IterativePrune(PrunesInRounds):
         if not Lineup(trainer).begins_fit(self, stage):
             return
         self._begin()
-        model = model_in_setup("IterativePrune", pl_module, self.blocks)
+        model = shapes_in_setup("IterativePrune", pl_module, self.blocks)
         stages = find_stages(model, self.blocks)
         layers = self._layers = self._found(model, stages)
         if self.targets is None:

@@ -1,39 +1,33 @@
 """OneShotPrune: prunes a model when a fit begins."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
-from transformers import PreTrainedModel
 
 from prune_callbacks.allocation.measuring import check_allocation
 from prune_callbacks.allocation.protocol import Allocation
 from prune_callbacks.calibration.texts import language_model
-from prune_callbacks.callbacks.calibration_batches import calibration_batches, check_counts, with_written
+from prune_callbacks.callbacks.built_later import files_of
+from prune_callbacks.callbacks.calibration_batches import check_counts
 from prune_callbacks.callbacks.kinds import PrunesOnce, renamed
 from prune_callbacks.callbacks.lightning_internals import logs_now, makes_in_setup, resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
-from prune_callbacks.callbacks.model_in_setup import layer_names, layers_beside, model_in_setup, refuse_later_layers
-from prune_callbacks.callbacks.own_step import Forward, own_step
-from prune_callbacks.callbacks.untouched import untouched
-from prune_callbacks.callbacks.validation_metrics import on_its_device
+from prune_callbacks.callbacks.model_in_setup import layer_names, model_in_setup, refuse_later_layers
+from prune_callbacks.callbacks.one_shot_settings import OneShotSettings
+from prune_callbacks.callbacks.own_step import Forward
+from prune_callbacks.callbacks.prune_files import Tried, prune_files, refuse_whole
+from prune_callbacks.callbacks.prune_module import prune_module
 from prune_callbacks.engine.fitting import check_reconstructible
 from prune_callbacks.engine.report import PruneReport
-from prune_callbacks.engine.sequential import Order, check_order, prune_sequentially
+from prune_callbacks.engine.sequential import Order, check_order
 from prune_callbacks.pruners import Pruner, check_pruner
-from prune_callbacks.pruners.questions import needs_calibration
-from prune_callbacks.ranks import patient_ranks
 from prune_callbacks.reconstruction.report import described
-from prune_callbacks.reconstruction.settings import BlockReconstruction, short
-from prune_callbacks.sparsity import MaskSet
-from prune_callbacks.storage.model_folder import check_savable, save_sparse_model
+from prune_callbacks.reconstruction.settings import BlockReconstruction
+from prune_callbacks.storage.model_folder import check_savable
 
 
 class OneShotPrune(PrunesOnce):
@@ -44,6 +38,10 @@ class OneShotPrune(PrunesOnce):
     model of transformers is calibrated by its forward, which gets of a batch what it accepts. Any other module runs its
     own `training_step` (under manual optimization `validation_step`), in evaluation mode, without gradients; what it
     logs is dropped, and random states, buffers and other attributes are as before afterwards.
+
+    A model that its module builds later from files, as `CausalLM(path=...)` does, is pruned from files into files by
+    `prune_checkpoint`, in the memory of two blocks, and the module then builds the pruned one. Pruned files that are
+    there already, also of a fit that was killed, are used.
 
     The model keeps its parameters, their names and its `state_dict` keys; pruned weights are zeros. Add
     `MaskEnforcer()`, or the first optimizer steps overwrite the zeros.
@@ -71,12 +69,14 @@ class OneShotPrune(PrunesOnce):
             None: blocks stay as the pruner leaves them. It needs decoder blocks that form a chain.
         dirpath: the folder to write the pruned model (`model/`, by `save_pretrained`) and its masks
             (`masks.safetensors`) into right after pruning, so that a later failure does not lose them; None: not saved.
+            A model that is built later is pruned into its `pruned`; None: into that of the trainer's default_root_dir.
         min_expert_tokens: an expert that fewer calibration tokens reach is pruned by Magnitude, with a warning.
         progress: show a progress bar.
         save_dir: the old name of `dirpath`.
 
     Attributes:
         report: the `PruneReport`; None before pruning. A resumed fit takes it from the checkpoint.
+        files: the folder of the pruned files, of a model that is built later; else None.
 
     Raises:
         ValueError: `pruner` is no pruner, `num_batches` is below 1, the allocation does not support the pruner, or
@@ -120,14 +120,17 @@ class OneShotPrune(PrunesOnce):
         self.min_expert_tokens = min_expert_tokens
         self.progress = progress
         self.report: PruneReport | None = None
+        self.files: Path | None = None
         self._restored = False
         self._layers: set[str] | None = None
-        check_counts(num_batches, written_windows, calibrated=self._needs_batches(), own=forward is not None)
+        self._tried: Tried | None = None
+        calibrated = OneShotSettings.of(self).calibrated
+        check_counts(num_batches, written_windows, calibrated=calibrated, own=forward is not None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not Lineup(trainer).begins_fit(self, stage):
             return
-        self.report, self._restored = None, False
+        self.report, self.files, self._restored = None, None, False
         if resumed_checkpoint(trainer) is not None:
             return  # the checkpoint has weights and masks; on_train_start checks that
         if not Lineup(trainer).has(MaskEnforcer):
@@ -135,64 +138,37 @@ class OneShotPrune(PrunesOnce):
                 "OneShotPrune without MaskEnforcer: the zeros will not last, since the first optimizer steps "
                 "overwrite them. Add MaskEnforcer() to the callbacks."
             )
-        model = model_in_setup("OneShotPrune", pl_module, self.blocks)
-        if self.written_windows:
-            language_model("OneShotPrune(written_windows=...)", model)
-        if self.dirpath is not None:
-            check_savable(model)
-        self._layers = layer_names(pl_module, self.blocks) if makes_in_setup(pl_module) else None
-        self.report = self._prune(trainer, pl_module, model)
-        if self.targets is None:
-            self.report = replace(self.report, skipped=self.report.skipped | layers_beside(pl_module, model))
+        settings, source = OneShotSettings.of(self), files_of(pl_module)
+        now = settings if Lineup(trainer).trial() is None else settings.for_trial()
+        if source is None:
+            self.report = self._in_memory(trainer, pl_module, now)
+        else:
+            refuse_whole(pl_module, settings)
+            self.files = self._folder(trainer, source)
+            self.report = prune_files(trainer, pl_module, source, self.files, now)
         rank_zero_info(
             f"pruned {len(self.report.layers)} layers, {self.report.sparsity:.2%} zeros, in {self.report.seconds:.0f} s"
         )
         if self.report.reconstruction:
             rank_zero_info(described(self.report.reconstruction))
 
-    def _prune(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> PruneReport:
-        needed, trial = self._needs_batches(), Lineup(trainer).trial() is not None
-        own = needed and (self.forward is not None or not isinstance(model, PreTrainedModel))
-        count, device = 1 if trial else self.num_batches, trainer.strategy.root_device
-        with ExitStack() as stack:
-            if own:  # all of the module runs
-                stack.enter_context(on_its_device(trainer, pl_module))
-            stack.enter_context(untouched(trainer, pl_module) if own else isolate_rng())
-            ranks = stack.enter_context(patient_ranks(device))
-            drawn = trainer, ranks, None if own else model, self.batches, count
-            batches = calibration_batches(*drawn) if needed else None
-            writing = 0.0
-            if self.written_windows and not trial:
-                more = self.written_windows, ranks, device, self.progress
-                batches, writing = with_written(batches, model, *more)
-            report = prune_sequentially(
-                model,
-                batches,
-                self.pruner,
-                targets=self.targets,
-                blocks=self.blocks,
-                forward=own_step(pl_module, self.forward) if own else None,
-                order=self.order,
-                device=device,
-                allocation=self.allocation,
-                reconstruction=short(self.reconstruction) if trial else self.reconstruction,
-                min_expert_tokens=self.min_expert_tokens,
-                progress=self.progress,
-                ranks=ranks,
-            )
-            if self.dirpath is not None and not trial:
-                ranks.attempt(lambda: self._save(trainer, model, report.masks))
-        return replace(report, writing_seconds=writing)
+    def _in_memory(self, trainer: Trainer, pl_module: LightningModule, settings: OneShotSettings) -> PruneReport:
+        model = model_in_setup("OneShotPrune", pl_module, self.blocks)
+        if self.written_windows:
+            language_model("OneShotPrune(written_windows=...)", model)
+        if self.dirpath is not None:
+            check_savable(model)
+        self._layers = layer_names(pl_module, self.blocks) if makes_in_setup(pl_module) else None
+        return prune_module(trainer, pl_module, model, settings)
 
-    def _needs_batches(self) -> bool:
-        """Returns whether the pruner, the allocation or the reconstruction needs calibration batches."""
-        return self.reconstruction is not None or any(
-            needs_calibration(part) for part in (self.pruner, self.allocation) if part is not None
-        )
-
-    def _save(self, trainer: Trainer, model: nn.Module, masks: MaskSet) -> None:
-        if trainer.is_global_zero and self.dirpath is not None:
-            save_sparse_model(model, masks, self.dirpath)
+    def _folder(self, trainer: Trainer, source: Path) -> Path:
+        """Returns the folder for the pruned files; of a trial run an empty one, removed when the fit ends."""
+        folder = Path(self.dirpath or trainer.default_root_dir) / "pruned"
+        if Lineup(trainer).trial() is None:
+            return folder
+        self._tried = Tried(source, folder.with_name("pruned.trial"))
+        self._tried.remove(trainer)
+        return self._tried.folder
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.report is not None and self._layers is not None:
@@ -230,6 +206,11 @@ class OneShotPrune(PrunesOnce):
             assert self.report is not None
             metrics = {"sparsity": self.report.sparsity, "violations": float(self._violations(trainer))}
             pl_module.log_dict(metrics, sync_dist=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._tried is not None:
+            self._tried.put_back(trainer, pl_module)
+        self._tried = None
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.report is None else self.report.state_dict() | {"pruner": repr(self.pruner)}

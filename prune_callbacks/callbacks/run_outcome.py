@@ -9,18 +9,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from prune_callbacks.callbacks.iterative_prune import IterativePrune
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.permute_channels import PermuteChannels
 from prune_callbacks.memory import peak_memory
-from prune_callbacks.parallel.strategies import gathered_state_dict, world
 from prune_callbacks.reconstruction.report import reconstruction_record
 from prune_callbacks.sparsity import MaskSet
-from prune_callbacks.storage.model_folder import save_sparse_model
 from prune_callbacks.storage.run_record import RunRecord, Zeros
 
 PACKAGES = ("prune-callbacks", "torch", "lightning", "transformers")
@@ -126,20 +122,3 @@ def _achieved(masks: MaskSet, zeros: Mapping[str, float]) -> float:
     """Returns the fraction of zeros in all pruned layers together."""
     sizes = {name: math.prod(masks.shape(name)) for name in masks}
     return sum(zeros[name] * size for name, size in sizes.items()) / max(1, sum(sizes.values()))
-
-
-def save_gathered(
-    trainer: Trainer,
-    model: nn.Module,
-    masks: MaskSet,
-    dirpath: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> None:
-    """Writes model and masks into a run's folder, on rank 0; a collective, in which all processes fail if one fails."""
-    state = gathered_state_dict(trainer, model)
-
-    def save() -> None:
-        if trainer.is_global_zero:
-            save_sparse_model(model, masks, dirpath, tokenizer, state)
-
-    world(trainer).attempt(save)

@@ -1,7 +1,10 @@
 """The measurements of RunReport: perplexity on every text, validation metrics, and zero-shot accuracy."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,17 +15,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_callbacks.anatomy.blocks import find_language_model
 from prune_callbacks.calibration.checks import check_window_length
+from prune_callbacks.callbacks.built_later import BuiltFromFiles, files_of, shapes_in_setup, shapes_of
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
-from prune_callbacks.callbacks.model_in_setup import model_in_setup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.validation_metrics import check_validation, on_its_device, validation_metrics
 from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.measure.zero_shot import ZeroShot
 from prune_callbacks.memory import free_memory, model_bytes
 from prune_callbacks.parallel.strategies import world
+from prune_callbacks.ranks import Ranks, patient_ranks
 from prune_callbacks.storage.model_folder import check_savable
 from prune_callbacks.storage.run_record import STAGES, Perplexities, RunRecord
+from prune_callbacks.streaming.perplexity import checkpoint_perplexity
+from prune_callbacks.writing import PARTIAL
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,8 @@ class RunQuality:
             )
         prune = Lineup(trainer).first(OneShotPrune)
         if prune is not None and resumed_checkpoint(trainer) is None:
-            model_in_setup("OneShotPrune", pl_module, prune.blocks)
-        model = find_language_model(pl_module)
+            shapes_in_setup("OneShotPrune", pl_module, prune.blocks)
+        model = shapes_of(pl_module)
         check_savable(model)
         if not (windows is None and self.zero_shot is None) and not isinstance(model, PreTrainedModel):
             raise ValueError(
@@ -76,7 +82,46 @@ class RunQuality:
             )
         self.zero_shot.check()
 
-    def fits(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+    def dense(self, trainer: Trainer, pl_module: LightningModule, dirpath: Path, record: RunRecord) -> None:
+        """
+        Measures the dense model before it is pruned, and writes that into the record; a collective.
+
+        Where no rank's device can hold it, a warning says so. Of one that is built later, perplexity alone is measured,
+        from its files, and hidden states are in files in a folder of `dirpath` meanwhile.
+        """
+        folder = files_of(pl_module)
+        if folder is None:
+            if self._fits(trainer, pl_module):
+                self.measure(trainer, pl_module, "dense", record)
+            return
+        if self._validates(trainer) or self.zero_shot is not None:
+            rank_zero_warn(
+                f"the dense model in {folder} is pruned before it is built: its validation metrics and zero-shot "
+                "accuracy are not measured"
+            )
+        if _windows(trainer) is not None:
+            with patient_ranks(trainer.strategy.root_device) as ranks:
+                self._texts(
+                    trainer, partial(self._of_files, trainer, pl_module, folder, dirpath, ranks), "dense", record
+                )
+
+    def _of_files(
+        self, trainer: Trainer, pl_module: LightningModule, folder: Path, dirpath: Path, ranks: Ranks, windows: Tensor
+    ) -> float:
+        """Returns the perplexity of the model in a folder, with one block of it in memory at a time."""
+        assert isinstance(pl_module, BuiltFromFiles)
+        return checkpoint_perplexity(
+            folder,
+            windows,
+            dirpath / f"hidden{PARTIAL}",
+            batch_size=self.batch_size,
+            dtype=pl_module.dtype_of_path,
+            device=trainer.strategy.root_device,
+            progress=self.progress,
+            ranks=ranks,
+        )
+
+    def _fits(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Returns whether every rank's device can hold the whole unsharded model; the same answer on every rank."""
         needed, device = model_bytes(find_language_model(pl_module)), trainer.strategy.root_device
         fits = all(world(trainer).gather(needed < 0.9 * free_memory(device)))
@@ -100,7 +145,7 @@ class RunQuality:
         model, value = find_language_model(pl_module), None
         with on_its_device(trainer, model):
             if _windows(trainer) is not None:
-                value = self._texts(trainer, model, stage, record)
+                value = self._texts(trainer, partial(self._perplexity, trainer, model), stage, record)
             if self.zero_shot is not None:
                 self._zero_shot(self.zero_shot, model, stage, record)
         metrics = self._metrics(trainer, pl_module)
@@ -125,11 +170,11 @@ class RunQuality:
             )
         return metrics
 
-    def _texts(self, trainer: Trainer, model: nn.Module, stage: str, record: RunRecord) -> float:
+    def _texts(self, trainer: Trainer, measured: Callable[[Tensor], float], stage: str, record: RunRecord) -> float:
         """Measures perplexity on every text, writes it into the record, and returns the first."""
         data = trainer.datamodule
         windows, title = data.evaluation_windows, getattr(data, "evaluation_title", None)
-        value = self._perplexity(trainer, model, windows)
+        value = measured(windows)
         if (record.perplexity.dataset, record.perplexity.seq_len) not in ((None, None), (title, windows.shape[1])):
             record.perplexity = Perplexities()  # the resumed run was measured on another text
         record.perplexity = replace(record.perplexity, dataset=title, seq_len=windows.shape[1])
@@ -139,7 +184,7 @@ class RunQuality:
         corpora = record.corpora
         for name, (further, others) in getattr(data, "further_evaluation", {}).items():
             same = torch.equal(others, windows)
-            again = value if same else self._perplexity(trainer, model, others)
+            again = value if same else measured(others)
             known = {"dataset": further, "seq_len": others.shape[1], "windows": len(others)}
             corpora[name] = _of_the_same(corpora.get(name, {}), known) | {stage: finite(again)}
             _say(f"{stage} {name}", again, others)

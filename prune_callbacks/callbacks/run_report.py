@@ -19,8 +19,9 @@ from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
 from prune_callbacks.callbacks.one_shot_prune import OneShotPrune
 from prune_callbacks.callbacks.page_on_time import PageOnTime
-from prune_callbacks.callbacks.run_outcome import masks_in_force, note_costs, outcome, save_gathered
+from prune_callbacks.callbacks.run_outcome import masks_in_force, note_costs, outcome
 from prune_callbacks.callbacks.run_quality import RunQuality
+from prune_callbacks.callbacks.save_model import Save, save_model, save_unless_there
 from prune_callbacks.callbacks.training_clock import TrainingClock
 from prune_callbacks.measure.zero_shot import ZeroShot
 from prune_callbacks.parallel.strategies import world
@@ -121,16 +122,15 @@ class RunReport(PruningCallback):
         if resumed_checkpoint(trainer) is None:
             # Only rank 0 looks: other ranks could see files that rank 0 has just written.
             world(trainer).attempt(lambda: refuse_existing_run(self.dirpath) if trainer.is_global_zero else None)
-            if self._one_shot is not None and self._quality.fits(trainer, pl_module):
-                self._evaluate(trainer, pl_module, "dense")
+            if self._one_shot is not None:
+                with self._clock.evaluating(self.run.seconds):
+                    self._quality.dense(trainer, pl_module, self.dirpath, self.run)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._one_shot is None or resumed_checkpoint(trainer) is not None:
             return  # a checkpoint has the measurements; some strategies load it later
-        if not world(trainer).share((self.dirpath / "masks.safetensors").exists()):  # by OneShotPrune(dirpath=...)
-            self._save(trainer, pl_module)
-        elif self.tokenizer is not None and trainer.is_global_zero:
-            self.tokenizer.save_pretrained(self.dirpath / "model")
+        if self._one_shot.files is None:  # else the pruned model is in these files
+            self._save(trainer, pl_module, save_unless_there)
         self._evaluate(trainer, pl_module, "pruned")
         self._write(trainer, pl_module)
 
@@ -234,9 +234,9 @@ class RunReport(PruningCallback):
         self.run.stage = stage
         return quality
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        masks = masks_in_force(self._one_shot, self._iterative)
-        save_gathered(trainer, find_language_model(pl_module), masks, self.dirpath, self.tokenizer)
+    def _save(self, trainer: Trainer, pl_module: LightningModule, save: Save = save_model) -> None:
+        model, masks = find_language_model(pl_module), masks_in_force(self._one_shot, self._iterative)
+        save(trainer, model, masks, self.dirpath, self.tokenizer)
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         further = () if self.zero_shot is None else ("lm_eval",)

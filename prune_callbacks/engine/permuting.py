@@ -27,6 +27,7 @@ from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.results import Result
 from prune_callbacks.solvers.float64 import sum_in_float64
 from prune_callbacks.solvers.permutation import channel_permutation, kept_score
+from prune_callbacks.solvers.precision import full_precision
 from prune_callbacks.solvers.statistics import Statistic
 from prune_callbacks.sparsity import Pattern
 from prune_callbacks.sparsity.questions import kept_of_group
@@ -102,12 +103,13 @@ def permute_channels_(
             for index, block_name, block, where in visits:
                 groups = [group for group in coupled if group.reader.startswith(f"{block_name}.")]
                 bar.update(task, description=f"permuting {block_name}")
-                before = source.output(index, block, where)
+                with full_precision():  # else a change could not be told from the rounding of products
+                    before = source.output(index, block, where)
                 readers = {group.reader: _target(model, group.reader) for group in groups}
                 statistics = source.collect(Wanda(pattern).statistic, index, block, readers, where)
                 done |= _permute_groups(model, groups, statistics, pattern, ranks)
                 bar.advance(task, len(groups))
-                with naming(block_name):
+                with naming(block_name), full_precision():
                     _check_unchanged(before, source.output(index, block, where))
                 if index < len(found) - 1:
                     source.advance(index, block, where)
@@ -130,6 +132,7 @@ def _permute_groups(
     return done
 
 
+@full_precision()
 def _output_of(model: nn.Module, block: nn.Module, batch: Batch) -> Tensor:
     """Returns the output of a block in a forward pass of the whole model."""
     seen: list[Any] = []

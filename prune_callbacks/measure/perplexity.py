@@ -87,11 +87,7 @@ def perplexity(
     Raises:
         ValueError: there are no windows, they have fewer than two tokens, or more than the model has positions.
     """
-    if windows.shape[0] == 0 or windows.shape[1] < 2:
-        raise ValueError(f"perplexity needs windows of two or more tokens, got {tuple(windows.shape)}")
-    check_window_length(model, windows.shape[1], "the evaluation windows")
-    if isinstance(model, PreTrainedModel):
-        check_ids(model, windows, "the evaluation windows")
+    check_windows(model, windows)
     device = next(model.parameters()).device
     metric = Perplexity(sync_on_compute=False).to(device)
     training = model.training
@@ -109,3 +105,12 @@ def perplexity(
         model.train(training)
     metric.total, metric.count = ranks.sum(metric.total), ranks.sum(metric.count)
     return float(metric.compute())
+
+
+def check_windows(model: nn.Module, windows: Tensor) -> None:
+    """Raises ValueError as `perplexity` does, before anything runs."""
+    if windows.shape[0] == 0 or windows.shape[1] < 2:
+        raise ValueError(f"perplexity needs windows of two or more tokens, got {tuple(windows.shape)}")
+    check_window_length(model, windows.shape[1], "the evaluation windows")
+    if isinstance(model, PreTrainedModel):
+        check_ids(model, windows, "the evaluation windows")

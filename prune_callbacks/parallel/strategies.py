@@ -194,13 +194,22 @@ def gathered_state_dict(trainer: Trainer, model: nn.Module) -> dict[str, Tensor]
     """
     Returns the unsharded `state_dict` of a part of the trainer's module on rank 0, None on the others.
 
-    A collective. Sharded parameters are gathered one after another, and copied to the CPU.
+    A collective; see `gathered`.
     """
     if not sharded(trainer.strategy):
         return model.state_dict() if trainer.is_global_zero else None
+    return gathered(trainer, model.state_dict(keep_vars=True))
+
+
+def gathered(trainer: Trainer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """
+    Returns copies of tensors of the trainer's module, unsharded and on the CPU, on rank 0; None on the others.
+
+    A collective. Parameters are gathered one after another; those under several names stay one tensor.
+    """
     state: dict[str, Tensor] = {}
-    copies: dict[int, Tensor] = {}  # keeps tied parameters one tensor
-    for name, value in model.state_dict(keep_vars=True).items():
+    copies: dict[int, Tensor] = {}
+    for name, value in tensors.items():
         if id(value) not in copies:
             whole = _gathered(value)
             copies[id(value)] = whole.detach().to("cpu", copy=True) if trainer.is_global_zero else torch.empty(0)

@@ -17,6 +17,7 @@ from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.model_card import write_model_card
 from prune_callbacks.writing import replaced_folder, whole_file
 
+MASKS = "masks.safetensors"
 PLAIN = "model.safetensors"
 """The file of a module that is no model of `transformers`."""
 
@@ -139,17 +140,24 @@ def save_sparse_model(
     check_savable(model)
     folder = Path(dirpath)
     state = model.state_dict() if state_dict is None else state_dict
-    with whole_file(folder / "masks.safetensors") as masks_file, replaced_folder(folder / "model") as partial:
+    with whole_file(folder / MASKS) as masks_file, replaced_folder(folder / "model") as partial:
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(partial, state_dict=base_state_dict(model, state))
-            about: dict[str, Any] = {"source": getattr(model.config, "_name_or_path", None)}
         else:
             _save_plain(state, partial)
-            about = {"module": type(model).__name__}
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        write_model_card(partial, masks.sparsity(), len(masks), **about)
+        write_beside(model, masks, partial, tokenizer)
         masks.save(masks_file)
+
+
+def write_beside(
+    model: nn.Module, masks: MaskSet, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Writes what lies beside a sparse model's weights: the model card, and the tokenizer if there is one."""
+    known = isinstance(model, PreTrainedModel)
+    about = {"source": getattr(model.config, "_name_or_path", None)} if known else {"module": type(model).__name__}
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_model_card(folder, masks.sparsity(), len(masks), **about)
 
 
 def _save_plain(state: Mapping[str, Tensor], folder: Path) -> None:

@@ -106,6 +106,7 @@ class RunRecord:
         warnings: the texts of warnings.
         versions: the versions of packages and Python.
         device: the name of the device.
+        layers: of a streamed pruning, every layer's `LayerReport`.
         files: the bytes of the files that were streamed.
         setting: the settings of a streamed pruning.
         checkpoint: the checkpoint that was consolidated.
@@ -148,6 +149,7 @@ class RunRecord:
     warnings: list[str] | None = None
     versions: dict[str, str] = field(default_factory=dict)
     device: str | None = None
+    layers: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, int] | None = None
     setting: dict[str, Any] | None = None
     checkpoint: str | None = None

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from prune_callbacks.calibration.batches import Batch
 from prune_callbacks.reconstruction.report import reconstruction_record
 from prune_callbacks.storage.model_card import write_model_card
+from prune_callbacks.storage.model_parts import INDEX, index_of
 from prune_callbacks.storage.run_record import RunRecord, Seconds, Zeros
 from prune_callbacks.streaming.files import copy_file, size_of, sizes, write_json
 from prune_callbacks.streaming.journal import MASKS, MODEL, SCALES, Journal
 from prune_callbacks.streaming.shards import Shards, join_files
-from prune_callbacks.streaming.source import INDEX
 from prune_callbacks.streaming.walk import BlockWalk
 from prune_callbacks.writing import rename
 
@@ -62,7 +62,7 @@ def finish(journal: Journal, walk: BlockWalk, about: Mapping[str, Any]) -> dict[
     shards, checkpoint = walk.shards, walk.checkpoint
     if journal.model.exists():  # otherwise an earlier call has renamed it already
         shards.copy_outside(checkpoint, journal.model / shards.file(len(shards.of_block)))
-        write_json(journal.model / INDEX, shards.index(journal.model))
+        write_json(journal.model / INDEX, index_of(journal.model, shards.files()))
         _copy_others(checkpoint.folder, journal.model)
         config = checkpoint.config
         config.dtype = walk.model.dtype
@@ -112,6 +112,7 @@ def _report(journal: Journal, walk: BlockWalk) -> RunRecord:
         ),
         violations={name: count for record in journal.records for name, count in record["violations"].items()},
         reconstruction_loss={layer["name"]: layer["relative_loss"] for layer in layers},
+        layers=layers,
         skipped=skipped,
         reconstruction=_reconstruction(journal, walk),
         by_magnitude={name: n for record in journal.records for name, n in record["by_magnitude"].items()},

@@ -165,7 +165,7 @@ class Journal:
         elif before != self.setting:
             raise ValueError(
                 f"{self.target} was started with another setting: {difference(before, self.setting)}. Choose another "
-                "target, repeat the earlier setting to resume, or delete the folder to start again"
+                "folder, repeat the earlier setting to resume, or delete the folder to start again"
             )
         records: list[dict[str, Any]] = []
         while self._record(len(records)).is_file():

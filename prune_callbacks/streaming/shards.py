@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.sparsity.masks import METADATA
+from prune_callbacks.storage.model_parts import file_names
 from prune_callbacks.streaming.files import DTYPES, Pieces, whole, write_tensors
 from prune_callbacks.streaming.places import Place, as_saved
 from prune_callbacks.streaming.source import CheckpointFolder
@@ -56,7 +57,11 @@ class Shards:
 
     def file(self, index: int) -> str:
         """Returns the file name of a block; the index after the last block stands for all other weights."""
-        return f"model-{index + 1:05d}-of-{len(self.of_block) + 1:05d}.safetensors"
+        return self.files()[index]
+
+    def files(self) -> list[str]:
+        """Returns the names of all files."""
+        return file_names(len(self.of_block) + 1)
 
     def write_block(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Writes the weights of a block, given by their names in the model, as `save_pretrained` would."""
@@ -75,14 +80,6 @@ class Shards:
 
         written = {name: next(iter(as_saved(self.model, {name: state[name]}))) for name in self.outside}
         write_tensors(path, {written[name]: pieces(name, key) for name, key in self.outside.items()}, FORMAT)
-
-    def index(self, folder: Path) -> dict[str, Any]:
-        """Returns the content of `model.safetensors.index.json`; all files in `folder` must be written."""
-        weight_map: dict[str, str] = {}
-        for number in range(len(self.of_block) + 1):
-            with safe_open(folder / self.file(number), framework="pt") as file:
-                weight_map |= dict.fromkeys(file.keys(), self.file(number))
-        return {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def masks_in_pieces(masks: MaskSet) -> tuple[dict[str, Pieces], dict[str, str]]:

@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from prune_callbacks.storage.model_parts import INDEX
 from prune_callbacks.streaming.files import DTYPES
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 PIECE_BYTES = 2**24
 """Bytes per piece of a tensor that is only copied."""
 

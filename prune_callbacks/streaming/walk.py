@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from itertools import chain
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.names import belongs
@@ -28,13 +28,14 @@ from prune_callbacks.reconstruction.blocks import Rebuilder, Show
 from prune_callbacks.reconstruction.windows import by_content
 from prune_callbacks.recorded_warnings import RecordedWarnings
 from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.streaming.block_weights import BlockWeights
 from prune_callbacks.streaming.files import sizes, whole, write_tensors
 from prune_callbacks.streaming.front import Front
 from prune_callbacks.streaming.inputs import StoredInputs, store_inputs, store_next
 from prune_callbacks.streaming.journal import Journal
-from prune_callbacks.streaming.places import find_places, read_weights
+from prune_callbacks.streaming.places import find_places
 from prune_callbacks.streaming.shards import Shards, masks_in_pieces
-from prune_callbacks.streaming.skeleton import drop, fill, refuse_shared
+from prune_callbacks.streaming.skeleton import refuse_shared
 from prune_callbacks.streaming.source import CheckpointFolder
 
 Advance = Callable[[int], None]
@@ -75,6 +76,7 @@ class BlockWalk:
         self.blocks = plan.blocks
         refuse_shared(model, self.blocks)
         self.shards = Shards(model, [name for name, _ in self.blocks], find_places(model, checkpoint))
+        self.weights = BlockWeights(checkpoint, model, self.blocks, self.shards.of_block, self.where, plan.last)
         self.few_tokens = False
         self._dense: list[StoredInputs] = []  # the inputs of the block in the dense model
         settings = plan.reconstruction
@@ -129,9 +131,9 @@ class BlockWalk:
         """Returns the inputs of a block: the first one, or one whose hidden states an earlier call has written."""
         journal.check_hidden(index, dense=self.rebuilder is not None)
         front = Front(self.checkpoint, self.model, self.shards.outside, self.batches, self.ranks)
-        self.ranks.attempt(lambda: self._load(0))
+        self.ranks.attempt(lambda: self.weights.load(0))
         inputs = front.run(lambda: self._stored([block for _, block in self.blocks], journal, index))
-        self._unload(0)
+        self.weights.unload(0)
         return inputs
 
     def _stored(self, blocks: Sequence[nn.Module], journal: Journal, index: int) -> list[StoredInputs]:
@@ -161,7 +163,7 @@ class BlockWalk:
         record: dict[str, Any] = {"layers": []} | {key: {} for key in nothing}
         prefix, block = self.blocks[index]
         used = bool(targets or runs)  # else rank 0 copies its weights, and the others have nothing to do
-        self.ranks.attempt(lambda: self._load(index, ahead, move=used) if used or self.ranks.rank == 0 else None)
+        self.ranks.attempt(lambda: self.weights.load(index, ahead, move=used) if used or self.ranks.rank == 0 else None)
         if self.rebuilder is not None and (targets or runs):
             store_next(index, block, self._dense, self.where, journal.dense(index + 1), self.ranks)
         if targets:
@@ -173,7 +175,7 @@ class BlockWalk:
             lambda: self.shards.write_block({name: state[name.removeprefix(f"{prefix}.")] for name in names}, shard)
         )
         state = {}
-        self._unload(index)
+        self.weights.unload(index)
         return record | {"files": sizes(shard, journal.masks(index), journal.scales(index))}
 
     def _prune(
@@ -220,31 +222,3 @@ class BlockWalk:
         reports = [report.to_dict() for report in self.rebuilder.reports if report.name == name]
         untrained = {path: why for path, why in self.rebuilder.left.items() if belongs(path, name)}
         return {"reconstruction": reports, "untrained": untrained}
-
-    def _load(self, index: int, ahead: Ahead | None = None, *, move: bool = False) -> None:
-        """
-        Loads the weights of a block, and moves it to the device if asked to.
-
-        On a GPU, starts to read and copy those of the next block in the background.
-        """
-        prefix, block = self.blocks[index]
-        weights = ahead.take() if ahead is not None else None
-        if weights is None:
-            weights = self._read(index)
-        if ahead is not None and index < self.plan.last:  # blocks after the last target are copied without being run
-            ahead.begin(lambda: self._read(index + 1))
-        fill(block, {name.removeprefix(f"{prefix}."): weight for name, weight in weights.items()})
-        if move:
-            block.to(self.where)
-
-    def _read(self, index: int) -> dict[str, Tensor]:
-        return read_weights(self.checkpoint, self.model, self.shards.of_block[index])
-
-    def _unload(self, index: int) -> None:
-        """Drops the weights of a block and moves its computed buffers to the CPU."""
-        prefix, block = self.blocks[index]
-        drop(block, [name.removeprefix(f"{prefix}.") for name in self.shards.of_block[index]])
-        for module in block.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if not buffer.is_meta:
-                    setattr(module, name, buffer.cpu())

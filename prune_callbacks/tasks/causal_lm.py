@@ -9,15 +9,14 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
-from prune_callbacks.anatomy.blocks import NoBlocksError, find_blocks
 from prune_callbacks.measure.perplexity import Perplexity
 from prune_callbacks.tasks.batches import model_inputs, predicted, taken
-from prune_callbacks.tasks.from_path import FromPath
+from prune_callbacks.tasks.from_path import FromPath, local_folder, shard_by_blocks
 from prune_callbacks.tasks.objectives import LanguageModeling, Objective
 
 
@@ -93,10 +92,20 @@ class CausalLM(LightningModule):
         self.objective.prepare(model)
         self.model = model.train()  # from_pretrained returns models in evaluation mode, which Lightning keeps
 
+    def unbuilt(self) -> Path | None:
+        """Returns the folder that `configure_model` will build the model from; None if the model is there."""
+        return None if self.path is None or "model" in self._modules else local_folder(self.path)
+
+    def build_from(self, folder: str | Path) -> None:
+        """Makes `configure_model` build the model from this folder, in place of one that it may have built."""
+        self.path = folder
+        self._modules.pop("model", None)
+
     def setup(self, stage: str) -> None:
         """Reads what the files at `path` hold, but no weights; they may have been pruned by a callback just now."""
-        if self.path is not None and "model" not in self._modules:
-            self._source = FromPath(self.path, self.dtype_of_path)
+        folder = self.unbuilt()
+        if folder is not None:
+            self._source = FromPath(folder, self.dtype_of_path)
 
     def configure_model(self) -> None:
         """
@@ -120,18 +129,8 @@ class CausalLM(LightningModule):
         return source.whole()
 
     def _shard(self, model: PreTrainedModel) -> None:
-        mesh = self.device_mesh
-        assert mesh is not None
-        try:
-            blocks = find_blocks(model)
-        except NoBlocksError as error:
-            raise ValueError(
-                f"CausalLM shards a model by its decoder blocks under ModelParallelStrategy: {error.reason}. Shard it "
-                "yourself, by fully_shard in configure_model of a subclass"
-            ) from error
-        for _, block in blocks:
-            fully_shard(block, mesh=mesh["data_parallel"])
-        fully_shard(model, mesh=mesh["data_parallel"])
+        assert self.device_mesh is not None
+        shard_by_blocks(model, self.device_mesh["data_parallel"])
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """Returns the output of the model's forward pass."""

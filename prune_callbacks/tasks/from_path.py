@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from prune_callbacks.anatomy.blocks import NoBlocksError, find_blocks
 from prune_callbacks.parallel.fsdp2 import local, span_of
 from prune_callbacks.storage.model_folder import model_class
 from prune_callbacks.streaming.places import find_places
@@ -26,6 +29,7 @@ class FromPath:
         dtype: dtype of the weights; None: that of the configuration.
 
     Attributes:
+        config: its configuration.
         reader: what has been read so far.
 
     Raises:
@@ -33,9 +37,10 @@ class FromPath:
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype | str | None) -> None:
-        self.folder = _local(path)
+        self.folder = local_folder(path)
         checkpoint = CheckpointFolder(self.folder)
         self.dtype = model_dtype(checkpoint, dtype)
+        self.config = checkpoint.config
         self._empty = build_skeleton(checkpoint.config, self.dtype)
         self.reader = SpanReader(checkpoint, self._empty, find_places(self._empty, checkpoint))
 
@@ -93,7 +98,26 @@ class FromPath:
                 self.reader.fill(Part(name, 0, buffer.view(-1)))
 
 
-def _local(path: str | Path) -> Path:
+def shard_by_blocks(model: PreTrainedModel, mesh: DeviceMesh, *, reshard_after_forward: bool | None = None) -> None:
+    """
+    Shards a model by rows over a mesh (FSDP2): every decoder block is a group, and all the rest is one.
+
+    Raises:
+        ValueError: the blocks cannot be found.
+    """
+    try:
+        blocks = find_blocks(model)
+    except NoBlocksError as error:
+        raise ValueError(
+            f"CausalLM shards a model by its decoder blocks under ModelParallelStrategy: {error.reason}. Shard it "
+            "yourself, by fully_shard in configure_model of a subclass"
+        ) from error
+    for _, block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard_after_forward)
+
+
+def local_folder(path: str | Path) -> Path:
     """Returns the folder of a checkpoint; downloads one that is named as on the Hub, on the first rank of a machine."""
     if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/")):
         return Path(path)

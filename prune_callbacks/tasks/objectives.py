@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prune_callbacks.interfaces import compared_by_name
-from prune_callbacks.tasks.batches import predicted, taken
+from prune_callbacks.tasks.batches import predicted
+from prune_callbacks.tasks.teacher import Given, Teacher
 
 Losses = dict[str, Tensor]
 
@@ -44,53 +45,6 @@ class LanguageModeling:
         return {"task": output.loss} if predicted(inputs).any() else _nothing(output, "task")
 
 
-class _Teacher:
-    """A frozen dense model that is no submodule of any module, so that checkpoints do not include it."""
-
-    def __init__(self, teacher: PreTrainedModel, dtype: torch.dtype | str | None) -> None:
-        if not isinstance(teacher, PreTrainedModel):
-            raise ValueError(f"a teacher is a model of transformers, got {teacher!r}")
-        self.dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        if dtype is not None and not isinstance(self.dtype, torch.dtype):
-            raise ValueError(f'a teacher\'s dtype is a torch.dtype or its name, such as "bfloat16", got {dtype!r}')
-        self.model = teacher
-
-    def prepare(self, student: PreTrainedModel, fields: tuple[str, ...]) -> None:
-        """Checks that the teacher fits the student, then freezes it and converts its dtype."""
-        shared = {id(p) for p in student.parameters()} & {id(p) for p in self.model.parameters()}
-        if shared:
-            raise ValueError(
-                "the teacher is the model that is trained; load it a second time, or copy it before pruning"
-            )
-        configs = [model.config.get_text_config(decoder=True) for model in (student, self.model)]
-        for field in fields:
-            ours, theirs = (getattr(config, field) for config in configs)
-            if ours != theirs:
-                raise ValueError(
-                    f"the teacher has {field}={theirs} and the model {ours}: they cannot be compared. Use the dense "
-                    "model that was pruned, or another one with the same vocabulary and shape"
-                )
-        self.model.requires_grad_(False).eval()  # type: ignore[no-untyped-call]
-        if self.dtype is not None:
-            self.model.to(dtype=self.dtype)  # type: ignore[call-arg]
-
-    @torch.no_grad()
-    def __call__(self, inputs: dict[str, Any], **kwargs: Any) -> Any:
-        device = inputs["labels"].device
-        self.model.to(device)
-        given = taken(self.model, {key: value for key, value in inputs.items() if key != "labels"})
-        if "inputs_embeds" in given:
-            width = given["inputs_embeds"].shape[-1]
-            if width != (own := self.model.config.get_text_config(decoder=True).hidden_size):
-                raise ValueError(
-                    f"a batch has inputs_embeds of width {width}, and the teacher's are {own} wide; give input_ids, or "
-                    "use a teacher of the model's width"
-                )
-            given["inputs_embeds"] = given["inputs_embeds"].to(self.model.dtype)
-        with torch.autocast(device.type, enabled=False):  # use the dtype of the teacher, not the precision of training
-            return self.model(**given, use_cache=False, **kwargs)
-
-
 class LogitsDistillation:
     """
     A loss with the teacher's predictions as soft labels (Hinton et al. 2015), added to that of the text.
@@ -99,7 +53,8 @@ class LogitsDistillation:
     tokens, with the logits `t` of the teacher and `s` of the model.
 
     Args:
-        teacher: the dense model; frozen here, kept out of checkpoints, moved to the device of the batches.
+        teacher: the dense model; frozen here, kept out of checkpoints, moved to the device of the batches. A folder, or
+            a name on the Hub: it is built when training begins, and of several processes each holds its rows alone.
         temperature: the temperature `T`, positive.
         weight: weight of the divergence, positive.
         task_weight: weight of the cross-entropy, not negative.
@@ -111,7 +66,7 @@ class LogitsDistillation:
 
     def __init__(
         self,
-        teacher: PreTrainedModel,
+        teacher: Given,
         *,
         temperature: float = 1.0,
         weight: float = 1.0,
@@ -121,7 +76,7 @@ class LogitsDistillation:
         if temperature <= 0:
             raise ValueError(f"LogitsDistillation: temperature must be positive, got {temperature}")
         _check_weights("LogitsDistillation", weight, task_weight)
-        self.teacher = _Teacher(teacher, dtype)
+        self.teacher = Teacher(teacher, dtype)
         self.temperature = temperature
         self.weight = weight
         self.task_weight = task_weight
@@ -132,11 +87,11 @@ class LogitsDistillation:
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
         output = model(**inputs, use_cache=False)
-        tokens = predicted(inputs)
+        tokens, target = predicted(inputs), self.teacher(inputs).logits  # also where nothing is predicted: a collective
         if not tokens.any():
             return _nothing(output, "task", "logits")
         student = output.logits[:, :-1][tokens].float() / self.temperature
-        teacher = self.teacher(inputs).logits[:, :-1][tokens].float() / self.temperature
+        teacher = target[:, :-1][tokens].float() / self.temperature
         divergence = nn.functional.kl_div(
             student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True
         ) / len(student)
@@ -156,8 +111,8 @@ class SquareHead:
     reports it.
 
     Args:
-        teacher: the dense model, of the same vocabulary, depth and width; frozen here, kept out of checkpoints, moved
-            to the device of the batches.
+        teacher: the dense model, of the same vocabulary, depth and width, or its path, as for `LogitsDistillation`;
+            frozen here, kept out of checkpoints, moved to the device of the batches.
         weight: weight of the sum over layers, positive.
         task_weight: weight of the cross-entropy, not negative.
         dtype: dtype to which the teacher is converted, e.g. "bfloat16"; None: its own dtype.
@@ -168,14 +123,14 @@ class SquareHead:
 
     def __init__(
         self,
-        teacher: PreTrainedModel,
+        teacher: Given,
         *,
         weight: float = 1.0,
         task_weight: float = 1.0,
         dtype: torch.dtype | str | None = None,
     ) -> None:
         _check_weights("SquareHead", weight, task_weight)
-        self.teacher = _Teacher(teacher, dtype)
+        self.teacher = Teacher(teacher, dtype)
         self.weight = weight
         self.task_weight = task_weight
 
@@ -186,9 +141,9 @@ class SquareHead:
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
         output = model(**inputs, use_cache=False, output_hidden_states=True)
         rows = predicted(inputs).any(dim=1, keepdim=True)
+        targets = self.teacher(inputs, output_hidden_states=True).hidden_states  # by all processes
         if not rows.any():
             return _nothing(output, "task", "features")
-        targets = self.teacher(inputs, output_hidden_states=True).hidden_states
         mask = inputs.get("attention_mask", rows)
         if mask.ndim != 2:
             raise ValueError(
