@@ -35,12 +35,14 @@ class AfterAll(Callback):
     Attributes:
         kept: the weights to put back after a trial run, also after one that failed; None: this is no trial run.
         check: called when the fit has ended, after every other callback.
+        undo: called after it, also after a fit that failed.
         on_checkpoint: called with every checkpoint before it is written, after every other callback.
     """
 
     def __init__(self) -> None:
         self.kept: KeptWeights | None = None
         self.check: Callable[[], None] = lambda: None
+        self.undo: Callable[[], None] = lambda: None
         self.on_checkpoint: Callable[[dict[str, Any]], None] = lambda checkpoint: None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,6 +65,7 @@ class AfterAll(Callback):
         Lineup(trainer).remove(self)
         if self.kept is not None:
             self.kept.put_back()
+        self.undo()
 
 
 class Lineup:

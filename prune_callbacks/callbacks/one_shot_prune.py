@@ -19,7 +19,7 @@ from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.model_in_setup import layer_names, model_in_setup, refuse_later_layers
 from prune_callbacks.callbacks.one_shot_settings import OneShotSettings
 from prune_callbacks.callbacks.own_step import Forward
-from prune_callbacks.callbacks.prune_files import Tried, prune_files, refuse_whole
+from prune_callbacks.callbacks.prune_files import begin_trial, prune_files, refuse_whole
 from prune_callbacks.callbacks.prune_module import prune_module
 from prune_callbacks.engine.fitting import check_reconstructible
 from prune_callbacks.engine.report import PruneReport
@@ -123,7 +123,6 @@ class OneShotPrune(PrunesOnce):
         self.files: Path | None = None
         self._restored = False
         self._layers: set[str] | None = None
-        self._tried: Tried | None = None
         calibrated = OneShotSettings.of(self).calibrated
         check_counts(num_batches, written_windows, calibrated=calibrated, own=forward is not None)
 
@@ -144,7 +143,7 @@ class OneShotPrune(PrunesOnce):
             self.report = self._in_memory(trainer, pl_module, now)
         else:
             refuse_whole(pl_module, settings)
-            self.files = self._folder(trainer, source)
+            self.files = self._folder(trainer, pl_module)
             self.report = prune_files(trainer, pl_module, source, self.files, now)
         rank_zero_info(
             f"pruned {len(self.report.layers)} layers, {self.report.sparsity:.2%} zeros, in {self.report.seconds:.0f} s"
@@ -161,14 +160,14 @@ class OneShotPrune(PrunesOnce):
         self._layers = layer_names(pl_module, self.blocks) if makes_in_setup(pl_module) else None
         return prune_module(trainer, pl_module, model, settings)
 
-    def _folder(self, trainer: Trainer, source: Path) -> Path:
-        """Returns the folder for the pruned files; of a trial run an empty one, removed when the fit ends."""
+    def _folder(self, trainer: Trainer, pl_module: LightningModule) -> Path:
+        """Returns the folder for the pruned files; of a trial run one that is removed when the fit ends."""
         folder = Path(self.dirpath or trainer.default_root_dir) / "pruned"
         if Lineup(trainer).trial() is None:
             return folder
-        self._tried = Tried(source, folder.with_name("pruned.trial"))
-        self._tried.remove(trainer)
-        return self._tried.folder
+        folder = folder.with_name("pruned.trial")
+        Lineup(trainer).after_all().undo = begin_trial(trainer, pl_module, folder)
+        return folder
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.report is not None and self._layers is not None:
@@ -206,11 +205,6 @@ class OneShotPrune(PrunesOnce):
             assert self.report is not None
             metrics = {"sparsity": self.report.sparsity, "violations": float(self._violations(trainer))}
             pl_module.log_dict(metrics, sync_dist=True)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._tried is not None:
-            self._tried.put_back(trainer, pl_module)
-        self._tried = None
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.report is None else self.report.state_dict() | {"pruner": repr(self.pruner)}

@@ -1,8 +1,8 @@
 """Prunes, from files into files, a model that its module builds from a checkpoint when a fit begins."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from prune_callbacks.anatomy.stages import block_stages
 from prune_callbacks.anatomy.targets import all_targets
 from prune_callbacks.calibration.described import count_tokens
-from prune_callbacks.callbacks.built_later import BuiltFromFiles, skeleton_of
+from prune_callbacks.callbacks.built_later import BuiltFromFiles, files_of, skeleton_of
 from prune_callbacks.callbacks.calibration_batches import drawn_batches
 from prune_callbacks.callbacks.one_shot_settings import OneShotSettings
 from prune_callbacks.engine.report import LayerReport, PruneReport
@@ -70,23 +70,27 @@ def prune_files(
     return _report(RunRecord.from_json(record), folder, model, blocks, sum(map(count_tokens, batches or ())))
 
 
-class Tried(NamedTuple):
-    """What a trial run has pruned: the source, and the folder of the pruned files."""
+def begin_trial(trainer: Trainer, pl_module: LightningModule, folder: Path) -> Callable[[], None]:
+    """
+    Empties the folder of a trial run; a collective.
 
-    source: Path
-    folder: Path
+    Returns:
+        a function that removes the folder, and makes the module build its model from the source in the next fit.
+    """
+    source = files_of(pl_module)
 
-    def remove(self, trainer: Trainer) -> None:
-        """Removes the folder, on rank 0; a collective."""
-        world(trainer).attempt(
-            lambda: shutil.rmtree(self.folder, ignore_errors=True) if trainer.is_global_zero else None
-        )
+    def remove() -> None:
+        if trainer.is_global_zero:
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def put_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes the module build its model from the source again, in the next fit, and removes the folder."""
-        if isinstance(pl_module, BuiltFromFiles):
-            pl_module.build_from(self.source)
-        self.remove(trainer)
+    def undo() -> None:
+        assert source is not None
+        assert isinstance(pl_module, BuiltFromFiles)
+        pl_module.build_from(source)
+        remove()
+
+    world(trainer).attempt(remove)
+    return undo
 
 
 def refuse_whole(pl_module: LightningModule, settings: OneShotSettings) -> None:

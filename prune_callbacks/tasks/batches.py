@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -45,6 +46,19 @@ def predicted(inputs: Mapping[str, Any]) -> Bool[Tensor, "batch predictions"]:
     if mask is not None and mask.shape == labels.shape:
         known = known & (mask != 0)
     return known[:, 1:]
+
+
+def counted(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, float]:
+    """
+    Returns inputs in which something is predicted, which tokens are, as `predicted`, and by what their loss counts.
+
+    Where nothing is predicted, everything is, and counts 0: the passes of all ranks then call the same modules in
+    the same order, without which ZeRO-3 waits for ever.
+    """
+    tokens = predicted(inputs)
+    if bool(tokens.any()):
+        return dict(inputs), tokens, 1.0
+    return {**inputs, "labels": torch.zeros_like(inputs["labels"])}, torch.ones_like(tokens), 0.0
 
 
 def taken(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

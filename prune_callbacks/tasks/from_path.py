@@ -29,7 +29,6 @@ class FromPath:
         dtype: dtype of the weights; None: that of the configuration.
 
     Attributes:
-        config: its configuration.
         reader: what has been read so far.
 
     Raises:
@@ -40,7 +39,6 @@ class FromPath:
         self.folder = local_folder(path)
         checkpoint = CheckpointFolder(self.folder)
         self.dtype = model_dtype(checkpoint, dtype)
-        self.config = checkpoint.config
         self._empty = build_skeleton(checkpoint.config, self.dtype)
         self.reader = SpanReader(checkpoint, self._empty, find_places(self._empty, checkpoint))
 

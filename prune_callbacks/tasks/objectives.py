@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prune_callbacks.interfaces import compared_by_name
-from prune_callbacks.tasks.batches import predicted
+from prune_callbacks.tasks.batches import counted
 from prune_callbacks.tasks.teacher import Given, Teacher
 
 Losses = dict[str, Tensor]
@@ -41,8 +41,9 @@ class LanguageModeling:
         """Does nothing: every causal LM is supported."""
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
+        inputs, tokens, counts = counted(inputs)
         output = model(**inputs, use_cache=False)
-        return {"task": output.loss} if predicted(inputs).any() else _nothing(output, "task")
+        return {"task": output.loss * counts} if tokens.numel() else _nothing(output, "task")
 
 
 class LogitsDistillation:
@@ -86,9 +87,9 @@ class LogitsDistillation:
         self.teacher.prepare(model, ("vocab_size",))
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
-        output = model(**inputs, use_cache=False)
-        tokens, target = predicted(inputs), self.teacher(inputs).logits  # also where nothing is predicted: a collective
-        if not tokens.any():
+        inputs, tokens, counts = counted(inputs)
+        output, target = model(**inputs, use_cache=False), self.teacher(inputs).logits
+        if not tokens.numel():
             return _nothing(output, "task", "logits")
         student = output.logits[:, :-1][tokens].float() / self.temperature
         teacher = target[:, :-1][tokens].float() / self.temperature
@@ -96,8 +97,8 @@ class LogitsDistillation:
             student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True
         ) / len(student)
         return {
-            "task": self.task_weight * output.loss,
-            "logits": self.weight * self.temperature**2 * divergence,
+            "task": self.task_weight * output.loss * counts,
+            "logits": self.weight * self.temperature**2 * divergence * counts,
         }
 
 
@@ -139,12 +140,13 @@ class SquareHead:
         self.teacher.prepare(model, ("vocab_size", "num_hidden_layers", "hidden_size"))
 
     def __call__(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Losses:
+        inputs, tokens, counts = counted(inputs)
         output = model(**inputs, use_cache=False, output_hidden_states=True)
-        rows = predicted(inputs).any(dim=1, keepdim=True)
-        targets = self.teacher(inputs, output_hidden_states=True).hidden_states  # by all processes
-        if not rows.any():
+        targets = self.teacher(inputs, output_hidden_states=True).hidden_states
+        if not tokens.numel():
             return _nothing(output, "task", "features")
-        mask = inputs.get("attention_mask", rows)
+        rows = tokens.any(dim=1, keepdim=True)
+        mask = inputs.get("attention_mask", rows) if counts else rows
         if mask.ndim != 2:
             raise ValueError(
                 f"SquareHead compares real tokens, which an attention_mask {tuple(mask.shape)} does not name; accepted "
@@ -155,11 +157,11 @@ class SquareHead:
         for student, teacher in zip(output.hidden_states[1:], targets[1:], strict=True):
             target = teacher[real].float()
             features = features + (student[real].float() - target).square().sum() / target.square().sum()
-        return {"task": self.task_weight * output.loss, "features": self.weight * features}
+        return {"task": self.task_weight * output.loss * counts, "features": self.weight * features * counts}
 
 
 def _nothing(output: Any, *names: str) -> Losses:
-    """Returns terms of zero that depend on all parameters, because DDP waits for the gradient of each."""
+    """Returns terms of zero for windows of one token; all parameters are in their graph, as DDP needs it."""
     zero = (output.logits[:, :1].float() * 0).sum()
     return dict.fromkeys(names, zero)
 

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
+from prune_callbacks.streaming.source import CheckpointFolder
 from prune_callbacks.tasks.batches import taken
-from prune_callbacks.tasks.from_path import FromPath, shard_by_blocks
+from prune_callbacks.tasks.from_path import FromPath, local_folder, shard_by_blocks
 
 Given = PreTrainedModel | str | Path
 
@@ -36,18 +37,18 @@ class Teacher:
             raise ValueError(f'a teacher\'s dtype is a torch.dtype or its name, such as "bfloat16", got {dtype!r}')
         self.model = given if isinstance(given, PreTrainedModel) else None
         self._path = None if isinstance(given, PreTrainedModel) else given
-        self._source: FromPath | None = None
 
     def prepare(self, student: PreTrainedModel, fields: tuple[str, ...]) -> None:
         """Checks that the teacher fits the student, then freezes it and converts its dtype."""
         if self.model is None:
             assert self._path is not None
-            self._source = FromPath(self._path, self.dtype)
-        elif {id(p) for p in student.parameters()} & {id(p) for p in self.model.parameters()}:
+            config = CheckpointFolder(local_folder(self._path)).config
+        else:
+            config = self.model.config
+        if self.model is not None and {id(p) for p in student.parameters()} & {id(p) for p in self.model.parameters()}:
             raise ValueError(
                 "the teacher is the model that is trained; load it a second time, or copy it before pruning"
             )
-        config = self._source.config if self._source is not None else self.model.config
         configs = [each.get_text_config(decoder=True) for each in (student.config, config)]
         for field in fields:
             ours, theirs = (getattr(config, field) for config in configs)
@@ -81,10 +82,12 @@ class Teacher:
     def _on(self, device: torch.device) -> PreTrainedModel:
         """Returns the model on a device; builds it if it is not there yet."""
         if self.model is None:
-            assert self._source is not None
-            self.model, self._source = _built(self._source, device), None
+            assert self._path is not None
+            # Not in prepare, which may run inside of DeepSpeed's own init.
+            self.model = _built(FromPath(self._path, self.dtype), device)
             _freeze(self.model)
-        return self.model.to(device)  # type: ignore[arg-type, return-value]
+        self.model.to(device)  # type: ignore[arg-type]
+        return self.model
 
 
 def _built(source: FromPath, device: torch.device) -> PreTrainedModel:
