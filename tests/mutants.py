@@ -419,7 +419,7 @@ MUTANTS = (
     ),
     Mutant(
         "pruning_moves_the_random_state",
-        "callbacks/one_shot_prune.py",
+        "callbacks/prune_module.py",
         "stack.enter_context(untouched(trainer, pl_module) if own else isolate_rng())",
         "pass",
         "test_enforcer.py::test_pruning_does_not_change_what_training_draws",

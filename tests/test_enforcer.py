@@ -298,7 +298,7 @@ def test_resuming_starts_from_the_checkpoints_masks(tmp_path, monkeypatch):
     fit([first, MaskEnforcer(), checkpoint], tmp_path, max_steps=8, enable_checkpointing=True)
     again, enforcer = OneShotPrune(Magnitude(Unstructured(0.9)), batches(2), progress=False), MaskEnforcer()
     watch = Watch(first.report.masks)
-    monkeypatch.setattr("prune_callbacks.callbacks.one_shot_prune.prune_sequentially", None)  # must not be called
+    monkeypatch.setattr("prune_callbacks.callbacks.prune_module.prune_sequentially", None)  # must not be called
     module = CausalLM(tiny_llama(seed=99, hidden_size=32, layers=2), optimizer)
     trainer = trainer_of([again, enforcer, watch], tmp_path)
     trainer.fit(module, loader(), ckpt_path=tmp_path / "last.ckpt")

@@ -154,8 +154,10 @@ def test_teachers_that_do_not_fit_are_refused_before_training(unchecked):
     with pytest.raises(ValueError, match="scheduler_steps must be at least 1, or None, got 0"):
         CausalLM(llama(), scheduler_steps=0)
     CausalLM(llama(), objective=LogitsDistillation(llama(hidden_size=64)))  # logits only need the vocabulary
-    with pytest.raises(ValueError, match="a teacher is a model of transformers, got 'gpt2'"):
-        LogitsDistillation("gpt2")
+    with pytest.raises(ValueError, match="a teacher is a model of transformers, or the path of one, got None"):
+        LogitsDistillation(None)
+    with pytest.raises(ValueError, match="gpt2 does not exist; name a folder"):
+        CausalLM(llama(), objective=LogitsDistillation("gpt2"))
     with pytest.raises(
         ValueError, match=r'a teacher\'s dtype is a torch.dtype or its name, such as "bfloat16", got \'bf16\''
     ):

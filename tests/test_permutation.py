@@ -128,8 +128,7 @@ def test_outputs_are_compared_in_full_precision_whatever_is_set():
         permute_channels_(model, BATCHES, NM(2, 4), progress=False)
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert seen[0] == seen[-1] == "ieee"  # the whole model, before and after
-    assert seen.count("ieee") == 4  # and the block alone
+    assert seen.count("ieee") == 4  # the whole model and the block alone, each before and after
     assert set_by_user in seen  # control: statistics are taken as the user wants
 
 

@@ -99,7 +99,7 @@ def test_a_resumed_fit_does_not_reconstruct_again(tmp_path, monkeypatch):
     checkpoints = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=2, save_top_k=-1)
     _, prune, _ = fit(tmp_path, further=[checkpoints], enable_checkpointing=True)
     path = next((tmp_path / "checkpoints").glob("*step=2.ckpt"))
-    monkeypatch.setattr("prune_callbacks.callbacks.one_shot_prune.prune_sequentially", None)
+    monkeypatch.setattr("prune_callbacks.callbacks.prune_module.prune_sequentially", None)
     module, again, _ = fit(tmp_path, ckpt_path=path, max_steps=6)
     assert again.report.reconstruction == prune.report.reconstruction
     assert again.report.masks.violations(module.model.named_parameters()) == {}

@@ -130,7 +130,9 @@ def content(folder):
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         data = path.read_bytes()
         if path.name == "report.json":
-            data = json.dumps(json.loads(data) | {"seconds": None, "peak_memory_bytes": None}).encode()
+            record = json.loads(data)
+            layers = [layer | {"seconds": None} for layer in record["layers"]]
+            data = json.dumps(record | {"seconds": None, "peak_memory_bytes": None, "layers": layers}).encode()
         found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
 
