@@ -3,6 +3,7 @@
 # make test-all  all of them: every precision and strategy, the real model, the benchmarks, the browser
 # make check  format, lint, types, import contracts
 # make gpu    the tests that need a CUDA device
+# make best WINDOWS=FILE.safetensors C4=FILE.jsonl   every stage of the best sparse models, into the tables of the docs; hours
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ export DS_BUILD_OPS = 0
 # Where it is set, every process of the tests compiles the package and the tests again.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test test-all check gpu install clean
+.PHONY: demo test test-all check gpu best install clean
 
 install: $(INSTALLED)
 
@@ -46,6 +47,23 @@ test-all: $(INSTALLED)
 
 gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu $(SHAPES)
+
+# What is measured already is not measured again: delete it from benchmarks/results first.
+MODELS := runs/best_models
+RECONSTRUCT = $(BIN)/python benchmarks/reconstruction.py $(WINDOWS) --held-out $(C4) --save $(MODELS)
+WRITTEN := reconstruction in 3 passes, 96 written
+
+best: $(INSTALLED)
+	$(RECONSTRUCT) --starts 'ALPS 2:4' --settings alone quick reconstruction '$(WRITTEN)'
+	$(RECONSTRUCT) --starts 'SparseGPT 2:4' --settings alone reconstruction
+	$(RECONSTRUCT) --starts 'Wanda 2:4' --settings reconstruction
+	$(RECONSTRUCT) --starts 'ALPS 2:4, permuted' --settings alone '$(WRITTEN)'
+	$(RECONSTRUCT) --starts 'ALPS 50 %' 'ALPS 60 %' 'ALPS 70 %' --settings alone
+	$(RECONSTRUCT) --starts 'ALPS 50 %, allocated' --settings '$(WRITTEN)'
+	$(RECONSTRUCT) --starts 'ALPS 60 %, allocated' 'ALPS 70 %, allocated' --settings quick
+	$(BIN)/python benchmarks/recovery_per_token.py $(C4) $(WINDOWS) --tokens 8192 32768 --starts '$(MODELS)/SparseGPT_2:4,_alone' \
+	  '$(MODELS)/ALPS_2:4,_alone' '$(MODELS)/ALPS_2:4,_permuted,_reconstruction_in_3_passes,_96_written'
+	$(BIN)/python benchmarks/tables.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
