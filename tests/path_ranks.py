@@ -50,7 +50,7 @@ class Counted(FromPath):
         return super().whole()
 
 
-def fit(folder, name):
+def fit(folder, name, precision="32-true"):
     """Four optimizer steps from each way of building, with the zeros held."""
     source, devices = folder / "model", world_size()
     causal_lm.FromPath = Counted
@@ -65,6 +65,7 @@ def fit(folder, name):
         enforcer = MaskEnforcer(folder / "masks.safetensors")
         spy = Spy(enforcer)
         settings = {"max_steps": 4, "accumulate_grad_batches": 1, "devices": devices, "max_epochs": 2}
+        settings["precision"] = precision
         trainer = trainer_of(cpu_strategies.strategy_of(name, devices), folder, [enforcer, spy], **settings)
         trainer.fit(module, datamodule=batches(4 // devices))
         what = {"losses": spy.losses, "worst": spy.worst, "weights": weights_of(module)}

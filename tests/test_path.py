@@ -53,20 +53,22 @@ def weight_bytes(folder, name="model"):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"),
+    ("kind", "name", "precision"),
     [
-        ("tied llama", "fsdp2"),
-        ("tied llama", "zero3"),
-        slow("mixture", "fsdp2"),
-        slow("mixture", "zero3"),
-        slow("tied llama", "ddp"),
-        slow("tied llama", "zero1"),
-        slow("tied llama", "zero2"),
+        ("tied llama", "fsdp2", "32-true"),
+        ("tied llama", "zero3", "32-true"),
+        slow("tied llama", "zero3", "bf16-mixed"),
+        slow("tied llama", "fsdp2", "bf16-mixed"),
+        slow("mixture", "fsdp2", "32-true"),
+        slow("mixture", "zero3", "32-true"),
+        slow("tied llama", "ddp", "32-true"),
+        slow("tied llama", "zero1", "32-true"),
+        slow("tied llama", "zero2", "32-true"),
     ],
 )
-def test_a_fit_from_a_path_is_the_fit_of_a_model_built_in_init(tmp_path, kind, name):
+def test_a_fit_from_a_path_is_the_fit_of_a_model_built_in_init(tmp_path, kind, name, precision):
     folder = folder_of(tmp_path, kind)
-    together(SCRIPT, "fit", folder, name)
+    together(SCRIPT, "fit", folder, name, precision)
     for built, by_path in zip(*(results(folder, name, way) for way in ("init", "path")), strict=True):
         assert by_path["losses"] == built["losses"]
         assert by_path["weights"].keys() == built["weights"].keys()

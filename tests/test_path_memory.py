@@ -30,11 +30,12 @@ def ratios(tmp_path, source, name, way, count):
     ("name", "count", "bar"),
     [slow("fsdp2", 2, 0.65), slow("fsdp2", 4, 0.4), slow("zero3", 2, 0.65), slow("zero3", 4, 0.4)],
 )
-def test_a_rank_needs_little_more_than_its_part(tmp_path, source, name, count, bar, record_property):
+def test_a_rank_needs_little_more_than_its_part(tmp_path, source, name, count, bar):
     by_path, usual = (ratios(tmp_path, source, name, way, count) for way in ("path", "init"))
     print(f"\n{name}, {count} ranks: from a path {by_path}, built in __init__ {usual}")
     assert by_path["built"] <= bar
-    assert usual["built"] >= 0.95  # control
-    assert by_path["training"] <= usual["training"]
     if name == "fsdp2":
         assert by_path["training"] <= bar
+        assert by_path["training"] <= 0.6 * usual["training"]  # control
+    else:  # masters and moments, which DeepSpeed makes of either, take more than the weights
+        assert by_path["training"] <= 1.05 * usual["training"]

@@ -125,7 +125,7 @@ class CausalLM(LightningModule):
         if self.device_mesh is not None:
             return source.in_rows(self._shard, strategy.root_device)
         if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-            return source.partitioned()
+            return source.partitioned(strategy)
         return source.whole()
 
     def _shard(self, model: PreTrainedModel) -> None:

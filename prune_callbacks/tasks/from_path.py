@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from prune_callbacks.anatomy.blocks import NoBlocksError, find_blocks
 from prune_callbacks.parallel.fsdp2 import local, span_of
-from prune_callbacks.storage.model_folder import model_class
 from prune_callbacks.streaming.places import find_places
 from prune_callbacks.streaming.skeleton import build_skeleton, model_dtype
 from prune_callbacks.streaming.source import CheckpointFolder
@@ -64,25 +63,34 @@ class FromPath:
         self._fill_buffers(model, computed)
         return model
 
-    def partitioned(self) -> PreTrainedModel:
+    def partitioned(self, strategy: DeepSpeedStrategy) -> PreTrainedModel:
         """
-        Returns the model partitioned by DeepSpeed (ZeRO-3); call it inside of `deepspeed.zero.Init`.
+        Returns the model partitioned by DeepSpeed (ZeRO-3), one parameter after another.
 
         DeepSpeed flattens every parameter and gives each rank one part of it; the rank reads that part.
         """
         import deepspeed.comm
 
-        checkpoint = self.reader.checkpoint
-        kind: Any = model_class(checkpoint.config)
-        with no_init_weights():
-            model: PreTrainedModel = kind._from_config(checkpoint.config, dtype=self.dtype)
-        model.tie_weights()
+        model, init = self._empty, _partitioner(strategy)
+        where = init.local_device
+        made: dict[int, nn.Parameter] = {}  # tied ones are one
+        for module in model.modules():
+            for name, empty in module.named_parameters(recurse=False):
+                if id(empty) not in made:
+                    made[id(empty)] = nn.Parameter(
+                        torch.empty(empty.shape, dtype=empty.dtype, device=init.local_device)
+                    )
+                    init._convert_to_zero_parameters([made[id(empty)]])
+                setattr(module, name, made[id(empty)])
+        computed = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty_like(buffer, device=where) if buffer.is_meta else buffer)
         for name, parameter in model.named_parameters():
             held: Any = parameter
             own = held.ds_tensor.data.view(-1)
             start = deepspeed.comm.get_rank(group=held.ds_process_group) * own.numel()
             self.reader.fill(Part(name, start, own[: max(0, held.ds_numel - start)]))
-        computed = {name: buffer for name, buffer in self._empty.named_buffers() if not buffer.is_meta}
         self._fill_buffers(model, computed)
         return model
 
@@ -94,6 +102,19 @@ class FromPath:
                 buffer.data = computed[name].to(buffer.device)  # DeepSpeed may have made it in 16 bits
             elif name in self.reader.places:
                 self.reader.fill(Part(name, 0, buffer.view(-1)))
+
+
+def _partitioner(strategy: DeepSpeedStrategy) -> Any:
+    """Returns DeepSpeed's initialisation of partitioned parameters, for those whose values are still to be read."""
+    import deepspeed
+
+    class Unread(deepspeed.zero.Init):  # type: ignore[misc]
+        def _zero_init_param(self, param: nn.Parameter) -> None:
+            # As DeepSpeed's, which first sends rank 0's values to all: every rank would touch every weight.
+            self._convert_to_deepspeed_param(param)
+            param.partition()  # type: ignore[attr-defined]
+
+    return Unread(config_dict_or_path=strategy.config, remote_device=strategy.remote_device)
 
 
 def shard_by_blocks(model: PreTrainedModel, mesh: DeviceMesh, *, reshard_after_forward: bool | None = None) -> None:
