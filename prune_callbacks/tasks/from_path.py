@@ -77,9 +77,7 @@ class FromPath:
         for module in model.modules():
             for name, empty in module.named_parameters(recurse=False):
                 if id(empty) not in made:
-                    made[id(empty)] = nn.Parameter(
-                        torch.empty(empty.shape, dtype=empty.dtype, device=init.local_device)
-                    )
+                    made[id(empty)] = nn.Parameter(torch.empty(empty.shape, dtype=empty.dtype, device=where))
                     init._convert_to_zero_parameters([made[id(empty)]])
                 setattr(module, name, made[id(empty)])
         computed = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
