@@ -126,10 +126,22 @@ def stages() -> str:
     return rows("| after | WikiText-2 | C4 | minutes |", lines)
 
 
+def small_opt() -> str:
+    """Perplexities per byte of the model that no setting was chosen on, and what reconstruction brought back."""
+    cells = results("reconstruction_small_opt")["cells"]
+    dense, lines = cells["dense"]["wikitext2"], []
+    for name, cell in cells.items():
+        value, alone = cell["wikitext2"], cells.get(name.replace(", reconstruction", ", alone"), {}).get("wikitext2")
+        back = f"{math.log(alone / value) / math.log(alone / dense):.0%}" if name.endswith("reconstruction") else ""
+        lines.append(f"| {name} | {value:.3f} | {cell['held_out']:.3f} | {back} |")
+    return rows("| | WikiText-2 | C4 | of the pruner's loss on WikiText-2 came back |", lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "reconstruction": reconstruction,
     "recovery-per-token": recovery,
     "stages": stages,
+    "small-opt": small_opt,
 }
 
 
