@@ -12,7 +12,7 @@ from prune_callbacks.calibration import sources
 from prune_callbacks.calibration.prefetch import Ahead, loading_ahead, visited
 from prune_callbacks.engine.solving import BlockPruning
 from prune_callbacks.ranks import ALONE
-from prune_callbacks.streaming import walk
+from prune_callbacks.streaming import block_weights
 from prune_callbacks.tasks import tiny_llama
 
 PRUNER = SparseGPT(Unstructured(0.5))
@@ -168,7 +168,7 @@ def test_streaming_ends_the_same(tmp_path, source, batches, monkeypatch):
 def test_the_next_block_is_read_while_one_is_pruned(tmp_path, source, batches, monkeypatch, ahead):
     monkeypatch.setattr(loading, "overlaps", lambda where: ahead)
     read, seen = [threading.Event() for _ in range(4)], []
-    original, prune = walk.read_weights, BlockPruning.prune
+    original, prune = block_weights.read_weights, BlockPruning.prune
 
     def noting(checkpoint, model, places):
         read[int(next(iter(places)).split(".")[2])].set()
@@ -180,7 +180,7 @@ def test_the_next_block_is_read_while_one_is_pruned(tmp_path, source, batches, m
             seen.append(read[index + 1].wait(20 if ahead else 0.2))
         return prune(self, layers, *rest)
 
-    monkeypatch.setattr(walk, "read_weights", noting)
+    monkeypatch.setattr(block_weights, "read_weights", noting)
     monkeypatch.setattr(BlockPruning, "prune", waiting)
     streamed(source, tmp_path / "target", batches)
     assert seen == [ahead] * 3
@@ -189,7 +189,7 @@ def test_the_next_block_is_read_while_one_is_pruned(tmp_path, source, batches, m
 def test_a_block_that_cannot_be_read_stops_before_it_and_keeps_what_is_done(
     tmp_path, source, batches, overlapping, monkeypatch
 ):
-    original = walk.read_weights
+    original = block_weights.read_weights
 
     def failing(checkpoint, model, places):
         if any("layers.2." in name for name in places):
@@ -197,7 +197,7 @@ def test_a_block_that_cannot_be_read_stops_before_it_and_keeps_what_is_done(
         return original(checkpoint, model, places)
 
     with monkeypatch.context() as patched:
-        patched.setattr(walk, "read_weights", failing)
+        patched.setattr(block_weights, "read_weights", failing)
         with pytest.raises(ValueError, match="shard of block 2 is truncated"):
             streamed(source, tmp_path / "target", batches)
     assert sorted(path.name for path in (tmp_path / "target/streaming").glob("block_*.json")) == [
