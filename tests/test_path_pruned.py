@@ -8,6 +8,7 @@ from fits import trainer_of
 from hydra import initialize_config_dir
 from hydra.utils import instantiate
 from launch import ended, good, together
+from peft import LoraConfig
 from rank_fits import batches, data
 from test_path import MODELS, SCRIPT, weight_bytes
 from tiers import slow
@@ -21,6 +22,7 @@ from prune_callbacks import (
     CausalLM,
     IMPSchedule,
     IterativePrune,
+    LoRARecovery,
     Magnitude,
     MaskEnforcer,
     MaskSet,
@@ -227,6 +229,9 @@ def test_callbacks_that_change_whole_weights_say_that_the_model_is_not_there_yet
     batch = data(8).split(4)
     callbacks = [PermuteChannels(NM(2, 4), batch), OneShotPrune(Wanda(NM(2, 4)), batch), MaskEnforcer()]
     with pytest.raises(ValueError, match="PermuteChannels needs the model when the fit begins: build the model in"):
+        fit(CausalLM(path=folder / "model"), folder, callbacks)
+    callbacks = [OneShotPrune(Magnitude(NM(2, 4))), MaskEnforcer(), LoRARecovery(LoraConfig(r=2))]
+    with pytest.raises(ValueError, match="got CausalLM, whose model is built later: build it in __init__"):
         fit(CausalLM(path=folder / "model"), folder, callbacks)
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from prune_callbacks.anatomy.blocks import find_blocks, find_language_model
 from prune_callbacks.anatomy.targets import SPARSE, find_targets, sparse_experts
+from prune_callbacks.callbacks.built_later import files_of
 from prune_callbacks.callbacks.kinds import FinishesWeights, PrunesOnce, renamed
 from prune_callbacks.callbacks.lightning_internals import resumed_checkpoint
 from prune_callbacks.callbacks.lineup import Lineup
@@ -94,7 +95,8 @@ class LoRARecovery(FinishesWeights):
 
         model = find_language_model(pl_module)
         if not isinstance(model, PreTrainedModel):
-            raise ValueError(f"LoRARecovery adapts models of transformers, got {type(model).__name__}")
+            later = ", whose model is built later: build it in __init__" if files_of(pl_module) else ""
+            raise ValueError(f"LoRARecovery adapts models of transformers, got {type(model).__name__}{later}")
         if self.peft_model is not None and self._unfinished:  # the previous fit failed without a teardown
             self._plain_names()
             self.peft_model.unload()
