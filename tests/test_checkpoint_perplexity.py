@@ -34,7 +34,7 @@ def test_it_is_that_of_the_whole_model(tmp_path, family):
     wanted = perplexity(written(tmp_path / "model", family), windows(), batch_size=2, progress=False)
     found = checkpoint_perplexity(tmp_path / "model", windows(), tmp_path / "work", batch_size=2, progress=False)
     assert found == pytest.approx(wanted, rel=1e-6)
-    assert not (tmp_path / "work").exists()
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_control_the_last_hidden_states_decide(tmp_path, monkeypatch):
@@ -65,4 +65,13 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
         checkpoint_perplexity(tmp_path / "nothing", windows(), tmp_path / "work")
     with pytest.raises(ValueError, match="device='gpu' is unknown to torch"):
         checkpoint_perplexity(tmp_path / "model", windows(), tmp_path / "work", device="gpu")
+    with pytest.raises(ValueError, match="model is the source, which is never changed"):
+        checkpoint_perplexity(tmp_path / "model", windows(), tmp_path / "model")
     assert not (tmp_path / "work").exists()
+
+
+def test_what_else_is_in_the_folder_stays(tmp_path):
+    written(tmp_path / "model", "llama")
+    (tmp_path / "kept.txt").write_text("mine")
+    checkpoint_perplexity(tmp_path / "model", windows(), tmp_path, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.txt", "model"]

@@ -232,7 +232,8 @@ def test_callbacks_that_change_whole_weights_say_that_the_model_is_not_there_yet
         fit(CausalLM(path=folder / "model"), folder, callbacks)
     callbacks = [OneShotPrune(Magnitude(NM(2, 4))), MaskEnforcer(), LoRARecovery(LoraConfig(r=2))]
     with pytest.raises(ValueError, match="got CausalLM, whose model is built later: build it in __init__"):
-        fit(CausalLM(path=folder / "model"), folder, callbacks)
+        fit(module := CausalLM(path=folder / "model"), folder, callbacks)
+    assert module.unbuilt() == folder / "model"  # and not the pruned files, which would be pruned again as if dense
 
 
 def test_reconstruction_and_rounds_after_a_pruning_from_files(folder):

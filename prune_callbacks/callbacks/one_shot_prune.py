@@ -19,7 +19,7 @@ from prune_callbacks.callbacks.mask_enforcer import MaskEnforcer
 from prune_callbacks.callbacks.model_in_setup import layer_names, model_in_setup, refuse_later_layers
 from prune_callbacks.callbacks.one_shot_settings import OneShotSettings
 from prune_callbacks.callbacks.own_step import Forward
-from prune_callbacks.callbacks.prune_files import begin_trial, prune_files, refuse_whole
+from prune_callbacks.callbacks.prune_files import back_to_source, begin_trial, prune_files, refuse_whole
 from prune_callbacks.callbacks.prune_module import prune_module
 from prune_callbacks.engine.fitting import check_reconstructible
 from prune_callbacks.engine.report import PruneReport
@@ -164,6 +164,7 @@ class OneShotPrune(PrunesOnce):
         """Returns the folder for the pruned files; of a trial run one that is removed when the fit ends."""
         folder = Path(self.dirpath or trainer.default_root_dir) / "pruned"
         if Lineup(trainer).trial() is None:
+            Lineup(trainer).after_all().undo = back_to_source(pl_module)
             return folder
         folder = folder.with_name("pruned.trial")
         Lineup(trainer).after_all().undo = begin_trial(trainer, pl_module, folder)

@@ -70,6 +70,21 @@ def prune_files(
     return _report(RunRecord.from_json(record), folder, model, blocks, sum(map(count_tokens, batches or ())))
 
 
+def back_to_source(pl_module: LightningModule) -> Callable[[], None]:
+    """
+    Returns a function that makes a module build its model from the source again, if a fit ends before it has built it.
+
+    Else the next fit would take the pruned files for the dense model.
+    """
+    source = files_of(pl_module)
+
+    def undo() -> None:
+        if source is not None and isinstance(pl_module, BuiltFromFiles) and files_of(pl_module) is not None:
+            pl_module.build_from(source)
+
+    return undo
+
+
 def begin_trial(trainer: Trainer, pl_module: LightningModule, folder: Path) -> Callable[[], None]:
     """
     Empties the folder of a trial run; a collective.

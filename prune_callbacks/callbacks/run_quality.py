@@ -28,7 +28,6 @@ from prune_callbacks.ranks import Ranks, patient_ranks
 from prune_callbacks.storage.model_folder import check_savable
 from prune_callbacks.storage.run_record import STAGES, Perplexities, RunRecord
 from prune_callbacks.streaming.perplexity import checkpoint_perplexity
-from prune_callbacks.writing import PARTIAL
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class RunQuality:
         return checkpoint_perplexity(
             folder,
             windows,
-            dirpath / f"hidden{PARTIAL}",
+            dirpath,
             batch_size=self.batch_size,
             dtype=pl_module.dtype_of_path,
             device=trainer.strategy.root_device,

@@ -30,6 +30,7 @@ from prune_callbacks.streaming.places import find_places
 from prune_callbacks.streaming.shards import Shards
 from prune_callbacks.streaming.skeleton import build_skeleton, drop, fill, model_dtype, refuse_shared
 from prune_callbacks.streaming.source import CheckpointFolder
+from prune_callbacks.writing import PARTIAL
 
 
 @torch.no_grad()
@@ -53,7 +54,8 @@ def checkpoint_perplexity(
     Args:
         source: a Hugging Face folder with safetensors files.
         windows: token ids (windows, tokens).
-        folder: where to keep the windows' hidden states meanwhile; it is made, and removed afterwards.
+        folder: a folder, in which `hidden.partial` holds the windows' hidden states meanwhile; nothing else in it is
+            touched.
         batch_size: windows per forward pass.
         dtype: dtype of the weights; None: that of the configuration.
         blocks: name of the list of decoder blocks, where it cannot be found.
@@ -66,13 +68,19 @@ def checkpoint_perplexity(
             model.
     """
     walk = ranks.attempt(lambda: _Walk(Path(source), windows, batch_size, dtype, blocks, device, ranks))
-    work = Path(folder)
+    ranks.attempt(lambda: _check_folder(Path(source), Path(folder)))
+    work = Path(folder) / f"hidden{PARTIAL}"
     ranks.first(lambda: _make_empty(work))
     try:
         return walk.run(work, progress)
     finally:
         if ranks.rank == 0:
             remove_folder(work)
+
+
+def _check_folder(source: Path, folder: Path) -> None:
+    if folder.resolve() == source.resolve():
+        raise ValueError(f"folder {folder} is the source, which is never changed; choose another folder")
 
 
 def _make_empty(folder: Path) -> None:
