@@ -52,16 +52,11 @@ class Counted(FromPath):
 
 def fit(folder, name, precision="32-true"):
     """Four optimizer steps from each way of building, with the zeros held."""
-    source, devices = folder / "model", world_size()
-    causal_lm.FromPath = Counted
-    Counted.alone = name not in ("fsdp2", "zero3")
-    optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+    counting(name)
+    devices = world_size()
     for way in ("init", "path"):
-        if way == "init":
-            module = CausalLM(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), optimizer)
-        else:
-            module = CausalLM(path=source, optimizer=optimizer, dtype="float32")
-            assert next(module.parameters(), None) is None
+        module = built(folder, way)
+        assert way == "init" or next(module.parameters(), None) is None
         enforcer = MaskEnforcer(folder / "masks.safetensors")
         spy = Spy(enforcer)
         settings = {"max_steps": 4, "accumulate_grad_batches": 1, "devices": devices, "max_epochs": 2}
@@ -91,7 +86,7 @@ def counting(name):
 def pruned(folder, name):
     """Pruned when the fit begins, then twelve optimizer steps with a report; a checkpoint after five."""
     counting(name)
-    save_model.parts_of = partial(model_parts.parts_of, least=1)  # as if the blocks were large
+    save_model.parts_of = partial(model_parts.parts_of, most=1)  # as if the blocks were large
     for way in ("init", "path") if name != "ddp" else ("init",):
         where, module = folder / f"{name}_{way}", built(folder, way)
         prune = OneShotPrune(SparseGPT(NM(2, 4)), data(12).split(4), progress=False, dirpath=where)
@@ -206,9 +201,7 @@ def memory(folder, name, way, source):
         module = Sized(path=source, optimizer=optimizer, dtype="float32")
     trainer.fit(module, datamodule=batches(1))
     peaks = {when: peak - before for when, peak in module.peaks.items()}
-    saved(
-        folder, f"{name}_{way}_{world_size()}", trainer, peaks=peaks, read=OPENED[-1].reader.bytes_read if OPENED else 0
-    )
+    saved(folder, f"{name}_{way}_{world_size()}", trainer, peaks=peaks)
 
 
 def recipe(folder, *words):

@@ -4,12 +4,13 @@ import pytest
 import torch
 from families import FAMILIES, MIXTURES
 from launch import together
-from test_path import SCRIPT
+from test_path import MODELS, SCRIPT
 from tiers import slow
 from transformers import AutoModelForCausalLM
 
 from prune_callbacks.measure.perplexity import perplexity
 from prune_callbacks.streaming import checkpoint_perplexity
+from prune_callbacks.streaming.front import Front
 from prune_callbacks.streaming.inputs import StoredInputs
 
 QUICK = ("llama", "gemma2", "gpt2", "opt", "mixtral", "falcon-40b")
@@ -43,6 +44,15 @@ def test_control_the_last_hidden_states_decide(tmp_path, monkeypatch):
     monkeypatch.setattr(StoredInputs, "hidden", property(lambda self: hidden(self) * 1.5))
     found = checkpoint_perplexity(tmp_path / "model", windows(), tmp_path / "work", progress=False)
     assert abs(found - wanted) > 1e-3 * wanted
+
+
+def test_tied_weights_stay_tied_where_all_embeddings_were_loaded(tmp_path, monkeypatch):
+    """As for a model that looks up tokens of its own; the output layer is filled afterwards."""
+    MODELS["tied llama"]().save_pretrained(tmp_path / "model")
+    wanted = perplexity(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), windows(), progress=False)
+    monkeypatch.setattr(Front, "_is_embedding", lambda self, name: False)
+    found = checkpoint_perplexity(tmp_path / "model", windows(), tmp_path / "work", progress=False)
+    assert found == pytest.approx(wanted, rel=1e-6)
 
 
 def test_two_ranks_share_the_windows(tmp_path):

@@ -35,7 +35,7 @@ class AfterAll(Callback):
     Attributes:
         kept: the weights to put back after a trial run, also after one that failed; None: this is no trial run.
         check: called when the fit has ended, after every other callback.
-        undo: called after it, also after a fit that failed.
+        undo: called last, also after a fit that failed.
         on_checkpoint: called with every checkpoint before it is written, after every other callback.
     """
 

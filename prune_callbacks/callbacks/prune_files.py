@@ -21,8 +21,9 @@ from prune_callbacks.parallel.strategies import world
 from prune_callbacks.ranks import patient_ranks
 from prune_callbacks.reconstruction.report import BlockReport
 from prune_callbacks.sparsity import MaskSet
+from prune_callbacks.storage.model_folder import MASKS
 from prune_callbacks.storage.run_record import RunRecord
-from prune_callbacks.streaming.journal import MASKS, MODEL, SCALES
+from prune_callbacks.streaming.journal import MODEL, SCALES
 from prune_callbacks.streaming.prune import prune_checkpoint
 
 
@@ -49,8 +50,9 @@ def prune_files(
     dtype, device = pl_module.dtype_of_path, trainer.strategy.root_device
     with isolate_rng(), patient_ranks(device) as ranks:
         model = ranks.attempt(lambda: skeleton_of(pl_module, source))
-        drawn = trainer, ranks, model, settings.batches, settings.num_batches
-        batches = drawn_batches(*drawn) if settings.calibrated else None
+        batches = None
+        if settings.calibrated:
+            batches = drawn_batches(trainer, ranks, model, settings.batches, settings.num_batches)
         record = prune_checkpoint(
             source,
             folder,
@@ -77,9 +79,11 @@ def back_to_source(pl_module: LightningModule) -> Callable[[], None]:
     Else the next fit would take the pruned files for the dense model.
     """
     source = files_of(pl_module)
+    assert source is not None
+    assert isinstance(pl_module, BuiltFromFiles)
 
     def undo() -> None:
-        if source is not None and isinstance(pl_module, BuiltFromFiles) and files_of(pl_module) is not None:
+        if files_of(pl_module) is not None:
             pl_module.build_from(source)
 
     return undo
@@ -93,18 +97,15 @@ def begin_trial(trainer: Trainer, pl_module: LightningModule, folder: Path) -> C
         a function that removes the folder, and makes the module build its model from the source in the next fit.
     """
     source = files_of(pl_module)
-
-    def remove() -> None:
-        if trainer.is_global_zero:
-            shutil.rmtree(folder, ignore_errors=True)
+    assert source is not None
+    assert isinstance(pl_module, BuiltFromFiles)
+    world(trainer).first(lambda: shutil.rmtree(folder, ignore_errors=True))
 
     def undo() -> None:
-        assert source is not None
-        assert isinstance(pl_module, BuiltFromFiles)
         pl_module.build_from(source)
-        remove()
+        if trainer.is_global_zero:  # not a collective: the fit may have failed on one rank
+            shutil.rmtree(folder, ignore_errors=True)
 
-    world(trainer).attempt(remove)
     return undo
 
 

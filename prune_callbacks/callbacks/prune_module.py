@@ -17,7 +17,6 @@ from prune_callbacks.callbacks.validation_metrics import on_its_device
 from prune_callbacks.engine.report import PruneReport
 from prune_callbacks.engine.sequential import prune_sequentially
 from prune_callbacks.ranks import patient_ranks
-from prune_callbacks.sparsity import MaskSet
 from prune_callbacks.storage.model_folder import save_sparse_model
 
 
@@ -63,11 +62,8 @@ def prune_module(
             progress=settings.progress,
             ranks=ranks,
         )
-        ranks.attempt(lambda: _save(trainer, model, report.masks, settings))
+        dirpath = settings.dirpath
+        if dirpath is not None:
+            ranks.first(lambda: save_sparse_model(model, report.masks, dirpath))
     beside = layers_beside(pl_module, model) if settings.targets is None else {}
     return replace(report, writing_seconds=writing, skipped=report.skipped | beside)
-
-
-def _save(trainer: Trainer, model: nn.Module, masks: MaskSet, settings: OneShotSettings) -> None:
-    if trainer.is_global_zero and settings.dirpath is not None:
-        save_sparse_model(model, masks, settings.dirpath)

@@ -60,8 +60,9 @@ class RunQuality:
             )
         prune = Lineup(trainer).first(OneShotPrune)
         if prune is not None and resumed_checkpoint(trainer) is None:
-            shapes_in_setup("OneShotPrune", pl_module, prune.blocks)
-        model = shapes_of(pl_module)
+            model = shapes_in_setup("OneShotPrune", pl_module, prune.blocks)
+        else:
+            model = shapes_of(pl_module)
         check_savable(model)
         if not (windows is None and self.zero_shot is None) and not isinstance(model, PreTrainedModel):
             raise ValueError(

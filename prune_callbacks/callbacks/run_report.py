@@ -121,7 +121,7 @@ class RunReport(PruningCallback):
         self._one_shot, self._iterative = lineup.first(OneShotPrune), lineup.first(IterativePrune)
         if resumed_checkpoint(trainer) is None:
             # Only rank 0 looks: other ranks could see files that rank 0 has just written.
-            world(trainer).attempt(lambda: refuse_existing_run(self.dirpath) if trainer.is_global_zero else None)
+            world(trainer).first(lambda: refuse_existing_run(self.dirpath))
             if self._one_shot is not None:
                 with self._clock.evaluating(self.run.seconds):
                     self._quality.dense(trainer, pl_module, self.dirpath, self.run)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from lightning.pytorch import Trainer
 from torch import nn
@@ -18,7 +17,6 @@ from prune_callbacks.storage.model_folder import MASKS, check_savable, save_spar
 from prune_callbacks.storage.model_parts import INDEX, file_names, index_of, parts_of, write_part
 from prune_callbacks.writing import replaced_folder, write_json
 
-T = TypeVar("T")
 Save = Callable[[Trainer, nn.Module, MaskSet, Path, PreTrainedTokenizerBase | None], None]
 
 
@@ -34,7 +32,7 @@ def save_model(
         _save_parts(trainer, model, masks, dirpath, tokenizer)
         return
     state = gathered_state_dict(trainer, model)
-    _first(trainer, lambda: save_sparse_model(model, masks, dirpath, tokenizer, state))
+    world(trainer).first(lambda: save_sparse_model(model, masks, dirpath, tokenizer, state))
 
 
 def save_unless_there(
@@ -54,17 +52,18 @@ def _save_parts(
     sizes = {name: whole_shape(value).numel() * value.element_size() for name, value in tensors.items()}
     parts = parts_of(sizes, _blocks(model))
     files = file_names(len(parts))
+    ranks = world(trainer)
     with ExitStack() as stack:
-        _first(trainer, lambda: check_savable(model))
-        folder = _first(trainer, lambda: stack.enter_context(replaced_folder(dirpath / "model"))) or dirpath
+        ranks.first(lambda: check_savable(model))
+        folder = ranks.first(lambda: stack.enter_context(replaced_folder(dirpath / "model")))
         for file, names in zip(files, parts, strict=True):
             state = gathered(trainer, {name: tensors[name] for name in names}) or {}
-            _first(trainer, partial(write_part, model, state, folder / file))
+            ranks.first(partial(write_part, model, state, folder / file))
         if len(files) > 1:
-            _first(trainer, lambda: write_json(folder / INDEX, index_of(folder, files)))
-        _first(trainer, lambda: write_beside(model, masks, folder, tokenizer))
-        _first(trainer, stack.close)  # renames the folder
-    _first(trainer, lambda: masks.save(dirpath / MASKS))
+            ranks.first(lambda: write_json(folder / INDEX, index_of(folder, files)))
+        ranks.first(lambda: write_beside(model, masks, folder, tokenizer))
+        ranks.first(stack.close)  # renames the folder
+    ranks.first(lambda: masks.save(dirpath / MASKS))
 
 
 def _blocks(model: PreTrainedModel) -> list[str]:
@@ -73,8 +72,3 @@ def _blocks(model: PreTrainedModel) -> list[str]:
         return [name for name, _ in find_blocks(model)]
     except NoBlocksError:
         return []
-
-
-def _first(trainer: Trainer, work: Callable[[], T]) -> T | None:
-    """Calls `work` on rank 0 and returns its result there; all processes fail if it fails."""
-    return world(trainer).attempt(lambda: work() if trainer.is_global_zero else None)

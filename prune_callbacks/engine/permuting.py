@@ -103,7 +103,7 @@ def permute_channels_(
             for index, block_name, block, where in visits:
                 groups = [group for group in coupled if group.reader.startswith(f"{block_name}.")]
                 bar.update(task, description=f"permuting {block_name}")
-                with full_precision():  # else a change could not be told from the rounding of products
+                with full_precision():  # rounded products differ by as much as outputs that did change
                     before = source.output(index, block, where)
                 readers = {group.reader: _target(model, group.reader) for group in groups}
                 statistics = source.collect(Wanda(pattern).statistic, index, block, readers, where)

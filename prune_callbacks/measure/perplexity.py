@@ -103,6 +103,11 @@ def perplexity(
                 metric.update(logits, ids)
     finally:
         model.train(training)
+    return over_ranks(metric, ranks)
+
+
+def over_ranks(metric: Perplexity, ranks: Ranks) -> float:
+    """Returns the perplexity of what all ranks have added to their metrics; a collective."""
     metric.total, metric.count = ranks.sum(metric.total), ranks.sum(metric.count)
     return float(metric.compute())
 

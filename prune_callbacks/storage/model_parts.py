@@ -19,14 +19,14 @@ PART_BYTES = 2**28
 """Bytes up to which blocks are written together, so that a small model is one file."""
 
 
-def parts_of(sizes: Mapping[str, int], blocks: Iterable[str], least: int = PART_BYTES) -> list[list[str]]:
+def parts_of(sizes: Mapping[str, int], blocks: Iterable[str], most: int = PART_BYTES) -> list[list[str]]:
     """
-    Returns the names of a model's weights by part, of which one at a time is in memory.
+    Divides the names of a model's weights into parts that are gathered and written one after another.
 
     Args:
         sizes: the bytes of every whole weight, by name.
         blocks: the names of the decoder blocks, which are not divided; all other weights together are one more.
-        least: neighbouring blocks are joined to parts of up to this size.
+        most: neighbouring blocks are joined as long as the part has no more bytes than this.
     """
     prefixes = [f"{block}." for block in blocks]
     pieces: list[list[str]] = [[] for _ in range(len(prefixes) + 1)]
@@ -36,7 +36,7 @@ def parts_of(sizes: Mapping[str, int], blocks: Iterable[str], least: int = PART_
     filled = 0
     for piece in pieces:
         added = sum(sizes[name] for name in piece)
-        if not parts or filled + added > least:
+        if not parts or filled + added > most:
             parts.append([])
             filled = 0
         parts[-1] += piece

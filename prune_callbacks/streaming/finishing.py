@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 from prune_callbacks.calibration.batches import Batch
 from prune_callbacks.reconstruction.report import reconstruction_record
 from prune_callbacks.storage.model_card import write_model_card
+from prune_callbacks.storage.model_folder import MASKS
 from prune_callbacks.storage.model_parts import INDEX, index_of
 from prune_callbacks.storage.run_record import RunRecord, Seconds, Zeros
 from prune_callbacks.streaming.files import copy_file, size_of, sizes, write_json
-from prune_callbacks.streaming.journal import MASKS, MODEL, SCALES, Journal
+from prune_callbacks.streaming.journal import MODEL, SCALES, Journal
 from prune_callbacks.streaming.shards import Shards, join_files
 from prune_callbacks.streaming.walk import BlockWalk
 from prune_callbacks.writing import rename

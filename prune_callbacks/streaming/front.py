@@ -58,12 +58,10 @@ class Front:
 
         The output layer is left out, because a capture ends in front of it.
         """
-        tensors = self.model.state_dict(keep_vars=True)
-        alike = names_by_tensor(self.model)
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         ends = head is not None and head is not self._embedding
         place = next((name for name, module in self.model.named_modules() if module is head), None) if ends else None
-        found = {key: alike[id(tensors[name])] for name, key in outside.items()}
+        found = names_outside(self.model, outside)
         if place is not None:
             found = {key: [n for n in names if not n.startswith(f"{place}.")] for key, names in found.items()}
         return {key: names for key, names in found.items() if names}
@@ -91,9 +89,7 @@ class Front:
 
     def _load(self, table: str | None, stack: ExitStack) -> None:
         names = {key: names for key, names in self._names.items() if key != table}
-        views = self.checkpoint.views(names)
-        stack.callback(drop, self.model, [name for key in names for name in names[key]])
-        fill(self.model, {name: views[key] for key in names for name in names[key]})
+        stack.enter_context(filled(self.model, self.checkpoint, names))
         if table is not None:
             stack.enter_context(self._rows_only(table))
 
@@ -123,6 +119,27 @@ class Front:
         finally:
             hook.remove()
             embedding.weight = empty
+
+
+def names_outside(model: nn.Module, outside: Mapping[str, str]) -> dict[str, list[str]]:
+    """
+    Returns all names in the model of every weight outside of the blocks, by its name in the checkpoint.
+
+    A tied weight has several. Call it before anything is filled, which makes two weights of a tied one.
+    """
+    tensors, alike = model.state_dict(keep_vars=True), names_by_tensor(model)
+    return {key: alike[id(tensors[name])] for name, key in outside.items()}
+
+
+@contextmanager
+def filled(model: nn.Module, checkpoint: CheckpointFolder, names: Mapping[str, Sequence[str]]) -> Iterator[None]:
+    """Fills weights of a model from a checkpoint, under all of their names, and drops them on exit."""
+    views, filling = checkpoint.views(names), [name for key in names for name in names[key]]
+    try:
+        fill(model, {name: views[key] for key in names for name in names[key]})
+        yield
+    finally:
+        drop(model, filling)
 
 
 def _are_ids(given: Any) -> bool:

@@ -9,12 +9,13 @@ from typing import Any
 
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.reconstruction.report import BlockReport
+from prune_callbacks.storage.model_folder import MASKS
 from prune_callbacks.storage.run_record import RunRecord
 from prune_callbacks.streaming.files import remove_folder, write_json
 from prune_callbacks.streaming.together import check_same_folder
 from prune_callbacks.writing import PARTIAL
 
-REPORT, MASKS, SCALES, MODEL = "report.json", "masks.safetensors", "scales.safetensors", "model"
+REPORT, SCALES, MODEL = "report.json", "scales.safetensors", "model"
 
 
 class Journal:

@@ -13,22 +13,21 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from prune_callbacks.anatomy.ends import output_layer
-from prune_callbacks.anatomy.names import names_by_tensor
 from prune_callbacks.anatomy.stages import block_stages
 from prune_callbacks.calibration.capture import forwards_replaced
 from prune_callbacks.calibration.chain import needing_a_chain
 from prune_callbacks.calibration.stand_ins import StandIns
 from prune_callbacks.engine.plan import parsed_device
 from prune_callbacks.engine.progress import layer_progress
-from prune_callbacks.measure.perplexity import Perplexity, check_windows
+from prune_callbacks.measure.perplexity import Perplexity, check_windows, over_ranks
 from prune_callbacks.ranks import ALONE, Ranks
 from prune_callbacks.streaming.block_weights import BlockWeights
 from prune_callbacks.streaming.files import remove_folder
-from prune_callbacks.streaming.front import Front
+from prune_callbacks.streaming.front import Front, filled, names_outside
 from prune_callbacks.streaming.inputs import StoredInputs, store_inputs, store_next
 from prune_callbacks.streaming.places import find_places
 from prune_callbacks.streaming.shards import Shards
-from prune_callbacks.streaming.skeleton import build_skeleton, drop, fill, model_dtype, refuse_shared
+from prune_callbacks.streaming.skeleton import build_skeleton, model_dtype, refuse_shared
 from prune_callbacks.streaming.source import CheckpointFolder
 from prune_callbacks.writing import PARTIAL
 
@@ -109,6 +108,7 @@ class _Walk:
         refuse_shared(self.model, self.blocks)
         shards = Shards(self.model, [name for name, _ in self.blocks], find_places(self.model, checkpoint))
         self.checkpoint, self.outside, self.ranks = checkpoint, shards.outside, ranks
+        self.names = names_outside(self.model, shards.outside)
         self.where = parsed_device(device or "cpu")
         last = len(self.blocks) - 1
         self.weights = BlockWeights(checkpoint, self.model, self.blocks, shards.of_block, self.where, last)
@@ -122,9 +122,7 @@ class _Walk:
             for index in range(len(self.blocks)):
                 self._block(index, inputs, work)
                 bar.advance(task)
-        metric = self.ranks.attempt(lambda: self._score(inputs))
-        metric.total, metric.count = self.ranks.sum(metric.total), self.ranks.sum(metric.count)
-        return float(metric.compute())
+        return over_ranks(self.ranks.attempt(lambda: self._score(inputs)), self.ranks)
 
     def _inputs(self, folder: Path) -> list[StoredInputs]:
         """Returns the inputs of the first block."""
@@ -150,24 +148,16 @@ class _Walk:
         stand_ins = StandIns(self.parts)
         self.weights.load(0)  # its output shows the stand-ins what a block returns
         forwards = [stand_ins.of(index) for index in range(len(self.parts))]
-        with self._outside_loaded(), self._logits() as logits, forwards_replaced(self.parts, forwards):
+        with (
+            filled(self.model, self.checkpoint, self.names),
+            self._logits() as logits,
+            forwards_replaced(self.parts, forwards),
+        ):
             for ids, left in zip(self.batches, inputs, strict=True):
                 stand_ins.capture(self.model, ids, _ending_in(left))
                 metric.update(logits.pop().to(self.where), ids.to(self.where))
         self.weights.unload(0)
         return metric
-
-    @contextmanager
-    def _outside_loaded(self) -> Iterator[None]:
-        """Loads the weights outside of the blocks; tied ones under all of their names."""
-        state, alike = self.model.state_dict(keep_vars=True), names_by_tensor(self.model)
-        views = self.checkpoint.views(self.outside.values())
-        weights = {name: views[key] for first, key in self.outside.items() for name in alike[id(state[first])]}
-        fill(self.model, weights)
-        try:
-            yield
-        finally:
-            drop(self.model, weights)
 
     @contextmanager
     def _logits(self) -> Iterator[list[Tensor]]:

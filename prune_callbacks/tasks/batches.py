@@ -50,10 +50,10 @@ def predicted(inputs: Mapping[str, Any]) -> Bool[Tensor, "batch predictions"]:
 
 def counted(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, float]:
     """
-    Returns inputs in which something is predicted, which tokens are, as `predicted`, and by what their loss counts.
+    Returns inputs with labels to predict, which tokens these are (see `predicted`), and the factor of their loss.
 
-    Where nothing is predicted, everything is, and counts 0: the passes of all ranks then call the same modules in
-    the same order, without which ZeRO-3 waits for ever.
+    The factor is 1. Where the inputs predict nothing, the result predicts every token and the factor is 0: so all ranks
+    call the same modules in the same order, without which ZeRO-3 waits for ever.
     """
     tokens = predicted(inputs)
     if bool(tokens.any()):

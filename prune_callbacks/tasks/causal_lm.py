@@ -94,7 +94,10 @@ class CausalLM(LightningModule):
 
     def unbuilt(self) -> Path | None:
         """Returns the folder that `configure_model` will build the model from; None if the model is there."""
-        return None if self.path is None or "model" in self._modules else local_folder(self.path)
+        if self.path is None or "model" in self._modules:
+            return None
+        self.path = local_folder(self.path)  # a name on the Hub is looked up once
+        return self.path
 
     def build_from(self, folder: str | Path) -> None:
         """Makes `configure_model` build the model from this folder, in place of one that it may have built."""

@@ -1,12 +1,12 @@
 """Builds a causal LM from a checkpoint: whole, or so that every rank reads and holds only its part of the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -60,7 +60,10 @@ class FromPath:
         model.to_empty(device=device)
         for name, parameter in model.named_parameters():
             self.reader.fill(Part(name, span_of(parameter).start, local(parameter).view(-1)))
-        self._fill_buffers(model, computed)
+        for name, buffer in model.named_buffers():
+            if name in computed:
+                buffer.data = computed[name].to(device)  # such as rotary frequencies
+        self._read_buffers(model, computed)
         return model
 
     def partitioned(self, strategy: DeepSpeedStrategy) -> PreTrainedModel:
@@ -80,25 +83,22 @@ class FromPath:
                     made[id(empty)] = nn.Parameter(torch.empty(empty.shape, dtype=empty.dtype, device=where))
                     init._convert_to_zero_parameters([made[id(empty)]])
                 setattr(module, name, made[id(empty)])
-        computed = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+        computed = {name for name, buffer in model.named_buffers() if not buffer.is_meta}
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, torch.empty_like(buffer, device=where) if buffer.is_meta else buffer)
+                setattr(module, name, torch.empty_like(buffer, device=where) if buffer.is_meta else buffer.to(where))
         for name, parameter in model.named_parameters():
             held: Any = parameter
             own = held.ds_tensor.data.view(-1)
             start = deepspeed.comm.get_rank(group=held.ds_process_group) * own.numel()
             self.reader.fill(Part(name, start, own[: max(0, held.ds_numel - start)]))
-        self._fill_buffers(model, computed)
+        self._read_buffers(model, computed)
         return model
 
-    @torch.no_grad()
-    def _fill_buffers(self, model: PreTrainedModel, computed: dict[str, Tensor]) -> None:
-        """Sets the buffers that are computed, such as rotary frequencies, and reads those that files hold."""
+    def _read_buffers(self, model: PreTrainedModel, computed: Collection[str]) -> None:
+        """Reads the buffers that are not computed, but in the files."""
         for name, buffer in model.named_buffers():
-            if name in computed:
-                buffer.data = computed[name].to(buffer.device)  # DeepSpeed may have made it in 16 bits
-            elif name in self.reader.places:
+            if name not in computed and name in self.reader.places:
                 self.reader.fill(Part(name, 0, buffer.view(-1)))
 
 

@@ -40,16 +40,7 @@ class Teacher:
 
     def prepare(self, student: PreTrainedModel, fields: tuple[str, ...]) -> None:
         """Checks that the teacher fits the student, then freezes it and converts its dtype."""
-        if self.model is None:
-            assert self._path is not None
-            config = CheckpointFolder(local_folder(self._path)).config
-        else:
-            config = self.model.config
-        if self.model is not None and {id(p) for p in student.parameters()} & {id(p) for p in self.model.parameters()}:
-            raise ValueError(
-                "the teacher is the model that is trained; load it a second time, or copy it before pruning"
-            )
-        configs = [each.get_text_config(decoder=True) for each in (student.config, config)]
+        configs = [each.get_text_config(decoder=True) for each in (student.config, self._config(student))]
         for field in fields:
             ours, theirs = (getattr(config, field) for config in configs)
             if ours != theirs:
@@ -61,6 +52,17 @@ class Teacher:
             _freeze(self.model)
             if self.dtype is not None:
                 self.model.to(dtype=self.dtype)  # type: ignore[call-arg]
+
+    def _config(self, student: PreTrainedModel) -> Any:
+        """Returns the configuration; raises ValueError for a model that shares weights with the student."""
+        if self.model is None:
+            assert self._path is not None
+            return CheckpointFolder(local_folder(self._path)).config
+        if {id(p) for p in student.parameters()} & {id(p) for p in self.model.parameters()}:
+            raise ValueError(
+                "the teacher is the model that is trained; load it a second time, or copy it before pruning"
+            )
+        return self.model.config
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any], **kwargs: Any) -> Any:
